@@ -1,0 +1,316 @@
+"""``quantkit quantize``: a checkpoint into a quantized artifact."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit import __version__
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.errors import InputError
+from quantkit.geometry import DTYPE_BYTES, LAYOUTS
+from quantkit.progress import Progress, silent
+from quantkit.recipe import Calibration, Override, Recipe, load_recipe, parse_override
+from quantkit.report import Report, Table
+from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, awq_config, resolve
+
+if TYPE_CHECKING:
+    from quantkit.quantizers.calibration import CalibrationTokens
+
+DEFAULT_LAYOUT = {"rtn": "awq", "awq": "awq"}
+DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
+GGUF_FLOAT_DTYPE = "F16"
+"""What the unquantized tensors of a GGUF source are written as: its blocks have no dtype of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """Options of ``quantkit quantize``; None means "as the recipe says, else the default"."""
+
+    path: str
+    out: Path
+    method: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    format: str | None = None
+    recipe: Path | None = None
+    override: tuple[str, ...] = ()
+    calib: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    device: str = "auto"
+    max_shard_size: int = 5_000_000_000
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def effective_recipe(options: QuantizeOptions) -> Recipe:
+    """The recipe file, if any, with every option that was given on the command line laid over it, and defaults filled in.
+
+    Raises InputError when neither names a method.
+    """
+    base = load_recipe(options.recipe) if options.recipe else None
+    method = options.method or (base.method if base else None)
+    if method is None:
+        raise InputError("--method", "no method given", "--method or a --recipe that names one")
+    calibration = base.calibration if base else Calibration()
+    source = options.calib or calibration.source
+    samples = options.samples or calibration.samples
+    seq_len = options.seq_len or calibration.seq_len
+    return Recipe(
+        method=method,
+        bits=options.bits if options.bits is not None else (base.bits if base else 4),
+        group_size=options.group_size if options.group_size is not None else (base.group_size if base else 128),
+        sym=options.sym if options.sym is not None else (base.sym if base else False),
+        format=options.format or (base.format if base else None) or DEFAULT_LAYOUT.get(method),
+        calibration=Calibration(
+            source=source or "builtin",
+            samples=samples or DEFAULT_SAMPLES,
+            seq_len=seq_len or (TEXT_SEQ_LEN if source not in (None, "builtin", "self") else BUILTIN_SEQ_LEN),
+        ),
+        overrides=[*(parse_override(text) for text in options.override), *(base.overrides if base else [])],
+        options=base.options if base else {},
+    )
+
+
+def _scheme(recipe: Recipe, layouts: tuple[str, ...], override: Override | None = None) -> LinearScheme:
+    if override is not None and override.keep:
+        return KEEP
+    layout = recipe.format or layouts[0]
+    if layout not in layouts:
+        raise InputError("--format", f"{layout!r} cannot hold what method {recipe.method} makes", f"one of {', '.join(layouts)}")
+
+    def pick(name: str) -> Any:
+        value = getattr(override, name) if override is not None else None
+        return getattr(recipe, name) if value is None else value
+
+    bits, group_size, sym = pick("bits"), pick("group_size"), pick("sym")
+    if layout == "awq" and bits != 4:
+        where = f"override {override.pattern!r}" if override is not None else "--bits"
+        raise InputError(where, f"{bits} bits in the {layout} format", "4", "leave such layers unquantized: --override 'PATTERN:keep'")
+    if group_size != -1 and group_size < 8:
+        raise InputError("--group-size", f"is {group_size}", "-1 (whole rows) or at least 8")
+    return LinearScheme(recipe.method, layout, bits, group_size, sym)
+
+
+def assign(spec: ModelSpec, recipe: Recipe, layouts: tuple[str, ...]) -> dict[str, LinearScheme]:
+    """Which linear is stored how: overrides first, every block linear by the recipe, the head kept.
+
+    Raises InputError naming the linear, the numbers and the remedy when a layout cannot hold its shape.
+    """
+    names = spec.all_linears()
+    rules = [Rule(o.pattern, _scheme(recipe, layouts, o)) for o in recipe.overrides]
+    if not spec.tied:
+        rules.append(Rule(f"^{spec.architecture.head}$", KEEP))
+    rules.append(Rule("", _scheme(recipe, layouts)))
+    assignment = resolve(rules, names)
+    if all(scheme.layout == "plain" for scheme in assignment.values()):
+        raise InputError("--override", "leaves every linear unquantized", "at least one to quantize")
+    for layer in range(spec.layers):
+        for role, path in spec.block_linears(layer).items():
+            n, k = spec.linear_shape(role)
+            scheme = assignment[path]
+            if scheme.layout == "plain":
+                continue
+            try:
+                LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size)
+            except InputError as exc:
+                fits = [str(g) for g in (128, 64, 32) if k % g == 0]
+                hint = f"--group-size {fits[0]} divides {k}" if fits else f"--override '{spec.linears[role].name}:keep'"
+                raise InputError(path, exc.what, exc.expected, hint) from exc
+    return assignment
+
+
+def artifact_bytes(checkpoint: Checkpoint, spec: ModelSpec, assignment: Mapping[str, LinearScheme]) -> tuple[int, int]:
+    """Tensor bytes of the source as floats, and of the artifact: (before, after)."""
+    before = after = 0
+    for name, ref in checkpoint.tensors.items():
+        dtype = GGUF_FLOAT_DTYPE if checkpoint.kind == "gguf" else ref.dtype
+        count = DTYPE_BYTES[dtype]
+        for size in ref.shape:
+            count *= size
+        before += count
+        module, _, suffix = name.rpartition(".")
+        scheme = assignment.get(module, KEEP)
+        if scheme.layout == "plain" or suffix != "weight":
+            after += count
+        else:
+            n, k = ref.shape
+            after += LAYOUTS[scheme.layout](n, k, dtype=dtype, group_size=scheme.group_size).total_bytes
+    return before, after
+
+
+def _check_source(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise InputError(str(checkpoint.root.name), f"is already quantized ({method})", "an unquantized checkpoint")
+    for layer in range(spec.layers):
+        for role, path in spec.block_linears(layer).items():
+            name = f"{path}.weight"
+            if name not in checkpoint.tensors:
+                raise InputError(name, "is missing from the checkpoint", "every linear of the architecture")
+            if tuple(checkpoint.tensors[name].shape) != spec.linear_shape(role):
+                raise InputError(name, f"has shape {list(checkpoint.tensors[name].shape)}", f"{list(spec.linear_shape(role))} from config.json")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", "cuda was asked for, and torch sees no GPU", "--device cpu, or a machine with a GPU")
+    if name not in ("cpu", "cuda"):
+        raise InputError("--device", f"{name!r} is unknown", "auto, cpu or cuda")
+    return name
+
+
+def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
+    """Quantize ``options.path`` into ``options.out``. With ``dry_run`` report the plan and write nothing."""
+    from quantkit.quantizers.base import method
+
+    recipe = effective_recipe(options)
+    chosen = method(recipe.method)
+    quantizer = chosen.factory(recipe.options)
+    checkpoint = open_checkpoint(options.path)
+    spec = spec_for(checkpoint.config)
+    _check_source(checkpoint, spec)
+    assignment = assign(spec, recipe, chosen.layouts)
+    quantization_config = awq_config(assignment)
+    before, after = artifact_bytes(checkpoint, spec, assignment)
+    if options.dry_run:
+        return _dry_run(recipe, assignment, before, after)
+    started = time.monotonic()
+    device = _device(options.device)
+    calibration = _calibration(recipe, checkpoint, progress) if quantizer.needs else None
+    return _quantize(options, recipe, checkpoint, spec, assignment, quantization_config, calibration, device, (before, after), started, progress)
+
+
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> CalibrationTokens:
+    from quantkit.quantizers.calibration import text_tokens
+    from quantkit.quantizers.self_calibration import sampled_tokens
+    from quantkit.text.tokenizer import load_tokenizer
+
+    wanted = recipe.calibration
+    assert wanted.source is not None and wanted.samples is not None and wanted.seq_len is not None
+    tokenizer = load_tokenizer(checkpoint.root)
+    if wanted.source == "self":
+        return sampled_tokens(checkpoint, tokenizer, wanted.samples, wanted.seq_len, progress)
+    return text_tokens(tokenizer, wanted.source, wanted.samples, wanted.seq_len)
+
+
+def _quantize(
+    options: QuantizeOptions,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    assignment: Mapping[str, LinearScheme],
+    quantization_config: Mapping[str, Any],
+    calibration: CalibrationTokens | None,
+    device: str,
+    sizes: tuple[int, int],
+    started: float,
+    progress: Progress,
+) -> Report:
+    import torch
+
+    from quantkit.checkpoint.artifact import ArtifactWriter
+    from quantkit.quantizers.base import method
+    from quantkit.quantizers.pipeline import FLOAT16_ALARM, quantize_model
+
+    before, after = sizes
+    calibration_facts = None if calibration is None else {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
+    environment = {
+        "quantkit": __version__,
+        "torch": torch.__version__,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    # Where the text lies is no part of the result; what it says is, and its digest stands beside it.
+    recipe_data = recipe.model_dump(mode="json", exclude={"calibration"})
+    source = {"fingerprint": checkpoint.fingerprint()}
+    identity = {"source": source["fingerprint"], "recipe": recipe_data, "calibration": calibration_facts, **environment}
+    with ArtifactWriter(options.out, identity=identity, overwrite=options.overwrite, resume=options.resume, need_bytes=after) as writer, torch.inference_mode():
+        model = quantize_model(
+            checkpoint,
+            spec,
+            assignment,
+            method(recipe.method).factory(recipe.options),
+            calibration,
+            writer,
+            float_dtype=GGUF_FLOAT_DTYPE,
+            compute_dtype=torch.float32,
+            device=device,
+            progress=progress,
+        )
+        manifest = {
+            "kind": "artifact",
+            "source": source,
+            "method": recipe.method,
+            "recipe": recipe_data,
+            "calibration": calibration_facts,
+            "assignment": assignment_to_json(assignment),
+            "environment": environment,
+            "totals": {"bytes_before": before, "bytes_after": after, "quantized_weights": model.quantized_weights, "quantized_bytes": model.quantized_bytes},
+            "blocks": model.facts,
+        }
+        config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
+        published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=options.max_shard_size)
+    seconds = time.monotonic() - started
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    warnings = []
+    if calibration is not None and calibration.source == "builtin":
+        warnings.append("calibrated on the built-in English text; text of your own domain is better (--calib FILE)")
+    if model.peak_activation is not None and model.peak_activation > FLOAT16_ALARM:
+        warnings.append(f"activations reach {model.peak_activation:.0f}; kernels that compute in float16 (limit 65504) may overflow: serve it in bfloat16")
+    bits = 8 * model.quantized_bytes / model.quantized_weights
+    data = {
+        "out": str(options.out),
+        "method": recipe.method,
+        "tensors": model.tensors,
+        "bits_per_weight": bits,
+        "bytes_before": before,
+        "bytes_after": after,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory,
+        "peak_activation": model.peak_activation,
+        "calibration": calibration_facts,
+        "files": [name for name, _ in published.files],
+        "warnings": warnings,
+    }
+    rows = (
+        ("linears quantized", f"{model.tensors} of {len(assignment)}"),
+        ("bits per quantized weight", f"{bits:.3f}"),
+        ("size before", f"{before / 1e6:.1f} MB"),
+        ("size after", f"{after / 1e6:.1f} MB ({after / before:.1%})"),
+        ("time", f"{seconds:.1f} s"),
+        ("peak memory", f"{peak_memory / 2**20:.0f} MiB"),
+    )
+    return Report(
+        command="quantize",
+        data=data,
+        facts=(("method", f"{recipe.method}, {recipe.bits} bits, group {recipe.group_size}, {'symmetric' if recipe.sym else 'asymmetric'}"), ("written", str(options.out))),
+        tables=(Table("Summary", ("", ""), rows),),
+        warnings=tuple(warnings),
+        next_steps=(f"quantkit verify {options.out} --deep", f"quantkit report {options.path} {options.out}", f"quantkit serve {options.out}"),
+    )
+
+
+def _dry_run(recipe: Recipe, assignment: Mapping[str, LinearScheme], before: int, after: int) -> Report:
+    rows = tuple((name, s.method, s.layout, s.bits, s.group_size) for name, s in assignment.items())
+    data = {"dry_run": True, "recipe": recipe.model_dump(mode="json"), "assignment": assignment_to_json(assignment), "bytes_before": before, "bytes_after": after}
+    return Report(
+        command="quantize",
+        data=data,
+        facts=(("size before", f"{before / 1e6:.1f} MB"), ("size after", f"{after / 1e6:.1f} MB, exact"), ("written", "nothing (dry run)")),
+        tables=(Table("Assignment", ("linear", "method", "layout", "bits", "group"), rows),),
+    )

@@ -1,0 +1,194 @@
+"""``quantkit report``: what an artifact costs in quality and saves in memory, against its base; and the gate for CI."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import fs
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.errors import InputError
+from quantkit.progress import Progress, silent
+from quantkit.report import Report, Table, to_markdown
+from quantkit.text.builtin import builtin_text
+
+MAX_BASELINE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """Options of ``quantkit report``. ``text`` None is the built-in held-out text; ``tokens`` None is all of it."""
+
+    base: str
+    artifacts: tuple[str, ...]
+    out: Path | None = None
+    text: Path | None = None
+    window: int = 1024
+    stride: int | None = None
+    tokens: int | None = None
+    baseline: Path | None = None
+    max_ppl_increase: float | None = None
+    """As a fraction: 0.05 is 5 %."""
+    max_memory: int | None = None
+    """Bytes of weights in process, for every artifact."""
+    dtype: str = "float32"
+    """In which perplexity is computed; speed and memory are always measured in bfloat16, as served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One model's figures."""
+
+    path: str
+    method: str
+    disk_bytes: int
+    memory_bytes: int
+    ms_per_token: float
+    ppl: float
+    ppl_error: float
+    convention: str
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    quant = checkpoint.config.get("quantization_config")
+    if not quant:
+        return "unquantized"
+    return f"{quant.get('quant_method')} {quant.get('bits')}-bit g{quant.get('group_size')}"
+
+
+def _disk_bytes(checkpoint: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in {ref.file for ref in checkpoint.tensors.values()})
+
+
+def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], steps: int = 16) -> tuple[int, float]:
+    """Bytes of weights as served (bfloat16), and the median milliseconds of one decoded token after ``prompt``."""
+    import torch
+
+    from quantkit.model.decoder import Batch
+    from quantkit.model.load import load_decoder
+    from quantkit.runtime.kv_cache import contiguous_cache
+
+    decoder = load_decoder(checkpoint, dtype=torch.bfloat16)
+    cache = contiguous_cache(decoder, len(prompt) + steps)
+    times = []
+    with torch.inference_mode():
+        decoder.forward(torch.tensor(list(prompt)), Batch(torch.arange(len(prompt)), (len(prompt),), (0,)), cache)
+        token = torch.tensor([prompt[-1]])
+        for step in range(steps):
+            start = time.perf_counter()
+            hidden = decoder.forward(token, Batch(torch.tensor([len(prompt) + step]), (1,), (0,)), cache)
+            token = decoder.logits(hidden).argmax(-1)
+            times.append(time.perf_counter() - start)
+    return decoder.nbytes, 1000 * sorted(times)[steps // 2]
+
+
+def _measure(path: str, text: str, options: ReportOptions, progress: Progress) -> Measured:
+    from quantkit.evaluate.perplexity import perplexity
+    from quantkit.model.load import load_decoder
+    from quantkit.ops.dtypes import float_dtype
+    from quantkit.quantizers.calibration import window_bos
+    from quantkit.text.tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(path)
+    spec = spec_for(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.root)
+    ids = tokenizer.encode(text, special=False)[: options.tokens]
+    window = min(options.window, spec.max_positions)
+    decoder = load_decoder(checkpoint, dtype=float_dtype(options.dtype), parity=True)
+    result = perplexity(
+        decoder, ids, window=window, stride=min(options.stride or window, window), bos=window_bos(tokenizer), progress=progress, stage=f"perplexity of {Path(path).name}"
+    )
+    del decoder
+    memory, speed = _decode_speed(checkpoint, ids[:64])
+    return Measured(path, _label(checkpoint), _disk_bytes(checkpoint), memory, speed, result.value, result.error, f"{options.dtype}, {result.convention}")
+
+
+def _text(options: ReportOptions) -> tuple[str, str]:
+    from quantkit.quantizers.calibration import read_text
+
+    if options.text is None:
+        return builtin_text("held-out"), "built-in held-out text"
+    return read_text(options.text), options.text.name
+
+
+def _baseline_ppl(path: Path) -> dict[str, float]:
+    """Perplexity by method label of an earlier ``report.json``."""
+    try:
+        if path.stat().st_size > MAX_BASELINE_BYTES:
+            raise InputError(str(path), "is too large for a report", f"at most {MAX_BASELINE_BYTES} bytes")
+        data = json.loads(path.read_bytes())
+        return {str(model["method"]): float(model["ppl"]) for model in data["models"]}
+    except OSError as exc:
+        raise InputError(str(path), exc.strerror or "cannot be read", "a report.json") from exc
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise InputError(str(path), "is not a quantkit report", "the report.json of an earlier run") from exc
+
+
+def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping[str, float]) -> list[str]:
+    """Why the gate says no: one line for each model and limit that it crosses."""
+    failures = []
+    for model in models[1:]:
+        base = reference.get(model.method, models[0].ppl)
+        increase = model.ppl / base - 1
+        if options.max_ppl_increase is not None and not increase <= options.max_ppl_increase:
+            failures.append(f"{model.path}: perplexity {model.ppl:.3f} is {increase:+.2%} from {base:.3f}, expected at most {options.max_ppl_increase:+.2%}")
+        if options.max_memory is not None and model.memory_bytes > options.max_memory:
+            failures.append(f"{model.path}: {model.memory_bytes} bytes of weights in memory, expected at most {options.max_memory}")
+    return failures
+
+
+def run(options: ReportOptions, progress: Progress = silent) -> Report:
+    """Measure base and artifacts on the same text, write ``report.json`` and ``report.md`` when ``out`` is given, apply the gates."""
+    text, source = _text(options)
+    reference = _baseline_ppl(options.baseline) if options.baseline else {}
+    models = [_measure(path, text, options, progress) for path in (options.base, *options.artifacts)]
+    base = models[0]
+    rows = tuple(
+        (
+            Path(m.path).name,
+            m.method,
+            f"{m.disk_bytes / 1e6:.1f}",
+            f"{m.memory_bytes / 1e6:.1f}",
+            f"{m.ms_per_token:.1f}",
+            f"{m.ppl:.3f} ± {m.ppl_error:.3f}",
+            "" if m is base else f"{m.ppl / base.ppl - 1:+.2%}",
+        )
+        for m in models
+    )
+    failures = _gate(options, models, reference)
+    data: dict[str, Any] = {
+        "text": source,
+        "convention": base.convention,
+        "models": [
+            {
+                "path": Path(m.path).name,
+                "method": m.method,
+                "disk_bytes": m.disk_bytes,
+                "memory_bytes": m.memory_bytes,
+                "ms_per_token": round(m.ms_per_token, 3),
+                "ppl": m.ppl if math.isfinite(m.ppl) else None,
+                "ppl_error": m.ppl_error if math.isfinite(m.ppl_error) else None,
+            }
+            for m in models
+        ],
+        "failures": failures,
+    }
+    written = [] if options.out is None else [str(options.out / "report.json"), str(options.out / "report.md")]
+    report = Report(
+        command="report",
+        data=data,
+        facts=(("text", source), ("perplexity", base.convention), ("memory and speed", "weights as served in bfloat16; decoding one sequence"), *((("written", ", ".join(written)),) if written else ())),
+        tables=(Table("Memory and perplexity", ("model", "method", "disk MB", "memory MB", "ms/token", "perplexity", "increase"), rows),),
+        failed="; ".join(failures) or None,
+    )
+    if options.out is not None:
+        fs.make_dir(options.out)
+        fs.write_bytes(options.out / "report.json", (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+        fs.write_bytes(options.out / "report.md", to_markdown(report).encode())
+    return report

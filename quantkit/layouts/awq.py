@@ -1,0 +1,58 @@
+"""AutoAWQ ``version: gemm``: 4-bit codes packed along N in an interleaved order (``formats.md`` 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import InputError
+from quantkit.geometry import Geometry
+from quantkit.layouts.base import GroupedInt
+from quantkit.ops.grouped import dequantize
+
+NIBBLE_OF_ELEMENT = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Element ``e`` of eight consecutive outputs sits in this nibble of its word."""
+
+
+def pack_words(codes: Tensor) -> Tensor:
+    """``codes [R, N]`` (0..15) -> int32 ``[R, N/8]``, eight outputs to a word, interleaved."""
+    eights = codes.reshape(codes.shape[0], -1, 8).to(torch.int64)  # [R, N/8, 8]
+    shifts = torch.tensor([4 * nibble for nibble in NIBBLE_OF_ELEMENT], dtype=torch.int64, device=codes.device)
+    return (eights << shifts).sum(-1).to(torch.int32)  # int64 -> int32 keeps the low 32 bits
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """Inverse of ``pack_words``: int32 ``[R, N/8]`` -> uint8 codes ``[R, N]``."""
+    shifts = torch.tensor([4 * nibble for nibble in NIBBLE_OF_ELEMENT], dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(-2)
+
+
+class AwqCodec:
+    """Codec of the AWQ gemm layout."""
+
+    name = "awq"
+
+    def pack(self, result: GroupedInt) -> dict[str, Tensor]:
+        if result.bits != 4:
+            raise InputError("layout awq", f"{result.bits} bits", "4")
+        parts = {
+            "qweight": pack_words(result.codes.T.contiguous()),  # [K, N/8]
+            "qzeros": pack_words(result.zeros.T.contiguous()),  # [G, N/8]
+            "scales": result.scales.T.contiguous().to(torch.float16),  # [G, N]
+        }
+        return parts if result.bias is None else {**parts, "bias": result.bias}
+
+    def unpack(self, parts: Mapping[str, Tensor], geometry: Geometry) -> GroupedInt:
+        return GroupedInt(
+            codes=unpack_words(parts["qweight"]).T.contiguous(),
+            scales=parts["scales"].T.contiguous(),
+            zeros=unpack_words(parts["qzeros"]).T.contiguous(),
+            bits=4,
+            bias=parts.get("bias"),
+        )
+
+    def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
+        result = self.unpack(parts, geometry)
+        return dequantize(result.codes, result.scales, result.zeros, dtype)

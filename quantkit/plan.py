@@ -1,0 +1,407 @@
+"""ParallelPlan: which range of each named dim a rank owns, and what that costs in bytes.
+
+Ranges are whole granules (quantization group, packed word, head, 64 vocabulary rows) and may be uneven or empty
+(``formats.md`` 9.7). Everything here is numbers from ``config.json`` and an Assignment: no file, no torch, no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+from quantkit.arch.spec import Dim, ModelSpec
+from quantkit.errors import InputError
+from quantkit.geometry import DTYPE_BYTES, LAYOUTS, Geometry
+from quantkit.scheme import Assignment, LinearScheme
+
+VOCAB_GRANULE = 64
+"""The vocabulary is padded with zero rows to a multiple of this, and cut in pieces of this (``formats.md`` 9.9)."""
+TILE = 16
+"""Where a dim allows it, granules are grown to this many elements: matrix kernels work on tiles of 16."""
+MAX_TP = 1024
+COLUMN, ROW, GATHER = "column", "row", "gather"
+EMBEDDING, HEAD = "embedding", "head"
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlan:
+    """Ranges of every named dim for ``tp`` ranks, and how each linear is cut.
+
+    ``dims`` are the model's, with vocab padded; ``vocab`` is its true size. ``ranges`` count in units of the dim (heads,
+    channels, rows). ``roles`` gives each role's (out, in) dims. ``modes``: "column" cuts N, the output stays cut; "row"
+    cuts K, outputs are summed; "gather" gathers the input, cuts N by "hidden", and gathers the output.
+    """
+
+    tp: int
+    vocab: int
+    dims: Mapping[str, Dim]
+    ranges: Mapping[str, tuple[range, ...]]
+    roles: Mapping[str, tuple[str, str]]
+    modes: Mapping[str, str]
+
+    def elements(self, dim: str, rank: int) -> range:
+        """What ``rank`` owns of ``dim``, in elements. The end of vocab may lie in the padding."""
+        width, owned = self.dims[dim].width, self.ranges[dim][rank]
+        return range(owned.start * width, owned.stop * width)
+
+    def sizes(self, dim: str) -> tuple[int, ...]:
+        """Elements of ``dim`` per rank, in rank order: the sizes of an all-gather."""
+        return tuple(len(self.elements(dim, rank)) for rank in range(self.tp))
+
+    def cut(self, role: str, rank: int) -> tuple[range, range]:
+        """The elements of N and of K of linear ``role`` (or "embedding", "head") that ``rank`` stores."""
+        out, inp = self.roles[role]
+        n, k = range(self.dims[out].elements), range(self.dims[inp].elements)
+        if self.modes[role] == ROW:
+            return n, self.elements(inp, rank)
+        return self.elements(out, rank), k
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, for a manifest."""
+        return {
+            "tp": self.tp,
+            "vocab": self.vocab,
+            "dims": {name: [dim.size, dim.width] for name, dim in sorted(self.dims.items())},
+            "ranges": {name: [[r.start, r.stop] for r in ranges] for name, ranges in sorted(self.ranges.items())},
+            "roles": {role: list(dims) for role, dims in sorted(self.roles.items())},
+            "modes": dict(sorted(self.modes.items())),
+        }
+
+    @staticmethod
+    def from_json(data: Any, where: str = "quantkit.json: plan") -> ParallelPlan:
+        """Read a stored plan back. Raises InputError when it is not a plan, or its ranges do not cover each dim once."""
+        try:
+            plan = ParallelPlan(
+                tp=_whole(data["tp"]),
+                vocab=_whole(data["vocab"]),
+                dims=MappingProxyType({str(name): Dim(_whole(size), _whole(width)) for name, (size, width) in data["dims"].items()}),
+                ranges=MappingProxyType(
+                    {str(name): tuple(range(_whole(a), _whole(b)) for a, b in ranges) for name, ranges in data["ranges"].items()}
+                ),
+                roles=MappingProxyType({str(role): (str(out), str(inp)) for role, (out, inp) in data["roles"].items()}),
+                modes=MappingProxyType({str(role): str(mode) for role, mode in data["modes"].items()}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise InputError(where, f"is not a plan ({type(exc).__name__}: {exc})", "tp, vocab, dims, ranges, roles and modes") from exc
+        _check_cover(plan, where)
+        return plan
+
+    def check(self, spec: ModelSpec, assignment: Assignment, *, dtype: str, where: str = "quantkit.json: plan") -> None:
+        """Raise InputError unless this plan is for ``spec``, and cuts no linear of ``assignment`` inside a granule."""
+        if dict(self.dims) != _plan_dims(spec) or dict(self.roles) != _plan_roles(spec) or self.vocab != spec.dims["vocab"].size:
+            raise InputError(where, "is for a model of other dims or linears", "the plan of the config.json beside it")
+        for (role, _), (path, geometry) in _distinct(spec, assignment, dtype).items():
+            for rank in range(self.tp):
+                try:
+                    geometry.cut(*self.cut(role, rank))
+                except InputError as exc:
+                    raise InputError(where, f"rank {rank}: {path}: {exc.what}", exc.expected) from exc
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1 << 40:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _plan_dims(spec: ModelSpec) -> dict[str, Dim]:
+    vocab = spec.dims["vocab"].size
+    return {**spec.dims, "vocab": Dim(math.ceil(vocab / VOCAB_GRANULE) * VOCAB_GRANULE)}
+
+
+def _plan_roles(spec: ModelSpec) -> dict[str, tuple[str, str]]:
+    blocks = {role: (linear.out, linear.inp) for role, linear in spec.linears.items()}
+    return {**blocks, EMBEDDING: ("vocab", "hidden"), HEAD: ("vocab", "hidden")}
+
+
+def _check_cover(plan: ParallelPlan, where: str) -> None:
+    if not 1 <= plan.tp <= MAX_TP:
+        raise InputError(where, f"tp is {plan.tp}", f"1 to {MAX_TP}")
+    used = {plan.roles[role][1] if mode == ROW else plan.roles[role][0] for role, mode in plan.modes.items() if role in plan.roles}
+    if set(plan.modes) != set(plan.roles) or not set(plan.modes.values()) <= {COLUMN, ROW, GATHER}:
+        raise InputError(
+            where, "has a linear without a mode, or an unknown mode", f"{COLUMN}, {ROW} or {GATHER} for each of {sorted(plan.roles)}"
+        )
+    if {dim for pair in plan.roles.values() for dim in pair} - set(plan.dims) or not used <= set(plan.ranges) <= set(plan.dims):
+        raise InputError(where, "has a dim without a size or without ranges", "both for every dim that is cut")
+    if not 0 <= plan.dims["vocab"].size - plan.vocab < VOCAB_GRANULE:
+        raise InputError(
+            where, f"vocab {plan.vocab} padded to {plan.dims['vocab'].size}", f"padding to the next multiple of {VOCAB_GRANULE}"
+        )
+    for name, ranges in plan.ranges.items():
+        if len(ranges) != plan.tp:
+            raise InputError(where, f"{len(ranges)} ranges of {name} for {plan.tp} ranks", "one each")
+        if name == "kv_heads":
+            continue
+        stops = [0, *(r.stop for r in ranges)]
+        if (
+            any(r.start != stop for r, stop in zip(ranges, stops, strict=False))
+            or stops != sorted(stops)
+            or stops[-1] != plan.dims[name].size
+        ):
+            raise InputError(where, f"the ranges of {name} do not cover 0:{plan.dims[name].size} once, in rank order", "adjoining ranges")
+    if "kv_heads" in plan.dims:
+        heads, kv = plan.dims["heads"].size, plan.dims["kv_heads"].size
+        if not kv or heads % kv:
+            raise InputError(where, f"{heads} heads share {kv} KV heads", "a divisor")
+        for rank, owned in enumerate(plan.ranges["heads"]):
+            held, right = plan.ranges["kv_heads"][rank], _kv_of(owned, heads // kv)
+            if (held.start, held.stop) != (right.start, right.stop):
+                raise InputError(where, f"rank {rank} does not hold the KV heads of its query heads", f"{right.start}:{right.stop}")
+
+
+def _kv_of(heads: range, group: int) -> range:
+    """The KV heads that query heads ``heads`` read, ``group`` query heads to each."""
+    start = heads.start // group
+    return range(start, math.ceil(heads.stop / group) if heads else start)
+
+
+def _deal(units: int, ranks: int, unit: int = 1, first: int = 0) -> tuple[range, ...]:
+    """``units`` granules of ``unit`` dealt to ``ranks`` in order, the first ranks getting one more; from ``first`` on."""
+    base, extra = divmod(units, ranks)
+    stops = [first + unit * (rank * base + min(rank, extra)) for rank in range(ranks + 1)]
+    return tuple(range(a, b) for a, b in pairwise(stops))
+
+
+def linear_geometry(path: str, n: int, k: int, scheme: LinearScheme, *, dtype: str, bias: bool) -> Geometry:
+    """The geometry of the linear at ``path``, whole. Raises InputError naming it, the numbers and the remedy."""
+    if scheme.layout not in LAYOUTS:
+        raise InputError(path, f"layout {scheme.layout!r}", f"one of {', '.join(LAYOUTS)}")
+    try:
+        return LAYOUTS[scheme.layout](n, k, dtype=dtype, bias=bias, group_size=scheme.group_size)
+    except InputError as exc:
+        fits = [g for g in (128, 64, 32) if k % g == 0]
+        hint = f"--group-size {fits[0]} divides {k}" if fits and n % 8 == 0 else f"keep it in floats: --override '{path}:keep'"
+        raise InputError(path, exc.what, exc.expected, hint) from exc
+
+
+def block_geometries(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Iterable[tuple[str, str, Geometry]]:
+    """(role, module path, whole geometry) of every linear of every block, in order; ``dtype`` of floats kept as they are.
+
+    Raises InputError for a linear that the assignment lacks or whose shape its layout cannot hold.
+    """
+    known: dict[tuple[str, LinearScheme], Geometry] = {}
+    for layer in range(spec.layers):
+        for role, path in spec.block_linears(layer).items():
+            if path not in assignment:
+                raise InputError(path, "the assignment does not say how it is stored", "a scheme for every linear")
+            key = role, assignment[path]
+            if key not in known:
+                n, k = spec.linear_shape(role)
+                known[key] = linear_geometry(path, n, k, assignment[path], dtype=dtype, bias=bool(spec.linears[role].bias))
+            yield role, path, known[key]
+
+
+def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geometry:
+    """The head, its rows padded. Raises InputError when it is quantized and the vocabulary would need padding."""
+    rows, hidden = _plan_dims(spec)["vocab"].size, spec.dims["hidden"].elements
+    name = spec.architecture.head
+    if name not in assignment:
+        raise InputError(name, "the assignment does not say how it is stored", "a scheme for every linear")
+    if assignment[name].layout != "plain" and rows != spec.dims["vocab"].size:
+        raise InputError(
+            name,
+            f"is quantized, and its {spec.dims['vocab'].size} rows are no multiple of {VOCAB_GRANULE}",
+            "a head in floats, which can be padded",
+            f"quantize with --override '{name}:keep'",
+        )
+    return linear_geometry(name, rows, hidden, assignment[name], dtype=dtype, bias=False)
+
+
+def _distinct(spec: ModelSpec, assignment: Assignment, dtype: str) -> dict[tuple[str, Geometry], tuple[str, Geometry]]:
+    """Each different (role, geometry) once, with the path of the first linear that has it; the head under "head"."""
+    found: dict[tuple[str, Geometry], tuple[str, Geometry]] = {}
+    for role, path, geometry in block_geometries(spec, assignment, dtype=dtype):
+        found.setdefault((role, geometry), (path, geometry))
+    if not spec.tied:
+        geometry = head_geometry(spec, assignment, dtype=dtype)
+        found[HEAD, geometry] = spec.architecture.head, geometry
+    return found
+
+
+def make_plan(spec: ModelSpec, assignment: Assignment, tp: int, *, dtype: str) -> ParallelPlan:
+    """Deal every dim of ``spec`` to ``tp`` ranks (``formats.md`` 9.7 to 9.9); the same arguments give the same plan.
+
+    ``dtype`` (safetensors name) is that of the tensors kept as they are. Raises InputError naming the layer, the numbers
+    and the remedy when a linear can be cut nowhere.
+    """
+    if not 1 <= tp <= MAX_TP:
+        raise InputError("--tp", f"is {tp}", f"1 to {MAX_TP}")
+    distinct = _distinct(spec, assignment, dtype)
+    roles = _plan_roles(spec)
+
+    def granule(dim: str, wanted: Iterable[str]) -> int:
+        names = set(wanted)
+        return math.lcm(*(geometry.granule(dim) for role, geometry in distinct if role in names))
+
+    def producers(name: str) -> list[str]:
+        return [role for role in spec.linears if roles[role][0] == name]
+
+    def consumers(name: str) -> list[str]:
+        return [role for role in spec.linears if roles[role][1] == name]
+
+    dims = _plan_dims(spec)
+    modes = dict.fromkeys(roles, COLUMN)
+    ranges = {"vocab": _deal(dims["vocab"].size // VOCAB_GRANULE, tp, VOCAB_GRANULE)}
+    heads, kv_heads = dims["heads"], dims["kv_heads"]
+    q_unit = _units_on(granule("N", producers("heads")), heads.width)
+    kv_unit = _units_on(granule("N", producers("kv_heads")), kv_heads.width)
+    o_granule = granule("K", consumers("heads"))
+    ranges["heads"] = _deal_heads(spec, tp, q_unit, kv_unit, _units_on(o_granule, heads.width))
+    ranges["kv_heads"] = tuple(_kv_of(owned, heads.size // kv_heads.size) for owned in ranges["heads"])
+    down_granule = granule("K", consumers("ffn"))
+    ffn_n = granule("N", producers("ffn"))
+    whole = _unit(dims["ffn"].size, math.lcm(ffn_n, down_granule), tp)
+    cut_ffn_k = dims["ffn"].size // whole >= tp
+    unit = whole if cut_ffn_k else _unit(dims["ffn"].size, ffn_n, tp)
+    ranges["ffn"] = _deal(dims["ffn"].size // unit, tp, unit)
+    on_granule = all(owned.start * heads.width % o_granule == 0 for owned in ranges["heads"] if owned)
+    cut_heads_k = on_granule and heads.elements // o_granule >= tp
+    modes |= dict.fromkeys(consumers("heads"), ROW if tp == 1 or cut_heads_k else GATHER)
+    modes |= dict.fromkeys(consumers("ffn"), ROW if tp == 1 or cut_ffn_k else GATHER)
+    gathered = [role for role, mode in modes.items() if mode == GATHER]
+    if gathered:
+        unit = _unit(dims["hidden"].size, granule("N", gathered), tp)
+        ranges["hidden"] = _deal(dims["hidden"].size // unit, tp, unit)
+    plan = ParallelPlan(
+        tp=tp,
+        vocab=spec.dims["vocab"].size,
+        dims=MappingProxyType(dims),
+        ranges=MappingProxyType(ranges),
+        roles=MappingProxyType(roles),
+        modes=MappingProxyType(modes),
+    )
+    plan.check(spec, assignment, dtype=dtype, where="plan")
+    return plan
+
+
+def _units_on(granule: int, width: int) -> int:
+    """The fewest units of ``width`` elements whose end lies on a granule."""
+    return granule // math.gcd(granule, width)
+
+
+def _unit(size: int, granule: int, tp: int) -> int:
+    """The elements to deal at once: whole granules, grown to TILE where every rank still gets some."""
+    tiled = math.lcm(granule, TILE)
+    return tiled if size % tiled == 0 and size // tiled >= tp else granule
+
+
+def _deal_heads(spec: ModelSpec, tp: int, q_unit: int, kv_unit: int, o_unit: int) -> tuple[range, ...]:
+    """Query heads per rank: whole KV groups while there are enough, else each KV head's query heads among its own ranks.
+
+    The units count heads: cuts of q, of k and v, and of o fall on a granule at multiples of them. o's is met where every
+    rank can still be served; the others always.
+    """
+    heads, kv = spec.dims["heads"].size, spec.dims["kv_heads"].size
+    group = heads // kv
+    least = math.lcm(kv_unit, q_unit // math.gcd(q_unit, group))
+    wanted = math.lcm(least, o_unit // math.gcd(o_unit, group))
+    for bundle in (wanted, least):
+        if tp <= kv // bundle:
+            return _deal(kv // bundle, tp, bundle * group)
+    if least > 1:
+        raise InputError(
+            spec.tensor(0, spec.linears["k"].name),
+            f"{kv} KV heads of {spec.head_dim} are cut every {least} heads (packed words), which serves {kv // least} ranks, not {tp}",
+            f"--tp {kv // least} or less",
+            "or keep q_proj, k_proj and v_proj in floats: --override 'self_attn\\.[qkv]_proj:keep'",
+        )
+    share = math.lcm(q_unit, o_unit)
+    if group % share or group // share < math.ceil(tp / kv):
+        share = q_unit
+    counts = [len(ranks) for ranks in _deal(tp, kv)]
+    return tuple(owned for head, ranks in enumerate(counts) for owned in _deal(group // share, ranks, share, head * group))
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes that one rank holds: exact sizes of stored tensors, and KV bytes per token of context."""
+
+    linears: int
+    vocabulary: int
+    """Embedding and head (once when tied), pad rows included."""
+    norms: int
+    kv_per_token: int
+
+    @property
+    def weights(self) -> int:
+        return self.linears + self.vocabulary + self.norms
+
+
+def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, dtype: str, kv_dtype: str) -> tuple[RankMemory, ...]:
+    """Bytes per rank by geometry, with kept tensors in ``dtype`` and the KV cache in ``kv_dtype`` (safetensors names)."""
+    widths = {"hidden": spec.dims["hidden"].elements, "head": spec.head_dim}
+    norm_elements = spec.layers * sum(widths[norm.width] for norm in spec.norms.values()) + widths["hidden"]
+    embedding = LAYOUTS["plain"](plan.dims["vocab"].size, widths["hidden"], dtype=dtype)
+    tables = [embedding] if spec.tied else [embedding, head_geometry(spec, assignment, dtype=dtype)]
+    counts: dict[tuple[str, Geometry], int] = {}
+    for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):
+        counts[role, geometry] = counts.get((role, geometry), 0) + 1
+    return tuple(
+        RankMemory(
+            linears=sum(count * geometry.cut(*plan.cut(role, rank)).total_bytes for (role, geometry), count in counts.items()),
+            vocabulary=sum(table.cut(*plan.cut(HEAD, rank)).total_bytes for table in tables),
+            norms=norm_elements * DTYPE_BYTES[dtype],
+            kv_per_token=2 * spec.layers * len(plan.elements("kv_heads", rank)) * DTYPE_BYTES[kv_dtype],
+        )
+        for rank in range(plan.tp)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a runtime cannot cut a model: the layer, the numbers, and what to do."""
+
+    where: str
+    what: str
+    remedy: str
+
+
+def equal_split_obstacles(spec: ModelSpec, assignment: Assignment, tp: int, *, dtype: str) -> tuple[Obstacle, ...]:
+    """What keeps a runtime that cuts every dim into ``tp`` equal pieces (vLLM, SGLang) from it; empty: nothing.
+
+    Source: ``formats.md`` section 10. Each kind of obstacle is named once, at the first layer that has it.
+    """
+    heads, kv, rows = spec.dims["heads"].size, spec.dims["kv_heads"].size, _plan_dims(spec)["vocab"].size
+    found: dict[tuple[str, str], Obstacle] = {}
+    if heads % tp:
+        found["attention", "heads"] = Obstacle("attention", f"{heads} heads / {tp} ranks is not whole", _divisors(heads))
+    if tp <= kv and kv % tp:
+        found["attention", "kv"] = Obstacle("attention", f"{kv} KV heads / {tp} ranks is not whole", _divisors(kv))
+    if tp > kv and tp % kv:
+        found["attention", "kv"] = Obstacle("attention", f"{tp} ranks / {kv} KV heads is not whole", f"--tp a multiple of {kv}")
+    if rows % tp:
+        name = spec.architecture.embedding
+        found[EMBEDDING, name] = Obstacle(name, f"{rows} vocabulary rows / {tp} ranks is not whole", _divisors(rows))
+    for layer in range(spec.layers):
+        for role, path in spec.block_linears(layer).items():
+            n, k = spec.linear_shape(role)
+            try:
+                geometry = linear_geometry(path, n, k, assignment[path], dtype=dtype, bias=False)
+            except InputError as exc:
+                found.setdefault((role, exc.what), Obstacle(path, exc.what, exc.hint or ""))
+                continue
+            row = spec.linears[role].inp != "hidden"
+            dim, size = ("K", k) if row else ("N", n)
+            step = geometry.granule(dim)
+            if size % (tp * step):
+                what = f"{dim} = {size} / {tp} ranks is no multiple of {step}"
+                remedy = _remedy(spec.linears[role].inp if row else spec.linears[role].out, size, step, tp)
+                found.setdefault((role, what), Obstacle(path, what, remedy))
+    return tuple(found.values())
+
+
+def _divisors(size: int) -> str:
+    return "--tp " + ", ".join(str(tp) for tp in (1, 2, 3, 4, 5, 6, 7, 8) if size % tp == 0)
+
+
+def _remedy(dim: str, size: int, step: int, tp: int) -> str:
+    group = next((g for g in (128, 64, 32) if g < step and size % (tp * g) == 0), None)
+    smaller = f"--group-size {group}, or " if group else ""
+    if dim != "ffn":
+        return f"{smaller}a smaller --tp"
+    return f"{smaller}pad intermediate_size to {math.ceil(size / (tp * step)) * tp * step} with zeros"
