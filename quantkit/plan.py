@@ -389,7 +389,7 @@ def equal_split_obstacles(spec: ModelSpec, assignment: Assignment, tp: int, *, d
             dim, size = ("K", k) if row else ("N", n)
             step = geometry.granule(dim)
             if size % (tp * step):
-                what = f"{dim} = {size} / {tp} ranks is no multiple of {step}"
+                what = f"{dim} = {size} / {tp} ranks is " + ("not whole" if step == 1 else f"no multiple of {step}")
                 remedy = _remedy(spec.linears[role].inp if row else spec.linears[role].out, size, step, tp)
                 found.setdefault((role, what), Obstacle(path, what, remedy))
     return tuple(found.values())

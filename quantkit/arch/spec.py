@@ -145,9 +145,7 @@ class ModelSpec:
         return self.dims[linear.out].elements, self.dims[linear.inp].elements
 
 
-ACTIVATIONS = MappingProxyType(
-    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
-)
+ACTIVATIONS = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"})
 ROPE_KINDS = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
 MAX_LAYERS = 1024
 
@@ -171,8 +169,13 @@ def _rope(raw: Mapping[str, Any], theta: float, config: Mapping[str, Any]) -> Ro
     kind = {"su": "longrope", None: "default"}.get(kind, kind)
     if kind not in ROPE_KINDS:
         raise InputError("config.json: rope scaling", f"kind {kind!r}", f"one of {', '.join(sorted(ROPE_KINDS))}")
+    partial = raw.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise InputError("config.json: partial_rotary_factor", f"is {partial!r}", "1: these architectures rotate whole heads")
     parameters = dict(raw)
-    parameters.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    original = config.get("original_max_position_embeddings")
+    if original is not None:  # beside rope_parameters it wins, as in transformers
+        parameters["original_max_position_embeddings"] = original
     return Rope(theta=float(raw.get("rope_theta", theta)), kind=kind, parameters=MappingProxyType(parameters))
 
 

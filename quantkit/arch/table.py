@@ -80,7 +80,13 @@ TABLE: tuple[Architecture, ...] = (
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
         sliding="after_max_window_layers",
-        defaults={"hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 32768},
+        defaults={
+            "hidden_act": "silu",
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
     ),
     Architecture(
         name="qwen3",
@@ -91,7 +97,14 @@ TABLE: tuple[Architecture, ...] = (
         norms=(*PRE_NORMS, *QK_NORMS),
         scale_groups=SCALE_GROUPS,
         sliding="after_max_window_layers",
-        defaults={"hidden_act": "silu", "head_dim": 128, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 32768},
+        defaults={
+            "hidden_act": "silu",
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
     ),
     Architecture(
         name="gemma3",
@@ -132,5 +145,7 @@ def spec_for(config: Mapping[str, Any]) -> ModelSpec:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
-        raise InputError("config.json: model_type", f"{model_type!r} is not in the architecture table", f"one of {', '.join(BY_MODEL_TYPE)}")
+        raise InputError(
+            "config.json: model_type", f"{model_type!r} is not in the architecture table", f"one of {', '.join(BY_MODEL_TYPE)}"
+        )
     return resolve_spec(BY_MODEL_TYPE[model_type], config)

@@ -1,0 +1,271 @@
+"""``quantkit plan``: who owns what on N ranks, what it costs, and whether it fits; from ``config.json`` alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.errors import InputError
+from quantkit.plan import (
+    Obstacle,
+    ParallelPlan,
+    RankMemory,
+    block_geometries,
+    equal_split_obstacles,
+    make_plan,
+    rank_memory,
+)
+from quantkit.progress import Progress, silent
+from quantkit.report import Report, Table
+from quantkit.scheme import KEEP, Assignment, LinearScheme, assignment_from_config, assignment_to_json
+
+UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
+    f"{letter}{tail}": base**power for power, letter in enumerate("KMGT", start=1) for tail, base in (("B", 1000), ("iB", 1024), ("", 1000))
+}
+RESERVE = 0.10
+"""Part of a GPU's memory left to activations and the runtime itself: an estimate, and named so where it is shown."""
+CONFIG_LIMIT = 16 << 20
+FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+METHOD_LAYOUTS = {"rtn": "awq", "awq": "awq"}
+"""What ``quantize`` writes by default for each built-in method."""
+EQUAL_SPLIT = "equal split (vLLM, SGLang)"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Options of ``quantkit plan``. ``path`` may also be a ``config.json`` or a directory with nothing else in it.
+
+    With ``method`` the linears are planned as if quantized that way. ``gpu_memory`` is per rank: ``24GiB``, ``24GB`` or bytes.
+    """
+
+    path: str
+    tp: int
+    method: str | None = None
+    bits: int = 4
+    group_size: int = 128
+    gpu_memory: str | None = None
+    max_model_len: int | None = None
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Bytes of ``24GiB`` (1024-based), ``24GB`` (1000-based) or a plain number. Raises InputError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]{0,3})\s*", text)
+    unit = next((size for name, size in UNITS.items() if match and name.lower() == match[2].lower()), None)
+    if match is None or unit is None or int(float(match[1]) * unit) <= 0:
+        raise InputError(where, f"{text!r} is not a size", "a number with KiB, MiB, GiB, KB, MB, GB or no unit, such as 24GiB")
+    return int(float(match[1]) * unit)
+
+
+def human(nbytes: int) -> str:
+    """``nbytes`` as a person reads it, in 1024-based units."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What the path says: facts, how linears are stored now, and the dtype of what is kept."""
+
+    spec: ModelSpec
+    assignment: Assignment
+    dtype: str
+    dtype_source: str
+
+
+def _bare_config(path: Path) -> dict[str, Any] | None:
+    """The configuration when ``path`` is a ``config.json``, or a directory that holds no weights; else None."""
+    if path.is_dir():
+        holds = any(child.suffix in (".safetensors", ".gguf", ".bin") for child in path.iterdir())
+        path = path / "config.json"
+        if holds or not path.is_file():
+            return None
+    elif path.suffix != ".json" or not path.is_file():
+        return None
+    if path.stat().st_size > CONFIG_LIMIT:
+        raise InputError(str(path), f"is {path.stat().st_size} bytes long", f"at most {CONFIG_LIMIT}")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        raise InputError(str(path), f"is not JSON ({exc})", "a config.json") from exc
+    if not isinstance(config, dict):
+        raise InputError(str(path), f"holds {type(config).__name__}", "a JSON object")
+    return config
+
+
+def _kept(spec: ModelSpec, config: Mapping[str, Any]) -> set[str]:
+    """Linears that a bare ``quantization_config`` leaves in floats (``formats.md`` 3.5: entries match as substrings)."""
+    quant = config.get("quantization_config") or {}
+    patterns = [p for p in quant.get("modules_to_not_convert") or [] if isinstance(p, str)]
+    return {name for name in spec.all_linears() if name == spec.architecture.head or any(p in name for p in patterns)}
+
+
+def _read(options: PlanOptions) -> _Model:
+    config = _bare_config(Path(options.path))
+    if config is not None:
+        spec = spec_for(config)
+        kept = _kept(spec, config)
+        names: set[str] = {f"{name}.qweight" for name in spec.all_linears() if name not in kept}
+        stored = None
+    else:
+        checkpoint = open_checkpoint(options.path)
+        config, spec, names = dict(checkpoint.config), spec_for(checkpoint.config), set(checkpoint.tensors)
+        table = f"{spec.architecture.embedding}.weight"
+        stored = checkpoint.dtype(table) if checkpoint.kind == "hf" and table in checkpoint.tensors else None
+    declared = FLOAT_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    dtype = stored or declared or "BF16"
+    source = "the embedding's" if stored else "config.json" if declared else "assumed"
+    return _Model(spec, assignment_from_config(config, spec.all_linears(), names), dtype, source)
+
+
+def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
+    if options.method is None:
+        return model.assignment
+    if any(scheme != KEEP for scheme in model.assignment.values()):
+        raise InputError("--method", f"{options.path} is already quantized", "an unquantized model, or no --method")
+    if options.method not in METHOD_LAYOUTS:
+        raise InputError("--method", f"{options.method!r} has no layout to plan with", f"one of {', '.join(METHOD_LAYOUTS)}")
+    layout = METHOD_LAYOUTS[options.method]
+    if options.bits != 4:
+        raise InputError("--bits", f"{options.bits} bits in the {layout} layout", "4")
+    scheme = LinearScheme(options.method, layout, options.bits, options.group_size)
+    return {name: KEEP if name == model.spec.architecture.head else scheme for name in model.assignment}
+
+
+def ranges_table(plan: ParallelPlan, rank_bytes: tuple[int, ...]) -> Table:
+    """Who owns what: one row per rank, each dim as ``start:stop`` in its units."""
+    dims = [dim for dim in ("heads", "kv_heads", "ffn", "hidden", "vocab") if dim in plan.ranges]
+    rows = tuple(
+        (rank, *(f"{plan.ranges[dim][rank].start}:{plan.ranges[dim][rank].stop}" for dim in dims), human(rank_bytes[rank]))
+        for rank in range(plan.tp)
+    )
+    return Table("Ranges per rank", ("rank", *dims, "weights"), rows)
+
+
+def mode_facts(plan: ParallelPlan) -> tuple[tuple[str, str], ...]:
+    """What is unusual about a plan, for a person: replicated KV heads, gathered linears, padding, ranks that own nothing."""
+    facts = []
+    copies = sum(len(r) for r in plan.ranges["kv_heads"]) - plan.dims["kv_heads"].size
+    if copies:
+        facts.append(("KV heads", f"{plan.dims['kv_heads'].size}, with {copies} copies so that every rank's query heads have theirs"))
+    gathered = sorted(role for role, mode in plan.modes.items() if mode == "gather")
+    if gathered:
+        facts.append(("gathered", f"{', '.join(gathered)}: fewer or other granules than ranks, so cut on the output"))
+    idle = [str(rank) for rank, owned in enumerate(plan.ranges["heads"]) if not owned]
+    if idle:
+        facts.append(("without heads", f"rank {', '.join(idle)}"))
+    if plan.dims["vocab"].size != plan.vocab:
+        facts.append(("vocabulary", f"{plan.vocab} rows, padded to {plan.dims['vocab'].size}"))
+    return tuple(facts)
+
+
+def _verdicts(plan: ParallelPlan, obstacles: tuple[Obstacle, ...]) -> Table:
+    even = all(len({len(r) for r in plan.ranges[dim]}) == 1 for dim in ("heads", "kv_heads", "ffn", "vocab"))
+    own = ("quantkit", "yes", "-", "even ranges" if even else "uneven ranges of whole granules", "-")
+    others = [(EQUAL_SPLIT, "no", o.where, o.what, o.remedy) for o in obstacles] or [(EQUAL_SPLIT, "yes", "-", "every cut is even", "-")]
+    return Table("Verdicts", ("runtime", "runs", "where", "why", "remedy"), (own, *others))
+
+
+def _cuts(model: _Model, assignment: Assignment, plan: ParallelPlan) -> Table:
+    rows: dict[tuple[str, int, int, int, int], None] = {}
+    for role, _, geometry in block_geometries(model.spec, assignment, dtype=model.dtype):
+        rows[role, geometry.n, geometry.k, geometry.granule("N"), geometry.granule("K")] = None
+    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((*row, plan.modes[row[0]]) for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How ``length`` tokens and the weights lie in ``limit`` bytes on every rank."""
+
+    limit: int
+    length: int
+    tokens: int
+    """Tokens whose keys and values fit beside the weights on every rank."""
+    worst: int
+    """The rank that needs most, for ``length`` tokens."""
+    needs: int
+    usable: int
+
+    @property
+    def fits(self) -> bool:
+        return self.tokens >= self.length
+
+
+def _fit(memory: tuple[RankMemory, ...], limit: int, length: int) -> _Fit:
+    usable = int(limit * (1 - RESERVE))
+    needs = [m.weights + length * m.kv_per_token for m in memory]
+    left = [(usable - m.weights) // m.kv_per_token for m in memory if m.kv_per_token]
+    tokens = 0 if any(m.weights > usable for m in memory) else min(left)
+    return _Fit(limit, length, tokens, needs.index(max(needs)), max(needs), usable)
+
+
+def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None) -> tuple[tuple[str, str], ...]:
+    name, layers = model.spec.architecture.name, model.spec.layers
+    layouts = sorted({f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in assignment.values() if s.layout != "plain"})
+    facts = [
+        ("model", f"{name}, {layers} layers, {plan.dims['heads'].size} heads, {plan.dims['kv_heads'].size} KV heads"),
+        ("linears", "; ".join(layouts) or "unquantized"),
+        ("kept tensors and KV cache", f"{model.dtype} ({model.dtype_source})"),
+        *mode_facts(plan),
+    ]
+    if fit is not None:
+        left = f"{RESERVE:.0%} of it left to activations (estimate)"
+        facts.append(("KV cache", f"{fit.tokens} tokens fit in {human(fit.limit)} per rank, {left}"))
+        facts.append(("fits", f"{'yes' if fit.fits else 'no'}, for {fit.length} tokens"))
+    return tuple(facts)
+
+
+def _memory_table(memory: tuple[RankMemory, ...], length: int) -> Table:
+    rows = tuple(
+        (rank, human(m.linears), human(m.vocabulary), human(m.norms), human(m.weights), m.kv_per_token, human(m.kv_per_token * length))
+        for rank, m in enumerate(memory)
+    )
+    return Table("Memory per rank", ("rank", "linears", "vocabulary", "norms", "weights", "KV bytes/token", f"KV, {length} tokens"), rows)
+
+
+def run(options: PlanOptions, progress: Progress = silent) -> Report:
+    """Plan ``options.path`` on ``options.tp`` ranks; the check fails when it does not fit ``gpu_memory``.
+
+    Raises InputError naming the layer, the numbers and the remedy when it cannot be cut.
+    """
+    limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory is not None else None
+    if options.max_model_len is not None and options.max_model_len < 1:
+        raise InputError("--max-model-len", f"is {options.max_model_len}", "at least 1")
+    model = _read(options)
+    assignment = _as_quantized(model, options)
+    plan = make_plan(model.spec, assignment, options.tp, dtype=model.dtype)
+    memory = rank_memory(model.spec, assignment, plan, dtype=model.dtype, kv_dtype=model.dtype)
+    obstacles = equal_split_obstacles(model.spec, assignment, options.tp, dtype=model.dtype)
+    progress("plan", 1, 1)
+    length = options.max_model_len or model.spec.max_positions
+    fit = None if limit is None else _fit(memory, limit, length)
+    failed = None
+    if fit is not None and not fit.fits:
+        needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
+        failed = f"{needs}, and may use {human(fit.usable)} of {human(fit.limit)}"
+    data = {
+        "plan": plan.to_json(),
+        "assignment": assignment_to_json(assignment),
+        "dtype": model.dtype,
+        "ranks": [{**asdict(m), "weights": m.weights} for m in memory],
+        "max_model_len": length,
+        "gpu_memory": limit,
+        "kv_tokens_that_fit": None if fit is None else fit.tokens,
+        "fits": None if fit is None else fit.fits,
+        "equal_split": {"runs": not obstacles, "obstacles": [asdict(o) for o in obstacles]},
+    }
+    tables = (
+        ranges_table(plan, tuple(m.weights for m in memory)),
+        _cuts(model, assignment, plan),
+        _memory_table(memory, length),
+        _verdicts(plan, obstacles),
+    )
+    return Report(command="plan", data=data, facts=_facts(model, assignment, plan, fit), tables=tables, failed=failed)

@@ -1,0 +1,146 @@
+"""Causal attention over flattened sequences: grouped heads, sliding windows, softcap, with and without a KV cache.
+
+Shapes: T tokens of all sequences one after the other, H query heads and KV key heads of this rank, D head_dim, t query
+tokens and S key tokens of one sequence. This module knows no weights and no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Which tokens a forward pass is over: all sequences one after the other, T in all.
+
+    ``positions [T]`` int64, each token's place in its sequence; ``lengths``, query tokens per sequence (their sum is T);
+    ``sequences``, the cache's ids of the sequences, or None without a cache.
+    """
+
+    positions: Tensor
+    lengths: tuple[int, ...]
+    sequences: tuple[int, ...] | None
+
+
+class KVCache(Protocol):
+    """Keys and values of earlier tokens. Every block of every rank calls it once per sequence and pass, in order."""
+
+    def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``k``, ``v [t, KV, D]`` (KV of this rank, may be 0); return all of the sequence so far: two ``[S, KV, D]``.
+
+        A cache of a sliding layer may leave out tokens that no query of this call can see.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The facts of one layer's attention. ``kv_index`` gives each query head's key head where they are not equal groups."""
+
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    kv_index: tuple[int, ...] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: KVCache | None, layer: int) -> Tensor:
+        """``q [T, H, D]``, ``k``, ``v [T, KV, D]`` -> ``[T, H * D]``."""
+        if cache is None:
+            parts = [self._heads(*run) for run in _runs(q, k, v, batch.lengths)]
+        else:
+            assert batch.sequences is not None
+            parts = [self._cached(q, k, v, start, length, cache, layer, sequence) for start, length, sequence in _spans(batch)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else q.new_empty(0, q.shape[1] * self.head_dim)
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, start: int, length: int, cache: KVCache, layer: int, sequence: int) -> Tensor:
+        rows = slice(start, start + length)
+        keys, values = cache.update(layer, sequence, k[rows], v[rows])
+        if self.window is not None:
+            seen = max(0, keys.shape[0] - length - self.window + 1)
+            keys, values = keys[seen:], values[seen:]
+        return self._heads(q[rows].unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q [B, t, H, D]`` over ``k``, ``v [B, S, KV, D]``, the last S tokens of B sequences -> ``[B * t, H * D]``."""
+        batch, length, heads, width = q.shape
+        if not heads or not batch:
+            return q.reshape(batch * length, heads * width)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.kv_index is not None:
+            index = torch.tensor(self.kv_index, device=k.device)
+            k, v = k[:, index], v[:, index]
+        out = self._capped(q, k, v) if self.softcap is not None else self._plain(q, k, v)
+        return out.transpose(1, 2).reshape(batch * length, heads * width)
+
+    def _mask(self, length: int, keys: int, device: torch.device) -> Tensor | None:
+        """Which keys each of the last ``length`` tokens sees ``[t, S]``; None when plain causality says it all."""
+        if length == 1 or (length == keys and (self.window is None or keys <= self.window)):
+            return None
+        query = torch.arange(keys - length, keys, device=device).unsqueeze(1)
+        key = torch.arange(keys, device=device)
+        mask = key <= query
+        return mask if self.window is None else mask & (key > query - self.window)
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, length, width = q.shape
+        kv = k.shape[1]
+        if length == 1:  # the query heads of a key head are its queries: nothing is repeated
+            grouped = q.reshape(batch, kv, heads // kv, width)
+            return scaled_dot_product_attention(grouped, k, v, scale=self.scale).reshape(batch, heads, 1, width)
+        mask = self._mask(length, k.shape[2], q.device)
+        if mask is not None and heads != kv:  # with a mask, enable_gqa leaves the fast kernels
+            k, v = (x.repeat_interleave(heads // kv, 1) for x in (k, v))
+        grouped_heads = heads != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped_heads)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Scores pass through ``c * tanh(s / c)`` before the mask (Gemma 2, section 2)."""
+        assert self.softcap is not None
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.matmul(q, k.transpose(2, 3)).mul_(self.scale)
+        scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        length, keys = scores.shape[-2:]
+        if length > 1:
+            mask = self._mask(length, keys, q.device)
+            seen = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+            scores = scores.masked_fill_(~seen, float("-inf"))
+        work = torch.promote_types(scores.dtype, torch.float32)
+        return torch.matmul(scores.softmax(-1, dtype=work).to(q.dtype), v)
+
+
+def _runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Neighbouring sequences of one length as ``[B, t, heads, D]`` views: one attention call each."""
+    start = 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        rows = slice(start, start + count * length)
+        start = rows.stop
+        if length:
+            first, second, third = (x[rows].view(count, length, *x.shape[1:]) for x in (q, k, v))
+            yield first, second, third
+
+
+def _spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """``(first row, rows, cache id)`` of each sequence that has rows."""
+    start = 0
+    for length, sequence in zip(batch.lengths, batch.sequences or (), strict=True):
+        if length:
+            yield start, length, sequence
+        start += length
+
+
+def kv_index(heads: range, kv_heads: range, group: int) -> tuple[int, ...] | None:
+    """Each query head's key head among ``kv_heads`` of a rank; None when they are equal groups in order."""
+    if not heads:
+        return None
+    index = tuple(head // group - kv_heads.start for head in heads)
+    each = max(1, len(heads) // len(kv_heads))
+    return None if index == tuple(i // each for i in range(len(heads))) else index

@@ -1,0 +1,282 @@
+"""From a Checkpoint to a Decoder, a block, an embedding or a head: only the slices that this rank needs are read.
+
+Names, shapes and dtypes are compared with the spec before anything is read or allocated. This module knows no method:
+how a linear is stored comes from the assignment, where it may be cut from its geometry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.comm import Comm, Solo
+from quantkit.errors import InputError
+from quantkit.geometry import LAYOUTS, Geometry
+from quantkit.layouts.base import LinearOp
+from quantkit.layouts.plain import DenseLinear
+from quantkit.layouts.registry import load_linear
+from quantkit.model.attention import Attention, kv_index
+from quantkit.model.decoder import Block, Decoder, Embedding, Head, ParallelLinear, RmsNorm
+from quantkit.model.rope import Rotary
+from quantkit.ops.dtypes import as_tensor
+from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, linear_geometry
+from quantkit.scheme import KEEP, Assignment, assignment_from_config
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+"""Old checkpoints store the rotary frequencies, which follow from config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor as the checkpoint must hold it, and the part of it that this rank reads, then ``pad_rows`` rows of zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: frozenset[str]
+    index: tuple[slice, ...]
+    pad_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the tensors come from, and which part of each is this rank's. ``presliced``: the checkpoint holds only those."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    assignment: Assignment
+    plan: ParallelPlan | None
+    rank: int
+    presliced: bool
+
+    def _part(self, name: str, whole: tuple[int, ...], dtypes: frozenset[str], index: tuple[slice, ...]) -> _Stored:
+        """``index`` of a tensor of shape ``whole``; in a rank's own file the tensor is that part already."""
+        if not self.presliced:
+            return _Stored(name, whole, dtypes, index)
+        cut = tuple(s.stop - s.start for s in index)
+        return _Stored(name, cut, dtypes, tuple(slice(0, size) for size in cut))
+
+    def _cut(self, role: str, n: int, k: int) -> tuple[range, range]:
+        return (range(n), range(k)) if self.plan is None else self.plan.cut(role, self.rank)
+
+    def norm(self, module: str, width: str) -> _Stored:
+        """The weight of a norm of ``width`` "hidden" or "head": whole on every rank."""
+        size = self.spec.head_dim if width == "head" else self.spec.dims["hidden"].elements
+        return self._part(f"{module}.weight", (size,), FLOATS, (slice(0, size),))
+
+    def linear(self, path: str, role: str) -> tuple[Geometry, dict[str, _Stored]]:
+        """The rank's geometry of a block's linear, and its stored parts by suffix."""
+        return self._linear(path, role, *self.spec.linear_shape(role), bool(self.spec.linears[role].bias))
+
+    def _linear(self, path: str, role: str, n: int, k: int, bias: bool) -> tuple[Geometry, dict[str, _Stored]]:
+        whole = linear_geometry(path, n, k, self.assignment.get(path, KEEP), dtype="BF16", bias=bias)
+        cut = self._cut(role, n, k)
+        parts = {}
+        for part in whole.parts:
+            # What is kept in floats may be of any float dtype: BF16 above stands for all of them.
+            dtypes = FLOATS if part.suffix == "bias" or whole.layout == "plain" else frozenset({part.dtype})
+            parts[part.suffix] = self._part(f"{path}.{part.suffix}", whole.shape(part), dtypes, whole.slices(part, *cut))
+        return whole.cut(*cut), parts
+
+    def vocabulary(self, module: str, role: str) -> _Stored:
+        """Rows of an embedding or a head in floats: the plan's rows, of which the last may lie past the true vocabulary."""
+        name, vocab, hidden = f"{module}.weight", self.spec.dims["vocab"].elements, self.spec.dims["hidden"].elements
+        rows, _ = self._cut(role, vocab, hidden)
+        if self.presliced:
+            return _Stored(name, (len(rows), hidden), FLOATS, (slice(0, len(rows)), slice(0, hidden)))
+        start, stop = min(rows.start, vocab), min(rows.stop, vocab)
+        index = (slice(start, stop), slice(0, hidden))
+        return _Stored(name, (vocab, hidden), FLOATS, index, len(rows) - (stop - start))
+
+    def head(self) -> tuple[Geometry, dict[str, _Stored]]:
+        """The rank's rows of a head of its own (not tied)."""
+        name, hidden = self.spec.architecture.head, self.spec.dims["hidden"].elements
+        if self.assignment.get(name, KEEP).layout != "plain":
+            return self._linear(name, HEAD, self.spec.dims["vocab"].elements, hidden, False)
+        weight = self.vocabulary(name, HEAD)
+        rows = weight.index[0].stop - weight.index[0].start + weight.pad_rows
+        return LAYOUTS["plain"](rows, hidden, dtype="BF16"), {"weight": weight}
+
+    def block(self, layer: int) -> Iterator[_Stored]:
+        """Every tensor of a block."""
+        for norm in self.spec.norms.values():
+            yield self.norm(self.spec.tensor(layer, norm.name), norm.width)
+        for role, path in self.spec.block_linears(layer).items():
+            yield from self.linear(path, role)[1].values()
+
+    def everything(self) -> Iterator[_Stored]:
+        """Every tensor of the model."""
+        arch = self.spec.architecture
+        yield self.vocabulary(arch.embedding, EMBEDDING)
+        for layer in range(self.spec.layers):
+            yield from self.block(layer)
+        yield self.norm(arch.final_norm, "hidden")
+        if not self.spec.tied:
+            yield from self.head()[1].values()
+
+
+def _require(checkpoint: Checkpoint, want: _Stored) -> None:
+    """Raise InputError when a tensor is missing, of another shape or of a wrong dtype."""
+    if want.name not in checkpoint.tensors:
+        raise InputError(want.name, "is missing from the checkpoint", f"a tensor of shape {list(want.shape)}")
+    stored = tuple(checkpoint.tensors[want.name].shape)
+    if stored != want.shape:
+        raise InputError(want.name, f"has shape {list(stored)}", f"{list(want.shape)} from config.json")
+    dtype = checkpoint.dtype(want.name)
+    if dtype not in want.dtypes:
+        raise InputError(want.name, f"is {dtype}", " or ".join(sorted(want.dtypes)))
+
+
+def _check(source: _Source) -> None:
+    """Raise InputError for the first tensor that does not fit, or that nothing would use: the model would not be the one stored."""
+    known, arch = set(), source.spec.architecture
+    for want in source.everything():
+        _require(source.checkpoint, want)
+        known.add(want.name)
+    tied = f"{arch.head}.weight" if source.spec.tied else ""
+    for name in source.checkpoint.tensors:
+        if name not in known and name != tied and not name.endswith(IGNORED_SUFFIX):
+            raise InputError(name, f"is no tensor of a {arch.name} model as config.json describes it", "only tensors that the model uses")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """What the tensors of a source become: modules in ``dtype`` on ``device``."""
+
+    source: _Source
+    dtype: torch.dtype
+    device: str
+    comm: Comm
+    parity: bool
+
+    def read(self, want: _Stored) -> Tensor:
+        """The rank's part of a stored tensor, in its stored dtype, on the CPU."""
+        checkpoint = self.source.checkpoint
+        _require(checkpoint, want)
+        value = as_tensor(checkpoint.read(want.name, want.index), checkpoint.dtype(want.name))
+        if want.pad_rows:
+            value = torch.cat([value, value.new_zeros(want.pad_rows, *value.shape[1:])])
+        return value
+
+    def _op(self, geometry: Geometry, parts: dict[str, _Stored]) -> LinearOp:
+        read = {suffix: self.read(part) for suffix, part in parts.items()}
+        return load_linear(geometry, read, dtype=self.dtype, device=self.device, parity=self.parity)
+
+    def norm(self, module: str, width: str) -> RmsNorm:
+        weight = self.read(self.source.norm(module, width)).to(self.device, self.dtype)
+        return RmsNorm(weight, self.source.spec.eps, self.source.spec.architecture.norm_offset)
+
+    def linear(self, path: str, role: str) -> ParallelLinear:
+        op, plan = self._op(*self.source.linear(path, role)), self.source.plan
+        if plan is None:
+            return ParallelLinear(op, COLUMN, self.comm)
+        if plan.modes[role] != GATHER:
+            return ParallelLinear(op, plan.modes[role], self.comm)
+        out, inp = plan.roles[role]
+        return ParallelLinear(op, GATHER, self.comm, plan.sizes(inp), plan.sizes(out))
+
+    def block(self, layer: int, rotary: Rotary) -> Block:
+        spec, plan = self.source.spec, self.source.plan
+        heads, kv_heads = range(spec.dims["heads"].size), range(spec.dims["kv_heads"].size)
+        group = len(heads) // len(kv_heads)
+        if plan is not None:
+            heads, kv_heads = plan.ranges["heads"][self.comm.rank], plan.ranges["kv_heads"][self.comm.rank]
+        index = kv_index(heads, kv_heads, group)
+        return Block(
+            layer,
+            {role: self.linear(path, role) for role, path in spec.block_linears(layer).items()},
+            {role: self.norm(spec.tensor(layer, norm.name), norm.width) for role, norm in spec.norms.items()},
+            Attention(spec.head_dim, spec.attention_scale, spec.windows[layer], spec.attention_softcap, index),
+            rotary,
+            spec.activation,
+        )
+
+    def rotary(self, layer: int) -> Rotary:
+        spec = self.source.spec
+        return Rotary(spec.ropes[layer], spec.head_dim, spec.max_positions, self.dtype, self.device)
+
+    def embedding(self) -> Embedding:
+        spec, plan = self.source.spec, self.source.plan
+        weight = self.read(self.source.vocabulary(spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
+        scale = math.sqrt(spec.dims["hidden"].elements) if spec.architecture.embedding_scale else None
+        first = 0 if plan is None else plan.elements("vocab", self.comm.rank).start
+        return Embedding(weight, first, scale, self.comm)
+
+    def head(self, embedding: Embedding | None) -> Head:
+        """The head; of a tied model it shares the memory of ``embedding`` when that is given."""
+        spec, plan = self.source.spec, self.source.plan
+        op = DenseLinear((embedding or self.embedding()).weight, None) if spec.tied else self._op(*self.source.head())
+        vocab = spec.dims["vocab"].elements
+        return Head(op, vocab, (vocab,) if plan is None else plan.sizes("vocab"), spec.logit_softcap, self.comm)
+
+
+def _whole_loader(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str, parity: bool) -> _Loader:
+    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    return _Loader(_Source(checkpoint, spec, assignment, None, 0, False), dtype, device, Solo(), parity)
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    plan: ParallelPlan | None = None,
+    comm: Comm | None = None,
+    parity: bool = False,
+    presliced: bool = False,
+) -> Decoder:
+    """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``; ``presliced`` when it holds only those.
+
+    ``dtype`` is that of activations and unquantized weights. ``parity`` dequantizes packed linears exactly in ``dtype`` at
+    each call instead of using a fast kernel. Raises InputError, before anything is read, for a tensor that is missing, has
+    another shape or dtype than the model needs, or has no place in it, and for a plan that is not for this model and group.
+    """
+    spec, comm = spec_for(checkpoint.config), comm or Solo()
+    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    ranks = 1 if plan is None else plan.tp
+    if ranks != comm.size:
+        raise InputError("plan", f"is for {ranks} ranks, {comm.size} are running", "a rank for each part", f"--tp {ranks}")
+    if plan is not None:
+        plan.check(spec, assignment, dtype="BF16", where="plan")
+    source = _Source(checkpoint, spec, assignment, plan, comm.rank, presliced)
+    loader = _Loader(source, dtype, device, comm, parity)
+    rotaries: list[Rotary] = []
+    for layer in range(spec.layers):
+        known = next((rotary for rotary in rotaries if rotary.rope == spec.ropes[layer]), None)
+        rotaries.append(known or loader.rotary(layer))
+    _check(source)
+    embedding = loader.embedding()
+    blocks = [loader.block(layer, rotary) for layer, rotary in enumerate(rotaries)]
+    norm = loader.norm(spec.architecture.final_norm, "hidden")
+    kv_heads = spec.dims["kv_heads"].size if plan is None else len(plan.ranges["kv_heads"][comm.rank])
+    return Decoder(spec, embedding, blocks, norm, loader.head(embedding), comm, kv_heads)
+
+
+def load_block(
+    checkpoint: Checkpoint, spec: ModelSpec, layer: int, *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
+) -> Block:
+    """Block ``layer`` alone, whole. Raises InputError as ``load_decoder`` does."""
+    loader = _whole_loader(checkpoint, spec, dtype, device, parity)
+    for want in loader.source.block(layer):
+        _require(checkpoint, want)
+    return loader.block(layer, loader.rotary(layer))
+
+
+def load_embedding(checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu") -> Embedding:
+    """The embedding alone, whole: call it with tokens ``[T]``. Raises InputError as ``load_decoder`` does."""
+    return _whole_loader(checkpoint, spec, dtype, device, False).embedding()
+
+
+def load_head(
+    checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
+) -> tuple[RmsNorm, Head]:
+    """The final norm and the head alone, whole: ``logits = head(norm(x))``. Raises InputError as ``load_decoder`` does."""
+    loader = _whole_loader(checkpoint, spec, dtype, device, parity)
+    return loader.norm(spec.architecture.final_norm, "hidden"), loader.head(None)

@@ -1,0 +1,195 @@
+"""Tiny random models beside their transformers twins, held in memory; and the simplest cache that keeps the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.arch.table import spec_for
+from quantkit.model.decoder import Batch, Decoder
+from quantkit.ops.dtypes import DTYPE_NAMES
+from quantkit.plan import ParallelPlan, make_plan
+from quantkit.scheme import assignment_from_config
+
+BASE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LONG = {
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **parameters}}
+
+
+GEMMA_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+}
+GEMMA = {"model_type": "gemma3_text", "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True, **GEMMA_ROPE}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **rope("default")},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **rope("default")},
+    "llama-tied-mha": {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 6, **rope("default")},
+    "llama-mqa": {"model_type": "llama", "num_key_value_heads": 1, **rope("default")},
+    "mistral": {"model_type": "mistral", "sliding_window": 5, **rope("default")},
+    "mistral-full": {"model_type": "mistral", "sliding_window": None, **rope("default")},
+    "qwen2": {"model_type": "qwen2", **SLIDING, **rope("default")},
+    "qwen2-full": {"model_type": "qwen2", "tie_word_embeddings": True, **rope("default")},
+    "qwen3": {"model_type": "qwen3", **rope("default")},
+    "qwen3-bias-sliding": {"model_type": "qwen3", "attention_bias": True, **SLIDING, **rope("default")},
+    "gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3-pattern-softcap": {**GEMMA, "num_hidden_layers": 7, "attention_bias": True, "final_logit_softcapping": 3.0},
+    "rope-linear": {"model_type": "llama", **rope("linear", factor=3.0)},
+    "rope-dynamic": {"model_type": "llama", **rope("dynamic", factor=3.0)},
+    "rope-yarn": {"model_type": "llama", **rope("yarn", factor=4.0, original_max_position_embeddings=16)},
+    "rope-yarn-mscale": {
+        "model_type": "qwen3",
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3, beta_fast=8.0, truncate=False),
+    },
+    "rope-llama3": {
+        "model_type": "llama",
+        **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    },
+    "rope-longrope": {"model_type": "llama", **rope("longrope", factor=6.0, **LONG)},
+    "rope-longrope-ratio": {"model_type": "mistral", "sliding_window": None, **rope("longrope", **LONG)},
+}
+
+
+def config_of(family: str) -> dict[str, Any]:
+    return {**BASE, **FAMILIES[family]}
+
+
+@dataclass(frozen=True)
+class Ref:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MemoryCheckpoint:
+    """What ``model.load`` asks of a Checkpoint, over tensors in memory."""
+
+    config: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    kind: str = "hf"
+    reads: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, Ref]:
+        return {name: Ref(tuple(value.shape), self.dtype(name)) for name, value in self.values.items()}
+
+    def dtype(self, name: str) -> str:
+        return DTYPE_NAMES[self.values[name].dtype]
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, Any]:
+        value = self.values[name] if index is None else self.values[name][index]
+        self.reads.append((name, value.numel()))
+        if value.dtype == torch.bfloat16:
+            return value.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return value.contiguous().numpy()
+
+
+def random_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Any, MemoryCheckpoint]:
+    """A transformers model of ``config`` whose every tensor is random and far from its neutral value, and its checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    hf = AutoConfig.for_model(values.pop("model_type"), **values, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(hf).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.5 if "norm" in name or name.endswith("bias") else 2.5 * parameter.shape[-1] ** -0.5
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * spread + (0.7 if "norm" in name else 0.0)
+            )
+    tied = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+    tensors = {name: value.detach() for name, value in model.state_dict().items() if name not in tied}
+    return model, MemoryCheckpoint(config, tensors)
+
+
+class GrowingCache:
+    """Keys and values of whole sequences, grown by concatenation."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if (layer, sequence) in self._held:
+            old_k, old_v = self._held[layer, sequence]
+            k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
+        self._held[layer, sequence] = k, v
+        return k, v
+
+
+def batch_of(spans: list[tuple[int, int]], sequences: tuple[int, ...] | None = None) -> Batch:
+    """A batch of sequences, each given as (first position, one past the last)."""
+    positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
+    return Batch(positions, tuple(stop - start for start, stop in spans), sequences)
+
+
+def logits_of(decoder: Decoder, texts: list[Tensor]) -> list[Tensor]:
+    """Logits of every token of ``texts``, all in one pass without a cache."""
+    hidden = decoder.forward(torch.cat(texts), batch_of([(0, len(text)) for text in texts]))
+    return list(decoder.logits(hidden).split([len(text) for text in texts]))
+
+
+def texts_of(lengths: tuple[int, ...]) -> list[Tensor]:
+    """Random tokens below the tiny vocabulary; the same for the same length and place."""
+    return [torch.randint(0, 131, (n,), generator=torch.Generator().manual_seed(100 * n + i)) for i, n in enumerate(lengths)]
+
+
+def plan_of(checkpoint: MemoryCheckpoint, tp: int) -> ParallelPlan:
+    spec = spec_for(checkpoint.config)
+    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    return make_plan(spec, assignment, tp, dtype="BF16")
+
+
+def awq_checkpoint(config: Mapping[str, Any], group_size: int) -> MemoryCheckpoint:
+    """Random AWQ words, zeros and scales for every block linear of ``config``."""
+    spec = spec_for(config)
+    generator = torch.Generator().manual_seed(5)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+
+    arch, hidden = spec.architecture, spec.dims["hidden"].elements
+    values = {f"{arch.embedding}.weight": floats(spec.dims["vocab"].elements, hidden), f"{arch.final_norm}.weight": floats(hidden)}
+    for layer in range(spec.layers):
+        for norm in spec.norms.values():
+            values[spec.tensor(layer, norm.name) + ".weight"] = 1 + 0.3 * floats(hidden if norm.width == "hidden" else spec.head_dim)
+        for role, path in spec.block_linears(layer).items():
+            n, k = spec.linear_shape(role)
+            values[f"{path}.qweight"], values[f"{path}.qzeros"] = words(k, n // 8), words(k // group_size, n // 8)
+            values[f"{path}.scales"] = (0.03 * floats(k // group_size, n).abs()).half()
+            if spec.linears[role].bias:
+                values[f"{path}.bias"] = floats(n).half()
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm"}
+    return MemoryCheckpoint({**config, "quantization_config": quantization}, values)

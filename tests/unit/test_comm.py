@@ -1,0 +1,171 @@
+"""Groups of threads and of processes give the same bits; a rank that stops or is late ends the others with RuntimeDied."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantkit.comm import Comm, ProcessComm, Solo, run_threads, thread_group
+from quantkit.errors import InputError, RuntimeDied
+
+SHAPES = [(0, 4), (3, 5), (300, 257)]
+"""Nothing, a small sum, and one that is cut among the ranks and does not divide by their number."""
+
+
+def piece(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return (torch.randn(shape, generator=generator) * 10.0 ** (rank * 2)).to(dtype)
+
+
+def exercise(comm: Comm) -> dict[str, Tensor]:
+    """One of everything; the same on every rank and for every kind of group."""
+    out = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in SHAPES:
+            out[f"sum {dtype} {shape}"] = comm.all_reduce(piece(comm.rank, shape, dtype))
+    sizes = [3 * ((rank + 1) % comm.size) for rank in range(comm.size)]  # the last rank brings nothing
+    for dim, shape in ((-1, (4, sizes[comm.rank])), (0, (sizes[comm.rank], 4))):
+        out[f"gather {dim}"] = comm.all_gather(piece(comm.rank, shape, torch.bfloat16), sizes, dim)
+    out["gather nothing"] = comm.all_gather(torch.empty(4, 0), [0] * comm.size)
+    out["gather no rows"] = comm.all_gather(torch.empty(0, sizes[comm.rank]), sizes)
+    out["broadcast"] = comm.broadcast(torch.tensor([comm.rank, 7]), comm.size - 1)
+    comm.barrier()
+    return out
+
+
+def ordered(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    total = torch.zeros(shape, dtype=work)
+    for rank in range(size):
+        total = total + piece(rank, shape, dtype).to(work)
+    return total.to(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_threads(size: int) -> None:
+    results = run_threads(size, exercise)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in SHAPES:
+            assert torch.equal(results[0][f"sum {dtype} {shape}"], ordered(size, shape, dtype))
+    sizes = [3 * ((rank + 1) % size) for rank in range(size)]
+    assert torch.equal(results[0]["gather -1"], torch.cat([piece(r, (4, n), torch.bfloat16) for r, n in enumerate(sizes)], 1))
+    assert torch.equal(results[0]["gather 0"], torch.cat([piece(r, (n, 4), torch.bfloat16) for r, n in enumerate(sizes)], 0))
+    assert results[0]["gather no rows"].shape == (0, sum(sizes)) and results[0]["gather nothing"].shape == (4, 0)
+    assert results[0]["broadcast"].tolist() == [size - 1, 7]
+    for other in results[1:]:
+        assert all(torch.equal(other[key], value) for key, value in results[0].items())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 3))
+def test_gather_puts_back_any_cut(sizes: list[int], rows: int) -> None:
+    whole = torch.arange(float(rows * sum(sizes))).view(rows, sum(sizes))
+    cuts = whole.split(sizes, 1)
+    assert all(torch.equal(got, whole) for got in run_threads(len(sizes), lambda comm: comm.all_gather(cuts[comm.rank], sizes)))
+
+
+def test_a_sum_does_not_depend_on_what_its_owner_does_next() -> None:
+    def work(comm: Comm) -> Tensor:
+        x = torch.ones(4)
+        total = comm.all_reduce(x)
+        x.fill_(100.0)
+        return total
+
+    for _ in range(20):
+        assert all(total.tolist() == [3.0] * 4 for total in run_threads(3, work))
+
+
+def test_solo_is_a_group_of_one() -> None:
+    assert exercise(Solo()).keys() == run_threads(1, exercise)[0].keys()
+
+
+def test_a_thread_that_fails_releases_the_others_and_its_error_is_raised() -> None:
+    def work(comm: Comm) -> None:
+        if comm.rank == 1:
+            raise ValueError("broken")
+        comm.barrier()
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="broken"):
+        run_threads(3, work, timeout=30)
+    assert time.monotonic() - start < 10
+
+
+def test_a_thread_that_is_late_is_an_error() -> None:
+    first, _ = thread_group(2, timeout=0.05)
+    with pytest.raises(RuntimeDied, match="rank 0"):
+        first.all_reduce(torch.ones(1))
+
+
+def test_a_thread_that_leaves_is_an_error() -> None:
+    first, second = thread_group(2, timeout=30)
+    threading.Timer(0.05, second.close).start()
+    with pytest.raises(RuntimeDied):
+        first.barrier()
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from quantkit.comm import ProcessComm
+from quantkit.errors import RuntimeDied
+from test_comm import exercise
+rank, size, root = int(sys.argv[1]), 2, Path(sys.argv[2])
+comm = ProcessComm(rank, size, root / "store", backend="gloo", timeout=5.0)
+torch.save(exercise(comm), root / f"rank{rank}.pt")
+comm.barrier()
+if rank == 1:
+    sys.exit(0)  # dies without a word
+start = time.monotonic()
+try:
+    comm.all_reduce(torch.ones(8))
+except RuntimeDied as exc:
+    assert time.monotonic() - start < 20, "late"
+    print("RuntimeDied", exc.line)
+    sys.exit(exc.exit_code)
+"""
+
+
+def test_processes_give_the_bits_of_threads_and_notice_a_death(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert ranks[1].returncode == 0, said[1]
+    assert ranks[0].returncode == RuntimeDied.exit_code and "RuntimeDied rank 0: all_reduce failed" in said[0], said[0]
+    want = run_threads(2, exercise)[0]
+    for rank in range(2):
+        got = torch.load(tmp_path / f"rank{rank}.pt")
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+def test_a_missing_rank_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeDied, match="start failed"):
+        ProcessComm(0, 2, tmp_path / "store", backend="gloo", timeout=0.3)
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gloo or nccl"):
+        ProcessComm(0, 1, tmp_path / "store", backend="mpi")
