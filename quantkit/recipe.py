@@ -6,7 +6,7 @@ Knows the structure alone. Which methods, formats and options exist is known to 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,11 +142,8 @@ def _complaint(error: ValidationError) -> tuple[str, str]:
     return field, message
 
 
-def parse_recipe(text: str, where: str) -> Recipe:
-    """The recipe that ``text`` (YAML) holds. Raises InputError naming ``where`` and the field."""
-    data = _yaml(text, where)
-    if not isinstance(data, dict):
-        raise InputError(where, f"holds {'nothing' if data is None else type(data).__name__}", "a mapping with a method")
+def checked_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe with these fields. Raises InputError naming ``where`` and the first field that is wrong."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as exc:
@@ -154,6 +151,14 @@ def parse_recipe(text: str, where: str) -> Recipe:
         owner: Any = Override if field.startswith("overrides.") else Calibration if field.startswith("calibration.") else Recipe
         known = f"one of {', '.join(owner.model_fields)}" if what == "unknown field" else None
         raise InputError(f"{where}: {field}", what, known) from exc
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """The recipe that ``text`` (YAML) holds. Raises InputError naming ``where`` and the field."""
+    data = _yaml(text, where)
+    if not isinstance(data, dict):
+        raise InputError(where, f"holds {'nothing' if data is None else type(data).__name__}", "a mapping with a method")
+    return checked_recipe(data, where)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -168,11 +173,13 @@ def bundled_recipes() -> dict[str, Path]:
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: ``name`` itself, or the bundled recipe of that name. Raises InputError when there is neither."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     bundled = bundled_recipes()
     if str(name) in bundled:
         return bundled[str(name)]
+    if path.exists():
+        return path
     raise InputError(str(name), "no such recipe", f"a YAML file or one of {', '.join(bundled)}")
 
 

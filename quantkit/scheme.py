@@ -87,6 +87,8 @@ def assignment_from_config(config: Mapping[str, Any], linears: Iterable[str], te
     quant = config.get("quantization_config")
     if not quant:
         return dict.fromkeys(names, KEEP)
+    if not isinstance(quant, Mapping):
+        raise InputError("config.json: quantization_config", f"is {type(quant).__name__}", "an object")
     method = quant.get("quant_method")
     if method != "awq":
         raise InputError("config.json: quantization_config", f"quant_method {method!r}", "awq")

@@ -23,6 +23,7 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, TensorRef, read_manifest
 from quantkit.errors import CheckFailed, InputError
+from quantkit.formats.jsonfile import parse_object
 from quantkit.formats.safetensors import Header, TensorEntry, encode_header, parse_header, read_header
 from quantkit.plan import ParallelPlan, make_plan
 from quantkit.progress import Progress, silent
@@ -261,7 +262,7 @@ def _open_shards(path: Path) -> _Shards:
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(where, "does not say which files the parent had", "parent: weights and files")
     assert isinstance(weights, dict) and isinstance(files, dict)
-    config = json.loads(_read_small(path, "config.json", str(path)))
+    config = parse_object(_read_small(path, "config.json", str(path)), str(path / "config.json"))
     spec = spec_for(config)
     parents = {}
     for name, stored in weights.items():
@@ -274,6 +275,11 @@ def _open_shards(path: Path) -> _Shards:
     assignment = assignment_from_config(config, spec.all_linears(), shards.tensors)
     plan.check(spec, assignment, dtype="BF16", where=where)
     return replace(shards, assignment=assignment)
+
+
+def read_plan(path: Path) -> ParallelPlan:
+    """The stored plan of a shard directory, checked against its ``config.json``. Raises InputError when ``path`` is none."""
+    return _open_shards(path).plan
 
 
 def open_rank(path: Path, rank: int) -> tuple[Checkpoint, ParallelPlan]:

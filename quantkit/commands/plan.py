@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
+from quantkit.formats.jsonfile import read_object
 from quantkit.plan import (
     Obstacle,
     ParallelPlan,
@@ -90,15 +90,7 @@ def _bare_config(path: Path) -> dict[str, Any] | None:
             return None
     elif path.suffix != ".json" or not path.is_file():
         return None
-    if path.stat().st_size > CONFIG_LIMIT:
-        raise InputError(str(path), f"is {path.stat().st_size} bytes long", f"at most {CONFIG_LIMIT}")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise InputError(str(path), f"is not JSON ({exc})", "a config.json") from exc
-    if not isinstance(config, dict):
-        raise InputError(str(path), f"holds {type(config).__name__}", "a JSON object")
-    return config
+    return read_object(path, CONFIG_LIMIT, "a config.json")
 
 
 def _kept(spec: ModelSpec, config: Mapping[str, Any]) -> set[str]:
@@ -175,10 +167,10 @@ def _verdicts(plan: ParallelPlan, obstacles: tuple[Obstacle, ...]) -> Table:
 
 
 def _cuts(model: _Model, assignment: Assignment, plan: ParallelPlan) -> Table:
-    rows: dict[tuple[str, int, int, int, int], None] = {}
+    rows: dict[tuple[str, int, int, int, int], str] = {}
     for role, _, geometry in block_geometries(model.spec, assignment, dtype=model.dtype):
-        rows[role, geometry.n, geometry.k, geometry.granule("N"), geometry.granule("K")] = None
-    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((*row, plan.modes[row[0]]) for row in rows))
+        rows[role, geometry.n, geometry.k, geometry.granule("N"), geometry.granule("K")] = plan.modes[role]
+    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((*row, cut) for row, cut in rows.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, LAYOUTS
 from quantkit.progress import Progress, silent
-from quantkit.recipe import Calibration, Override, Recipe, load_recipe, parse_override
+from quantkit.recipe import Calibration, Override, Recipe, checked_recipe, load_recipe, parse_override
 from quantkit.report import Report, Table
 from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, awq_config, resolve
 
@@ -65,20 +65,21 @@ def effective_recipe(options: QuantizeOptions) -> Recipe:
     source = options.calib or calibration.source
     samples = options.samples or calibration.samples
     seq_len = options.seq_len or calibration.seq_len
-    return Recipe(
-        method=method,
-        bits=options.bits if options.bits is not None else (base.bits if base else 4),
-        group_size=options.group_size if options.group_size is not None else (base.group_size if base else 128),
-        sym=options.sym if options.sym is not None else (base.sym if base else False),
-        format=options.format or (base.format if base else None) or DEFAULT_LAYOUT.get(method),
-        calibration=Calibration(
-            source=source or "builtin",
-            samples=samples or DEFAULT_SAMPLES,
-            seq_len=seq_len or (TEXT_SEQ_LEN if source not in (None, "builtin", "self") else BUILTIN_SEQ_LEN),
-        ),
-        overrides=[*(parse_override(text) for text in options.override), *(base.overrides if base else [])],
-        options=base.options if base else {},
-    )
+    fields = {
+        "method": method,
+        "bits": options.bits if options.bits is not None else (base.bits if base else 4),
+        "group_size": options.group_size if options.group_size is not None else (base.group_size if base else 128),
+        "sym": options.sym if options.sym is not None else (base.sym if base else False),
+        "format": options.format or (base.format if base else None) or DEFAULT_LAYOUT.get(method),
+        "calibration": {
+            "source": source or "builtin",
+            "samples": samples or DEFAULT_SAMPLES,
+            "seq_len": seq_len or (TEXT_SEQ_LEN if source not in (None, "builtin", "self") else BUILTIN_SEQ_LEN),
+        },
+        "overrides": [*(parse_override(text) for text in options.override), *(base.overrides if base else [])],
+        "options": base.options if base else {},
+    }
+    return checked_recipe(fields, "quantize")
 
 
 def _scheme(recipe: Recipe, layouts: tuple[str, ...], override: Override | None = None) -> LinearScheme:
@@ -99,6 +100,12 @@ def _scheme(recipe: Recipe, layouts: tuple[str, ...], override: Override | None 
     if group_size != -1 and group_size < 8:
         raise InputError("--group-size", f"is {group_size}", "-1 (whole rows) or at least 8")
     return LinearScheme(recipe.method, layout, bits, group_size, sym)
+
+
+def check_recipe(recipe: Recipe, layouts: tuple[str, ...]) -> None:
+    """Raise InputError when no model could be quantized by ``recipe``: what it asks for does not fit its format."""
+    for override in (None, *recipe.overrides):
+        _scheme(recipe, layouts, override)
 
 
 def assign(spec: ModelSpec, recipe: Recipe, layouts: tuple[str, ...]) -> dict[str, LinearScheme]:
@@ -158,7 +165,9 @@ def _check_source(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             if name not in checkpoint.tensors:
                 raise InputError(name, "is missing from the checkpoint", "every linear of the architecture")
             if tuple(checkpoint.tensors[name].shape) != spec.linear_shape(role):
-                raise InputError(name, f"has shape {list(checkpoint.tensors[name].shape)}", f"{list(spec.linear_shape(role))} from config.json")
+                raise InputError(
+                    name, f"has shape {list(checkpoint.tensors[name].shape)}", f"{list(spec.linear_shape(role))} from config.json"
+                )
 
 
 def _device(name: str) -> str:
@@ -191,7 +200,9 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     started = time.monotonic()
     device = _device(options.device)
     calibration = _calibration(recipe, checkpoint, progress) if quantizer.needs else None
-    return _quantize(options, recipe, checkpoint, spec, assignment, quantization_config, calibration, device, (before, after), started, progress)
+    return _quantize(
+        options, recipe, checkpoint, spec, assignment, quantization_config, calibration, device, (before, after), started, progress
+    )
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> CalibrationTokens:
@@ -227,7 +238,11 @@ def _quantize(
     from quantkit.quantizers.pipeline import FLOAT16_ALARM, quantize_model
 
     before, after = sizes
-    calibration_facts = None if calibration is None else {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
+    calibration_facts = (
+        None
+        if calibration is None
+        else {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
+    )
     environment = {
         "quantkit": __version__,
         "torch": torch.__version__,
@@ -239,7 +254,10 @@ def _quantize(
     recipe_data = recipe.model_dump(mode="json", exclude={"calibration"})
     source = {"fingerprint": checkpoint.fingerprint()}
     identity = {"source": source["fingerprint"], "recipe": recipe_data, "calibration": calibration_facts, **environment}
-    with ArtifactWriter(options.out, identity=identity, overwrite=options.overwrite, resume=options.resume, need_bytes=after) as writer, torch.inference_mode():
+    with (
+        ArtifactWriter(options.out, identity=identity, overwrite=options.overwrite, resume=options.resume, need_bytes=after) as writer,
+        torch.inference_mode(),
+    ):
         model = quantize_model(
             checkpoint,
             spec,
@@ -260,7 +278,12 @@ def _quantize(
             "calibration": calibration_facts,
             "assignment": assignment_to_json(assignment),
             "environment": environment,
-            "totals": {"bytes_before": before, "bytes_after": after, "quantized_weights": model.quantized_weights, "quantized_bytes": model.quantized_bytes},
+            "totals": {
+                "bytes_before": before,
+                "bytes_after": after,
+                "quantized_weights": model.quantized_weights,
+                "quantized_bytes": model.quantized_bytes,
+            },
             "blocks": model.facts,
         }
         config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
@@ -271,7 +294,9 @@ def _quantize(
     if calibration is not None and calibration.source == "builtin":
         warnings.append("calibrated on the built-in English text; text of your own domain is better (--calib FILE)")
     if model.peak_activation is not None and model.peak_activation > FLOAT16_ALARM:
-        warnings.append(f"activations reach {model.peak_activation:.0f}; kernels that compute in float16 (limit 65504) may overflow: serve it in bfloat16")
+        warnings.append(
+            f"activations reach {model.peak_activation:.0f}; kernels that compute in float16 (limit 65504) may overflow: serve it in bfloat16"
+        )
     bits = 8 * model.quantized_bytes / model.quantized_weights
     data = {
         "out": str(options.out),
@@ -298,16 +323,29 @@ def _quantize(
     return Report(
         command="quantize",
         data=data,
-        facts=(("method", f"{recipe.method}, {recipe.bits} bits, group {recipe.group_size}, {'symmetric' if recipe.sym else 'asymmetric'}"), ("written", str(options.out))),
+        facts=(
+            ("method", f"{recipe.method}, {recipe.bits} bits, group {recipe.group_size}, {'symmetric' if recipe.sym else 'asymmetric'}"),
+            ("written", str(options.out)),
+        ),
         tables=(Table("Summary", ("", ""), rows),),
         warnings=tuple(warnings),
-        next_steps=(f"quantkit verify {options.out} --deep", f"quantkit report {options.path} {options.out}", f"quantkit serve {options.out}"),
+        next_steps=(
+            f"quantkit verify {options.out} --deep",
+            f"quantkit report {options.path} {options.out}",
+            f"quantkit serve {options.out}",
+        ),
     )
 
 
 def _dry_run(recipe: Recipe, assignment: Mapping[str, LinearScheme], before: int, after: int) -> Report:
     rows = tuple((name, s.method, s.layout, s.bits, s.group_size) for name, s in assignment.items())
-    data = {"dry_run": True, "recipe": recipe.model_dump(mode="json"), "assignment": assignment_to_json(assignment), "bytes_before": before, "bytes_after": after}
+    data = {
+        "dry_run": True,
+        "recipe": recipe.model_dump(mode="json"),
+        "assignment": assignment_to_json(assignment),
+        "bytes_before": before,
+        "bytes_after": after,
+    }
     return Report(
         command="quantize",
         data=data,

@@ -63,7 +63,14 @@ def _windows(ids: Sequence[int], window: int, stride: int, bos: int | None) -> l
 
 @torch.inference_mode()
 def perplexity(
-    decoder: Decoder, ids: Sequence[int], *, window: int, stride: int, bos: int | None = None, progress: Progress = silent, stage: str = "perplexity"
+    decoder: Decoder,
+    ids: Sequence[int],
+    *,
+    window: int,
+    stride: int,
+    bos: int | None = None,
+    progress: Progress = silent,
+    stage: str = "perplexity",
 ) -> Perplexity:
     """Perplexity of ``ids`` under ``decoder``.
 
@@ -72,7 +79,9 @@ def perplexity(
     Raises InputError for a window or stride that cannot be used or a text shorter than two tokens.
     """
     if window < 2 or not 1 <= stride <= window:
-        raise InputError("--window/--stride", f"window {window}, stride {stride}", "a window of 2 or more and a stride from 1 to the window")
+        raise InputError(
+            "--window/--stride", f"window {window}, stride {stride}", "a window of 2 or more and a stride from 1 to the window"
+        )
     windows = _windows(ids, window, stride, bos)
     if not windows:
         raise InputError("text", f"has {len(ids)} tokens", "at least 2")

@@ -7,6 +7,7 @@ the layer would give, at a fraction of the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.errors import InputError
-from quantkit.ops.grouped import fake_quantize
+from quantkit.ops.grouped import MAX_F16, dequantize, fake_quantize, group_range
 from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats, Method, refuse_unknown_options
-from quantkit.quantizers.rtn import group_of, round_to_nearest
+from quantkit.quantizers.rtn import group_of, refuse_not_finite, round_to_nearest
 from quantkit.scheme import LinearScheme
 
 CLIP_STEPS = 10
@@ -58,6 +59,15 @@ def _repeat_to_query_heads(scale: Tensor, spec: ModelSpec) -> Tensor:
     return scale.reshape(kv, 1, spec.head_dim).expand(kv, queries // kv, spec.head_dim).reshape(-1)
 
 
+def _rounding_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: LinearScheme) -> float:
+    """Output error of ``weight [N, K]`` when it is rounded as ``weight * scale``; infinite where that leaves float16."""
+    low, high = group_range(weight * scale, group_of(weight, scheme))
+    if not float(torch.maximum(high, -low).max()) < 7 * MAX_F16:  # a scale is at most 2/15 of this
+        return math.inf
+    rounded = fake_quantize(weight * scale, group_of(weight, scheme), scheme.bits, scheme.sym) / scale
+    return output_error(weight - rounded, gram)
+
+
 class Awq:
     """The method ``awq``."""
 
@@ -68,6 +78,8 @@ class Awq:
         self.options = options
 
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
+        for role, weight in block.linears.items():
+            refuse_not_finite(weight, spec.tensor(block.layer, spec.linears[role].name))
         linears, biases, norms = dict(block.linears), dict(block.biases), dict(block.norms)
         input_scales: dict[str, Tensor] = {}  # role -> [K], the scale that its input was divided by
         facts: dict[str, Any] = {}
@@ -91,9 +103,16 @@ class Awq:
             gram = stats[role].gram
             if role in input_scales:
                 gram = gram / torch.outer(input_scales[role], input_scales[role])
-            shrink = self._search_clip(weight, gram, scheme) if self.options.clip and role not in UNCLIPPED_ROLES else 1.0
-            results[role] = round_to_nearest(weight, scheme, biases.get(role), where, shrink)
-            facts.setdefault(role, {})["clipped"] = 0.0 if isinstance(shrink, float) else round(float((shrink < 1).float().mean()), 6)
+            shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
+            if self.options.clip and role not in UNCLIPPED_ROLES:
+                shrink = self._search_clip(weight, gram, scheme)
+            found = round_to_nearest(weight, scheme, biases.get(role), where, shrink)
+            results[role] = found
+            error = output_error(weight - dequantize(found.codes, found.scales, found.zeros), gram)
+            facts.setdefault(role, {}).update(
+                clipped=round(float((shrink < 1).float().mean()), 6),
+                output_error=round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6),
+            )
         changed = {role: weight for role, weight in linears.items() if role not in results and weight is not block.linears[role]}
         return BlockFit(results, changed, biases, norms, facts)
 
@@ -105,7 +124,10 @@ class Awq:
         schemes: Mapping[str, LinearScheme],
         spec: ModelSpec,
     ) -> tuple[Tensor, float]:
-        """The per-input scale [K] with the least summed output error of the group's targets, and its exponent."""
+        """The per-input scale [K] with the least summed output error of the group's targets, and its exponent.
+
+        Raises InputError when no candidate gives a finite error.
+        """
         first = stats[group.targets[0]]
         mean_abs = first.abs_sum / first.tokens
         shared = group.prev == "v"
@@ -122,12 +144,11 @@ class Awq:
                 scheme, weight = schemes[role], linears[role]
                 if scheme.layout == "plain":
                     continue
-                rounded = fake_quantize(weight * scale, group_of(weight, scheme), scheme.bits, scheme.sym) / scale
-                loss += output_error(weight - rounded, stats[role].gram)
-            if best is None or loss < best[0]:
+                loss += _rounding_error(weight, scale, stats[role].gram, scheme)
+            if math.isfinite(loss) and (best is None or loss < best[0]):
                 best = (loss, scale, ratio)
-        if best is None or not torch.isfinite(best[1]).all():
-            raise InputError("calibration", f"gave no usable scale for {', '.join(group.targets)}", "finite activations")
+        if best is None:
+            raise InputError("calibration", f"gave no usable scale for {', '.join(group.targets)}", "finite weights and activations")
         return best[1], best[2]
 
     def _fold(
@@ -145,10 +166,11 @@ class Awq:
             offset = spec.architecture.norm_offset
             gain = norms[prev] + offset
             folded = (gain / scale - offset).to(block.norm_dtypes[prev]).float()
-            kept = (folded + offset) != 0
-            norms[prev] = folded
+            # A gain that its dtype would round to nothing, or beyond its range, could not be undone: it stays as it is.
+            usable = torch.isfinite(folded) & (folded + offset != 0) & (gain != 0)
+            norms[prev] = torch.where(usable, folded, norms[prev])
             # The norm is stored in its own dtype: multiply the targets by what the rounding really divided by.
-            return torch.where(kept & (gain != 0), gain / torch.where(kept, folded + offset, 1.0), scale)
+            return torch.where(usable, gain / torch.where(usable, folded + offset, 1.0), 1.0)
         rows = scale
         if prev == "v":
             kv, queries = spec.dims["kv_heads"].size, spec.dims["heads"].size

@@ -7,7 +7,7 @@ writes or loads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -99,12 +99,20 @@ def methods() -> dict[str, Method]:
 
     found = {method.name: method for method in (rtn.METHOD, awq.METHOD)}
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
-        method = point.load()
+        try:
+            method = point.load()
+        except (ImportError, AttributeError) as exc:
+            raise InputError(
+                f"entry point {point.name}",
+                f"cannot be loaded ({exc!s:.200})",
+                "an installed method",
+                f"pip uninstall what brings {point.value}",
+            ) from exc
         if not isinstance(method, Method):
             raise InputError(f"entry point {point.name}", f"is a {type(method).__name__}", "a quantkit.quantizers.base.Method")
         if method.name in found:
             raise InputError(f"entry point {point.name}", f"method {method.name!r} is already registered", "another name")
-        found[method.name] = Method(method.name, method.summary, method.layouts, point.dist.name if point.dist else point.value, method.factory)
+        found[method.name] = replace(method, origin=point.dist.name if point.dist else point.value)
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit import fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.model.decoder import Batch, Block
@@ -45,18 +47,13 @@ def read_text(path: Path) -> str:
     Raises InputError for a file that cannot be read, is too large, is not UTF-8, or has a line without a ``text`` string.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise InputError(str(path), f"is {size} bytes", f"at most {MAX_TEXT_BYTES}")
-        raw = path.read_bytes().decode("utf-8")
-    except OSError as exc:
-        raise InputError(str(path), exc.strerror or "cannot be read", "a text or .jsonl file") from exc
+        raw = fs.read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as exc:
         raise InputError(str(path), f"is not UTF-8 at byte {exc.start}", "UTF-8 text") from exc
     if path.suffix != ".jsonl":
         return raw
     texts = []
-    for number, line in enumerate(raw.splitlines(), 1):
+    for number, line in enumerate(raw.split("\n"), 1):  # splitlines would also split at the separators that JSON leaves in strings
         if not line.strip():
             continue
         try:
@@ -64,8 +61,8 @@ def read_text(path: Path) -> str:
         except (ValueError, RecursionError) as exc:
             raise InputError(f"{path}:{number}", "is not JSON", 'one object per line, such as {"text": "..."}') from exc
         text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f"{path}:{number}", "has no text", 'a "text" string in each object')
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError(f"{path}:{number}", "has no text", 'a "text" string of Unicode characters in each object')
         texts.append(text)
     return "\n\n".join(texts)
 
@@ -81,7 +78,10 @@ def cut_windows(ids: Sequence[int], samples: int, seq_len: int, bos: int | None,
     count = len(ids) // body
     if count < samples:
         raise InputError(
-            where, f"has {len(ids)} tokens, enough for {count} windows of {seq_len}", f"{samples} windows", "use fewer --samples or a shorter --seq-len"
+            where,
+            f"has {len(ids)} tokens, enough for {count} windows of {seq_len}",
+            f"{samples} windows",
+            "use fewer --samples or a shorter --seq-len",
         )
     flat = torch.tensor(list(ids), dtype=torch.int64)
     starts = [(index * count // samples) * body for index in range(samples)]
@@ -112,6 +112,12 @@ def input_roles(spec: ModelSpec) -> dict[str, str]:
     return {role: shared.get(role, role) for role in spec.linears}
 
 
+def peak_of(values: Tensor) -> float:
+    """The greatest magnitude, without a copy of ``values``; NaN when one of them is."""
+    low, high = torch.aminmax(values)
+    return float(torch.maximum(high, -low))
+
+
 class StatsCollector:
     """Sums the statistics of a block's inputs, tile by tile in a fixed order."""
 
@@ -134,7 +140,7 @@ class StatsCollector:
         self._gram[role].addmm_(tile.T, tile)
         self._abs[role] += tile.abs().sum(0)
         self._tokens[role] += tile.shape[0]
-        self._peak[role] = max(self._peak[role], float(tile.abs().max()))
+        self._peak[role] = max(self._peak[role], peak_of(tile))
 
     def stats(self) -> dict[str, InputStats]:
         """The statistics by linear role; roles that share an input share the object."""
@@ -148,7 +154,7 @@ class CalibrationStream:
     def __init__(self, hidden: Tensor, tile_samples: int) -> None:
         self.hidden = hidden
         self.tile_samples = max(1, tile_samples)
-        self.peak = float(hidden.abs().max())
+        self.peak = peak_of(hidden)
 
     def carry(self) -> memoryview:
         """The hidden states as bytes, for the resume point."""
@@ -176,6 +182,8 @@ class CalibrationStream:
             batch = Batch(positions=positions, lengths=(length,) * count, sequences=None)
             out = block.forward(tile.reshape(-1, width).to(device), batch, None, collector.tap)
             self.hidden[start : start + count] = out.reshape(tile.shape)
-        self.peak = float(self.hidden.abs().max())
-        if not torch.isfinite(self.hidden).all():
-            raise InputError("calibration", "activations are not finite", "a model that runs in the compute dtype", "use --dtype float32")
+        self.peak = peak_of(self.hidden)
+        if not math.isfinite(self.peak):
+            raise InputError(
+                f"block {block.layer}", "its activations on the calibration text are not finite", "a model that runs in float32"
+            )

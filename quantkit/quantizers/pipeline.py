@@ -100,8 +100,9 @@ def block_tensors(
     for role, linear in spec.linears.items():
         path = spec.tensor(block.layer, linear.name)
         if role in fit.results:
-            weight_dtype = stored_dtype(checkpoint, f"{path}.weight", float_dtype)
-            yield from _packed(path, fit.results[role], schemes[role], weight_dtype)
+            biased = f"{path}.bias" in checkpoint.tensors
+            kept_dtype = stored_dtype(checkpoint, f"{path}.bias" if biased else f"{path}.weight", float_dtype)
+            yield from _packed(path, fit.results[role], schemes[role], kept_dtype)
             packed |= {f"{path}.weight", f"{path}.bias"}
             continue
         if role in fit.linears:
@@ -150,7 +151,7 @@ def quantize_model(
         hidden = load_embedding(checkpoint, spec, dtype=compute_dtype)(tokens.reshape(-1)).reshape(*tokens.shape, -1)
         stream = CalibrationStream(hidden, TILE_TOKENS // tokens.shape[1])
     done = [layer for layer in range(spec.layers) if block_unit(layer) in writer.committed]
-    if stream is not None and done:
+    if stream is not None and 0 < len(done) < spec.layers:
         carry = writer.carry()
         assert carry is not None
         stream.restore(carry)
@@ -169,7 +170,7 @@ def quantize_model(
             block_unit(layer),
             block_tensors(checkpoint, spec, block, fit, schemes, float_dtype),
             facts={"linears": fit.facts, "peak_activation": peak},
-            carry=None if stream is None else stream.carry(),
+            carry=None if stream is None or layer == spec.layers - 1 else stream.carry(),
         )
     if OUTER_UNIT not in writer.committed:
         inside = tuple(spec.tensor(layer, "") for layer in range(spec.layers))

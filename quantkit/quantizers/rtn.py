@@ -20,13 +20,19 @@ def group_of(weight: Tensor, scheme: LinearScheme) -> int:
     return int(weight.shape[1]) if scheme.group_size == -1 else scheme.group_size
 
 
+def refuse_not_finite(weight: Tensor, where: str) -> None:
+    """Raise InputError naming ``where`` when ``weight`` holds NaN or infinity."""
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise InputError(where, f"holds {bad} values that are not finite", "finite weights")
+
+
 def round_to_nearest(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, where: str, shrink: Tensor | float = 1.0) -> GroupedInt:
     """Quantize ``weight [N, K]`` float32 on the grid of its group ranges, each multiplied by ``shrink`` (broadcast to [N, G]).
 
     Raises InputError naming ``where`` for values that are not finite or whose scale leaves float16.
     """
-    if not weight.isfinite().all():
-        raise InputError(where, f"holds {int((~weight.isfinite()).sum())} values that are not finite", "finite weights")
+    refuse_not_finite(weight, where)
     low, high = group_range(weight, group_of(weight, scheme))
     try:
         scales, zeros = scales_and_zeros(low * shrink, high * shrink, scheme.bits, scheme.sym)

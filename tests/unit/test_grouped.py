@@ -80,7 +80,9 @@ def test_int4_kernel_and_unpacking_agree(n: int, rows: int) -> None:
     result = quantized(n, 256, 64, sym=False)
     geometry = awq_gemm(n, 256, dtype="BF16", group_size=64)
     parts = codec("awq").pack(result)
-    assert {part.suffix: tuple(parts[part.suffix].shape) for part in geometry.parts} == {part.suffix: geometry.shape(part) for part in geometry.parts}
+    assert {part.suffix: tuple(parts[part.suffix].shape) for part in geometry.parts} == {
+        part.suffix: geometry.shape(part) for part in geometry.parts
+    }
     exact = load_linear(geometry, parts, dtype=torch.float32)
     fast = load_linear(geometry, parts, dtype=torch.bfloat16)
     x = gaussian(rows, 256, seed=1)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantkit.checkpoint.reader import open_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import quantkit.shard as shard_module
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import CheckFailed, InputError, MachineError
 from quantkit.geometry import LAYOUTS
 from quantkit.plan import ParallelPlan, rank_memory

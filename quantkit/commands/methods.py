@@ -1,0 +1,18 @@
+"""``quantkit --list-methods``: the quantization methods that can be asked for, and where each comes from."""
+
+from __future__ import annotations
+
+from quantkit.report import Report, Table
+
+
+def run() -> Report:
+    """Report every registered method. Raises InputError when an installed package registers something that is no method."""
+    from quantkit.quantizers.base import methods
+
+    found = methods().values()
+    return Report(
+        command="methods",
+        data={"methods": [{"name": m.name, "summary": m.summary, "layouts": list(m.layouts), "origin": m.origin} for m in found]},
+        tables=(Table("Methods", ("method", "summary", "layouts", "origin"), tuple((m.name, m.summary, ", ".join(m.layouts), m.origin) for m in found)),),
+        next_steps=("quantkit recipe init --method METHOD my.yaml", "quantkit quantize MODEL OUT --method METHOD"),
+    )

@@ -1,0 +1,123 @@
+"""``quantkit recipe``: show, check and begin a recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit import fs
+from quantkit.errors import InputError
+from quantkit.recipe import Recipe, bundled_recipes, load_recipe, parse_recipe, read_recipe_text
+from quantkit.report import Report, Table
+
+
+@dataclass(frozen=True, slots=True)
+class ShowOptions:
+    """Options of ``quantkit recipe show``: a bundled name or a file; None lists the bundled ones."""
+
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateOptions:
+    """Options of ``quantkit recipe validate``: a file or a bundled name."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class InitOptions:
+    """Options of ``quantkit recipe init``."""
+
+    out: Path
+    method: str = "awq"
+
+
+def _summary(recipe: Recipe) -> str:
+    symmetry = "symmetric" if recipe.sym else "asymmetric"
+    return f"{recipe.method}, {recipe.bits} bits, group {recipe.group_size}, {symmetry}"
+
+
+def show(options: ShowOptions) -> Report:
+    """The text of one recipe, or a list of the bundled ones. Raises InputError when there is none of that name."""
+    if options.name is None:
+        recipes = {name: load_recipe(path) for name, path in bundled_recipes().items()}
+        return Report(
+            command="recipe show",
+            data={"recipes": {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}},
+            tables=(Table("Bundled recipes", ("recipe", "what it does"), tuple((name, _summary(recipe)) for name, recipe in recipes.items())),),
+            next_steps=("quantkit recipe show NAME > my.yaml", "quantkit quantize MODEL OUT --recipe NAME"),
+        )
+    path, text = read_recipe_text(options.name)
+    recipe = parse_recipe(text, str(path))
+    return Report(command="recipe show", data={"file": str(path), "text": text, "recipe": recipe.model_dump(mode="json")}, text=text)
+
+
+def validate(options: ValidateOptions) -> Report:
+    """Check a recipe down to the options of its method. Raises InputError naming the file and the field."""
+    from quantkit.commands.quantize import QuantizeOptions, check_recipe, effective_recipe
+    from quantkit.quantizers.base import method
+
+    path, _ = read_recipe_text(options.path)
+    recipe = effective_recipe(QuantizeOptions(path="", out=Path(), recipe=Path(options.path)))
+    try:
+        chosen = method(recipe.method)
+        chosen.factory(recipe.options)
+        check_recipe(recipe, chosen.layouts)
+    except InputError as exc:
+        raise InputError(f"{path}: {exc.where.removeprefix('--').replace('-', '_')}", exc.what, exc.expected, exc.hint) from exc
+    return Report(
+        command="recipe validate",
+        data={"file": str(path), "valid": True, "recipe": recipe.model_dump(mode="json")},
+        facts=(("recipe", str(path)), ("valid", "yes"), ("method", _summary(recipe)), ("format", recipe.format or chosen.layouts[0])),
+        next_steps=(f"quantkit quantize MODEL OUT --recipe {options.path}",),
+    )
+
+
+def _template(method: str, needs_calibration: bool) -> str:
+    """A commented recipe that says every field with its default."""
+    defaults = Recipe(method=method)
+    calibration = """\
+calibration:
+  source: builtin            # a text or JSONL file, self (sampled from the model) or builtin (English text; your own is better)
+  samples: 128
+  seq_len: 512
+"""
+    return f"""\
+# A quantkit recipe. Check it:  quantkit recipe validate FILE
+# Use it:                       quantkit quantize MODEL OUT --recipe FILE
+method: {method}
+bits: {defaults.bits}
+group_size: {defaults.group_size}              # weights per scale along the input; -1 is one group per row
+sym: {str(defaults.sym).lower()}                   # true: every zero point is the middle of the range
+# format: awq                # the layout on disk; the method's own if not said
+{calibration if needs_calibration else ""}
+# The first override whose pattern (a regular expression) is found in a linear's name decides.
+overrides: []
+#  - pattern: layers\\.0\\.mlp
+#    group_size: 32
+#  - pattern: down_proj
+#    keep: true              # left unquantized
+
+# What belongs to the method; quantkit recipe validate names what it knows.
+options: {{}}
+"""
+
+
+def init(options: InitOptions) -> Report:
+    """Write a recipe to start from. Raises InputError when ``out`` exists or there is no such method."""
+    from quantkit.quantizers.base import method
+
+    quantizer = method(options.method).factory({})
+    if os.path.lexists(options.out):
+        raise InputError(str(options.out), "exists", "a path that does not exist")
+    text = _template(options.method, bool(quantizer.needs))
+    recipe = parse_recipe(text, str(options.out))
+    fs.write_bytes(options.out, text.encode())
+    return Report(
+        command="recipe init",
+        data={"out": str(options.out), "recipe": recipe.model_dump(mode="json")},
+        facts=(("written", str(options.out)), ("method", _summary(recipe))),
+        next_steps=(f"quantkit recipe validate {options.out}", f"quantkit quantize MODEL OUT --recipe {options.out}"),
+    )

@@ -1,0 +1,140 @@
+"""What the engine and its ranks say to each other: steps, answers, errors; and their form on a socket.
+
+A message is one JSON object behind its length in four bytes: nothing that comes in is ever executed. This module knows no
+model and no process.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantkit.errors import CheckFailed, InputError, MachineError, QuantkitError, RuntimeDied
+from quantkit.runtime.sampler import Sampled, SamplingParams, TokenLogprob
+from quantkit.runtime.scheduler import Chunk
+
+MAX_FRAME = 64 << 20
+_LENGTH = struct.Struct("<I")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RankJob:
+    """What the ranks load. ``sharded``: ``path`` is a shard directory. ``device`` "cpu" or "cuda"; ``timeout`` of an exchange in seconds."""
+
+    path: str
+    sharded: bool
+    tp: int
+    dtype: str
+    device: str
+    parity: bool
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A sequence that enters: the most tokens it may hold, how it is sampled, and the seed of its random numbers."""
+
+    sequence: int
+    room: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of every rank: forget ``free``, open ``begin``, run ``chunks`` as one batch, sample those that ask for it."""
+
+    free: tuple[int, ...]
+    begin: tuple[Begin, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """What a rank tells once it has loaded. ``kv_tokens``: how many fit into its free memory, None when it holds no KV head."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int | None
+
+
+def step_to_json(step: Step) -> Message:
+    return {
+        "free": list(step.free),
+        "begin": [[b.sequence, b.room, asdict(b.params), b.seed] for b in step.begin],
+        "chunks": [[c.sequence, c.start, list(c.tokens), c.sample] for c in step.chunks],
+    }
+
+
+def step_from_json(data: Message) -> Step:
+    def params(fields: Message) -> SamplingParams:
+        return SamplingParams(**{**fields, "stop": tuple(fields["stop"]), "stop_ids": tuple(fields["stop_ids"])})
+
+    return Step(
+        tuple(data["free"]),
+        tuple(Begin(sequence, room, params(fields), seed) for sequence, room, fields, seed in data["begin"]),
+        tuple(Chunk(sequence, start, tuple(tokens), sample) for sequence, start, tokens, sample in data["chunks"]),
+    )
+
+
+def sampled_to_json(sampled: list[Sampled]) -> list[Any]:
+    return [s.token if s.logprob is None else [s.token, s.logprob.logprob, [list(pair) for pair in s.logprob.top]] for s in sampled]
+
+
+def sampled_from_json(data: list[Any]) -> list[Sampled]:
+    def one(item: Any) -> Sampled:
+        if isinstance(item, int):
+            return Sampled(item)
+        token, logprob, top = item
+        return Sampled(token, TokenLogprob(token, logprob, tuple((t, p) for t, p in top)))
+
+    return [one(item) for item in data]
+
+
+def error_to_json(error: QuantkitError) -> Message:
+    return {"exit": error.exit_code, "where": error.where, "what": error.what, "expected": error.expected, "hint": error.hint}
+
+
+def error_from_json(data: Message) -> QuantkitError:
+    """The error that a rank raised, by its branch of the exception tree."""
+    kinds: dict[int, type[QuantkitError]] = {kind.exit_code: kind for kind in (CheckFailed, InputError, MachineError, RuntimeDied)}
+    kind = kinds.get(data["exit"], QuantkitError)
+    return kind(data["where"], data["what"], data["expected"], data["hint"])
+
+
+def frame(message: Message) -> bytes:
+    """``message`` as bytes on a socket."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    assert len(body) <= MAX_FRAME
+    return _LENGTH.pack(len(body)) + body
+
+
+class Frames:
+    """Bytes in, messages out. Raises RuntimeDied for what is no message."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._buffer = where, bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that ``data`` completes."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > MAX_FRAME:
+                raise RuntimeDied(self._where, f"sent a message of {length} bytes", f"at most {MAX_FRAME}")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            try:
+                message = json.loads(body)
+            except (ValueError, RecursionError) as exc:
+                raise RuntimeDied(self._where, "sent what is no message", "JSON") from exc
+            if not isinstance(message, dict):
+                raise RuntimeDied(self._where, "sent what is no message", "a JSON object")
+            yield message

@@ -1,0 +1,261 @@
+"""What one rank does: load its slices, run steps, and, as rank 0, sample. ``python -m quantkit.runtime.worker FD`` is a rank process.
+
+The process obeys the socket FD and never outlives whoever holds the other end. This module knows no requests and no text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.comm import Comm, ProcessComm
+from quantkit.errors import MachineError, QuantkitError, RuntimeDied
+from quantkit.model.decoder import Batch, Decoder
+from quantkit.model.load import load_decoder
+from quantkit.ops.dtypes import float_dtype
+from quantkit.plan import make_plan
+from quantkit.runtime.kv_cache import ContiguousCache, cache_for
+from quantkit.runtime.sampler import Sampled, SamplingParams, greedy, sample
+from quantkit.runtime.scheduler import Chunk
+from quantkit.runtime.wire import (
+    Begin,
+    Frames,
+    Message,
+    RankFacts,
+    RankJob,
+    Step,
+    error_to_json,
+    frame,
+    sampled_to_json,
+    step_from_json,
+)
+from quantkit.scheme import assignment_from_config
+from quantkit.shard import open_rank
+
+BEAT_SECONDS = 1.0
+KV_SHARE = 0.8
+"""The part of the memory left after loading that keys and values may take; the rest is for one pass's activations."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True)
+class _Request:
+    """What sampling remembers of a sequence: the position of its next random number, and what it generated if that is penalized."""
+
+    params: SamplingParams
+    seed: int
+    index: int = 0
+    counts: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def plain(self) -> bool:
+        return self.params.temperature == 0 and self.params.logprobs is None and not self.params.penalized
+
+
+class Runner:
+    """A rank's model, its cache and its requests. Every rank runs the same steps; rank 0 samples, the others return nothing."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.cache = decoder, cache_for(decoder)
+        self._requests: dict[int, _Request] = {}
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[Sampled]:
+        """The tokens of the chunks of ``step`` that sample, in order."""
+        for sequence in step.free:
+            self.cache.free(sequence)
+            del self._requests[sequence]
+        for begin in step.begin:
+            self._begin(begin)
+        if not step.chunks:
+            return []
+        hidden = self._forward(step.chunks)
+        ends, last = [], -1
+        for chunk in step.chunks:
+            last += len(chunk.tokens)
+            if chunk.sample:
+                ends.append(last)
+        if not ends:
+            return []
+        logits = self.decoder.logits(hidden if len(ends) == hidden.shape[0] else hidden[ends])  # a collective: every rank
+        if self.decoder.comm.rank != 0:
+            return []
+        return self._sample([self._requests[chunk.sequence] for chunk in step.chunks if chunk.sample], logits)
+
+    def _begin(self, begin: Begin) -> None:
+        self.cache.open(begin.sequence, begin.room)
+        self._requests[begin.sequence] = _Request(begin.params, begin.seed)
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """Hidden states ``[T, hidden]`` of all chunks, one after the other."""
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
+        both = torch.tensor([tokens, positions]).to(self.decoder.device)  # one transfer
+        batch = Batch(both[1], tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks))
+        return self.decoder.forward(both[0], batch, self.cache)
+
+    def _sample(self, requests: list[_Request], logits: Tensor) -> list[Sampled]:
+        """One token for each of ``requests`` from its row of ``logits [B, V]``."""
+        if all(request.plain for request in requests):
+            return greedy(logits)
+        out = []
+        for request, row in zip(requests, logits, strict=True):
+            found = sample(row, request.params, seed=request.seed, index=request.index, counts=request.counts)
+            request.index += 1
+            if request.params.penalized:
+                request.counts[found.token] += 1
+            out.append(found)
+        return out
+
+
+def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
+    """The decoder of rank ``comm.rank``. Raises InputError for a checkpoint that does not fit, MachineError when memory is short."""
+    dtype = float_dtype(job.dtype)
+    try:
+        if job.sharded:
+            checkpoint, plan = open_rank(Path(job.path), comm.rank)
+            return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity, presliced=True)
+        checkpoint = open_checkpoint(job.path)
+        if job.tp == 1:
+            return load_decoder(checkpoint, dtype=dtype, device=device, parity=job.parity)
+        spec = spec_for(checkpoint.config)
+        assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+        plan = make_plan(spec, assignment, job.tp, dtype="BF16")
+        return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity)
+    except torch.OutOfMemoryError as exc:
+        raise MachineError(device, "has too little memory for the weights", "more memory", "--tp splits them among GPUs") from exc
+
+
+def rank_facts(decoder: Decoder, cache: ContiguousCache, sharers: int) -> RankFacts:
+    """What the rank holds, and how many tokens fit into its share of the free memory: on a CPU ``sharers`` ranks share it."""
+    per_token = cache.bytes_per_token
+    if not per_token:
+        return RankFacts(decoder.nbytes, 0, None)
+    free = torch.cuda.mem_get_info(decoder.device)[0] if decoder.device.type == "cuda" else free_memory() // sharers
+    return RankFacts(decoder.nbytes, per_token, int(free * KV_SHARE) // per_token)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the least of what the kernel and the control group have left."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            found = [int(lines["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (group / limit).is_file() and (group / used).is_file():
+            text = (group / limit).read_text().strip()
+            if text != "max":
+                found.append(max(0, int(text) - int((group / used).read_text())))
+    return min(found)
+
+
+# the process
+
+
+class _Channel:
+    """The rank's end of its socket: messages out from any thread, messages in through a queue that a thread of its own fills.
+
+    When the other end is gone the process ends at once, wherever its main thread may be stuck.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        try:
+            with self._lock:
+                self._connection.sendall(frame(message))
+        except OSError:
+            os._exit(RuntimeDied.exit_code)
+
+    def _listen(self) -> None:
+        frames = Frames("engine")
+        while True:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(RuntimeDied.exit_code)
+            for message in frames.feed(data):
+                self.inbox.put(message)
+
+    def _beat(self) -> None:
+        stop = threading.Event()
+        while not stop.wait(BEAT_SECONDS):
+            self.send({"alive": True})
+
+
+def _die_with(parent: int) -> None:
+    """Ask Linux to kill this process when the thread that started it ends; leave at once if that has happened."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(RuntimeDied.exit_code)
+
+
+def _serve(channel: _Channel, start: Message) -> None:
+    """Load, then answer steps until told to close."""
+    job, rank = RankJob(**start["job"]), int(start["rank"])
+    torch.set_num_threads(int(start["threads"]))
+    device = "cpu"
+    if job.device == "cuda":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
+    backend = "nccl" if job.device == "cuda" else "gloo"
+    comm = ProcessComm(rank, job.tp, Path(start["store"]), backend=backend, timeout=job.timeout)
+    runner = Runner(load_rank(job, comm, device))
+    comm.barrier()  # all have loaded: what is free now is free for keys and values
+    facts = rank_facts(runner.decoder, runner.cache, job.tp)
+    comm.barrier()
+    channel.send({"ready": asdict(facts)})
+    while True:
+        message = channel.inbox.get()
+        if "close" in message:
+            comm.close()
+            return
+        sampled = runner.run(step_from_json(message["step"]))
+        if rank == 0:
+            channel.send({"sampled": sampled_to_json(sampled)})
+
+
+def main(fd: int) -> int:
+    """Run a rank on the socket ``fd``; returns its exit code. An error of ours goes to the engine, a bug to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when ranks end
+    channel = _Channel(socket.socket(fileno=fd))
+    start = channel.inbox.get()
+    _die_with(int(start["parent"]))
+    try:
+        _serve(channel, start)
+    except QuantkitError as exc:
+        channel.send({"error": error_to_json(exc)})
+        return exc.exit_code
+    except torch.OutOfMemoryError as exc:
+        reason = str(exc).splitlines()[0]
+        error = MachineError(f"rank {start['rank']}", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len")
+        channel.send({"error": error_to_json(error)})
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

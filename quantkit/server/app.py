@@ -1,0 +1,572 @@
+"""The HTTP face of an engine: OpenAI's endpoints, health and version.
+
+One engine, one model, one event loop; deltas come from the engine's thread through ``call_soon_threadsafe``. What a client
+may ask for is ``protocol.py``'s business; how processes start and end is the serve command's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from sse_starlette.sse import EventSourceResponse
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from quantkit import __version__
+from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
+from quantkit.runtime.engine import Delta, Engine, QueueFull, SamplingParams, TokenLogprob
+from quantkit.server.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    chat_turns,
+    invalid,
+    parse_chat,
+    parse_completion,
+    sampling,
+    token_limit,
+)
+from quantkit.text.chat import render_chat
+from quantkit.text.tokenizer import StreamDecoder, Tokenizer
+
+T = TypeVar("T")
+Json = dict[str, object]
+
+MAX_BODY = 8 << 20
+DRAINED_BODY = 64 << 20
+"""A refused body up to this size is read to its end, so that its sender gets to read the 413."""
+BODY_SECONDS = 60.0
+RETRY_AFTER = 1
+"""Seconds that a client is asked to wait when the queue is full."""
+STREAM_GRACE = 7.0
+"""Seconds that a stream may go on once the process is asked to end; the serve command closes the engine before."""
+LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON cannot say."""
+CLIENT_GONE = 499
+"""The status of an answer that nobody reads."""
+
+
+@dataclass(slots=True)
+class Served:
+    """What the server has answered since it started."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TokenTexts:
+    """The text of single tokens, as it stands inside a longer text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str | None] = {}
+
+    def whole(self, token: int) -> str | None:
+        """The token's text, or None when it holds a part of a character."""
+        if token not in self._known:
+            alone = self._tokenizer.decode([token], special=True)
+            twice = self._tokenizer.decode([token, token], special=True)  # the second keeps the space that decoders strip from the first
+            self._known[token] = None if "\ufffd" in alone else twice[len(alone) :]
+        return self._known[token]
+
+    def label(self, token: int) -> str:
+        """A name for the token that no other token has."""
+        text = self.whole(token)
+        return f"token_id:{token}" if text is None else text
+
+
+@dataclass(slots=True)
+class Choice:
+    """One completion as it grows."""
+
+    index: int
+    opening: str = ""
+    """Text before the first token: the prompt, when it is echoed."""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    tokens: int = 0
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+        self.tokens += len(delta.tokens)
+        self.finish_reason = delta.finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an endpoint says what happens: functions that make one item of ``choices``."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+    whole: Callable[[Choice, Json | None], Json]
+    first: Callable[[Choice], Json | None]
+    piece: Callable[[Choice, str, Json | None, str | None], list[Json]]
+    scores: Callable[[Sequence[TokenLogprob], Sequence[int], TokenTexts], Json]
+    """Logprobs of tokens that start at these offsets of the choice's text."""
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def _completion_item(index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _completion_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
+    return {
+        "tokens": [texts.label(one.token) for one in scored],
+        "token_logprobs": [_finite(one.logprob) for one in scored],
+        "top_logprobs": [{texts.label(token): _finite(logprob) for token, logprob in one.top} for one in scored],
+        "text_offset": list(offsets),
+    }
+
+
+COMPLETION = Dialect(
+    kind="text_completion",
+    chunk_kind="text_completion",
+    prefix="cmpl-",
+    whole=lambda choice, scores: _completion_item(choice.index, choice.opening + "".join(choice.texts), scores, choice.finish_reason),
+    first=lambda choice: _completion_item(choice.index, choice.opening, None, None) if choice.opening else None,
+    piece=lambda choice, text, scores, reason: [_completion_item(choice.index, text, scores, reason)],
+    scores=_completion_scores,
+)
+
+
+def _chat_whole(choice: Choice, scores: Json | None) -> Json:
+    message: Json = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+    return {"index": choice.index, "message": message, "logprobs": scores, "finish_reason": choice.finish_reason}
+
+
+def _chat_delta(choice: Choice, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
+    return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _chat_piece(choice: Choice, text: str, scores: Json | None, finish_reason: str | None) -> list[Json]:
+    """The text and the reason come in two items, as OpenAI sends them."""
+    items = [_chat_delta(choice, {"content": text}, scores)] if text or scores else []
+    return [*items, _chat_delta(choice, {}, None, finish_reason)] if finish_reason else items
+
+
+def _chat_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
+    def entry(token: int, logprob: float) -> Json:
+        text = texts.whole(token)
+        return {"token": texts.label(token), "logprob": _finite(logprob), "bytes": None if text is None else list(text.encode())}
+
+    content = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]} for one in scored]
+    return {"content": content, "refusal": None}
+
+
+CHAT = Dialect(
+    kind="chat.completion",
+    chunk_kind="chat.completion.chunk",
+    prefix="chatcmpl-",
+    whole=_chat_whole,
+    first=lambda choice: _chat_delta(choice, {"role": "assistant", "content": ""}),
+    piece=_chat_piece,
+    scores=_chat_scores,
+)
+
+
+class Offsets:
+    """Where each token of a choice starts in its text."""
+
+    def __init__(self, tokenizer: Tokenizer, opening: str) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._length = len(opening)
+
+    def of(self, scored: Sequence[TokenLogprob]) -> list[int]:
+        starts = []
+        for one in scored:
+            starts.append(self._length)
+            self._length += len(self._decoder.push(one.token))
+        return starts
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One engine request."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+
+
+class Generation:
+    """The engine requests behind one HTTP request, and what comes out of them, in the order in which it comes."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job]) -> None:
+        """Submit all of ``jobs`` or, when one is refused, none. Raises as ``Engine.submit``. Runs in the event loop."""
+        self._engine = engine
+        self._events: asyncio.Queue[tuple[int, Delta | QuantkitError]] = asyncio.Queue()
+        self._running: dict[int, int] = {}
+        loop = asyncio.get_running_loop()
+        try:
+            for index, job in enumerate(jobs):
+                self._running[index] = engine.submit(job.prompt, job.params, self._deliver(loop, index))
+        except QuantkitError:
+            self.cancel()
+            raise
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Delta | QuantkitError], None]:
+        def deliver(event: Delta | QuantkitError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return deliver
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(job, delta) until all jobs are done. Raises the error of the first job that fails."""
+        while self._running:
+            index, event = await self._events.get()
+            if isinstance(event, QuantkitError):
+                del self._running[index]
+                raise event
+            if event.finish_reason is not None:
+                del self._running[index]
+            yield index, event
+
+    def cancel(self) -> None:
+        """Free what still runs; a second call does nothing."""
+        for request in self._running.values():
+            self._engine.cancel(request)
+        self._running.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One accepted request: its choices, what they run as, and how they are told."""
+
+    dialect: Dialect
+    model: str
+    choices: tuple[Choice, ...]
+    generation: Generation
+    prompt_tokens: int
+    scored: bool
+    tokenizer: Tokenizer
+    served: Served
+    id: str
+    created: int
+
+    def _envelope(self, kind: str, choices: Sequence[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": list(choices)}
+
+    def _usage(self) -> Json:
+        completion = sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion, "total_tokens": self.prompt_tokens + completion}
+
+    def _take(self, index: int, delta: Delta) -> Choice:
+        choice = self.choices[index]
+        choice.add(delta)
+        self.served.completion_tokens += len(delta.tokens)
+        return choice
+
+    def _scores(self, choice: Choice, scored: Sequence[TokenLogprob], offsets: Offsets, texts: TokenTexts) -> Json | None:
+        return self.dialect.scores(scored, offsets.of(scored), texts) if self.scored else None
+
+    async def whole(self) -> Json:
+        """The answer in one piece. Raises the engine's error."""
+        async for index, delta in self.generation.deltas():
+            self._take(index, delta)
+        texts = TokenTexts(self.tokenizer)
+        items = []
+        for choice in self.choices:
+            scores = self._scores(choice, choice.logprobs, Offsets(self.tokenizer, choice.opening), texts)
+            items.append(self.dialect.whole(choice, scores))
+        return {**self._envelope(self.dialect.kind, items), "usage": self._usage()}
+
+    async def stream(self, include_usage: bool) -> AsyncIterator[str]:
+        """The data of server-sent events; an engine error is the last one, in place of ``[DONE]``."""
+        texts = TokenTexts(self.tokenizer)
+        offsets = [Offsets(self.tokenizer, choice.opening) for choice in self.choices]
+
+        def chunk(items: Sequence[Json], usage: Json | None = None) -> str:
+            body = self._envelope(self.dialect.chunk_kind, items)
+            return json.dumps({**body, "usage": usage} if include_usage else body, ensure_ascii=False)
+
+        try:
+            for choice in self.choices:
+                first = self.dialect.first(choice)
+                if first is not None:
+                    yield chunk([first])
+            async for index, delta in self.generation.deltas():
+                choice = self._take(index, delta)
+                if not (delta.text or delta.finish_reason or (self.scored and delta.logprobs)):
+                    continue
+                scores = self._scores(choice, delta.logprobs, offsets[index], texts) if delta.logprobs else None
+                for item in self.dialect.piece(choice, delta.text, scores, delta.finish_reason):
+                    yield chunk([item])
+            if include_usage:
+                yield chunk([], self._usage())
+            yield "[DONE]"
+        except QuantkitError as exc:
+            yield json.dumps(api_error(exc).body, ensure_ascii=False)
+        finally:
+            self.generation.cancel()
+
+
+def api_error(error: QuantkitError) -> ApiError:
+    """An error of quantkit as the client sees it."""
+    if isinstance(error, QueueFull):
+        return ApiError(429, error.line, type_="rate_limit_error", code="queue_full", retry_after=RETRY_AFTER)
+    if isinstance(error, InputError):
+        return invalid(None, error.line)
+    if isinstance(error, RuntimeDied | MachineError):
+        return ApiError(503, error.line, type_="server_error", code="engine_failed")
+    return ApiError(500, error.line, type_="server_error")
+
+
+def _response(error: ApiError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a JSON request. Raises ApiError: 415 for another type, 413 over MAX_BODY, 408 when it does not come."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also what keeps a web page from posting here without being asked
+        raise invalid(None, f"the content type is {kind or 'missing'}, expected application/json", "invalid_content_type", 415)
+    too_large = invalid(None, f"the body is larger than {MAX_BODY} bytes", "body_too_large", 413)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > DRAINED_BODY:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size <= MAX_BODY:
+                    parts.append(part)
+                elif size > DRAINED_BODY:
+                    break
+    except TimeoutError as exc:
+        raise invalid(None, f"the body did not come within {BODY_SECONDS:.0f} s", "body_timeout", 408) from exc
+    if size > MAX_BODY:
+        raise too_large
+    return b"".join(parts)
+
+
+async def until_gone(request: Request, work: asyncio.Task[T]) -> T | None:
+    """The result of ``work``, or None when the client leaves first; then ``work`` is cancelled. The body must have been read."""
+
+    async def leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.create_task(leaves())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+def _key_check(api_key: str | None) -> Callable[[Request], None]:
+    """A dependency that lets a request pass when it brings ``api_key``, or when there is none."""
+
+    def digest(text: str) -> bytes:
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+    wanted = None if api_key is None else digest(api_key)
+
+    def check(request: Request) -> None:
+        if wanted is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Digests of equal length, so that the time tells neither the key's length nor how much of it is right.
+        if not hmac.compare_digest(digest(given.strip()), wanted) or scheme.lower() != "bearer":
+            raise ApiError(401, "the API key is missing or wrong", type_="invalid_request_error", code="invalid_api_key")
+
+    return check
+
+
+class _Endpoints:
+    """What the OpenAI endpoints share."""
+
+    def __init__(self, engine: Engine, name: str, served: Served, texts: ThreadPoolExecutor) -> None:
+        self._engine, self._name, self._served, self._texts = engine, name, served, texts
+        self._started = int(time.time())
+
+    def model(self) -> Json:
+        return {"id": self._name, "object": "model", "created": self._started, "owned_by": "quantkit"}
+
+    def check_model(self, name: str) -> None:
+        if name != self._name:
+            raise invalid("model", f"{name[:200]!r} is not served here, expected {self._name!r}", "model_not_found", 404)
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        """Tokenizing megabytes takes seconds, in which other clients' streams go on: one thread does it, for all requests in turn."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+
+    async def completions(self, request: Request) -> Response:
+        asked = parse_completion(await read_body(request))
+        self.check_model(asked.model)
+        tokenizer = self._engine.tokenizer
+
+        def encode() -> list[tuple[list[int], str]]:
+            """Token ids and, for the echo, the text of every prompt."""
+            found = []
+            for prompt in asked.prompt:
+                ids = tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+                text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, special=True) if asked.echo else ""
+                found.append((ids, text))
+            return found
+
+        for prompt in asked.prompt:
+            outside = next((token for token in prompt if not 0 <= token < tokenizer.vocab_size), None) if isinstance(prompt, list) else None
+            if outside is not None:
+                raise invalid("prompt", f"token {outside} is outside the vocabulary of {tokenizer.vocab_size}")
+        prompts = await self._off_loop(encode)
+        return await self._answer(request, asked, COMPLETION, prompts, asked.logprobs is not None)
+
+    async def chat(self, request: Request) -> Response:
+        asked = parse_chat(await read_body(request))
+        self.check_model(asked.model)
+        tokenizer = self._engine.tokenizer
+
+        def encode() -> list[int]:
+            """The template alone decides on BOS, as it did when the model was trained: none is added to what it wrote."""
+            return tokenizer.encode(render_chat(tokenizer, chat_turns(asked)), special=False)
+
+        ids = await self._off_loop(encode)
+        return await self._answer(request, asked, CHAT, [(ids, "")], asked.logprobs)
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: CompletionRequest | ChatRequest,
+        dialect: Dialect,
+        prompts: Sequence[tuple[list[int], str]],
+        scored: bool,
+    ) -> Response:
+        """Run ``asked`` for tokenized ``prompts`` and send what comes, whole or as a stream; stop when the client leaves."""
+        echo = isinstance(asked, CompletionRequest) and asked.echo
+        jobs, choices = [], []
+        for ids, text in prompts:
+            if not ids:
+                raise invalid("messages" if dialect is CHAT else "prompt", "holds no token")
+            limit = token_limit(asked, len(ids), self._engine.max_model_len)
+            for number in range(asked.n):
+                choices.append(Choice(len(choices), text if echo else ""))
+                jobs.append(Job(ids, sampling(asked, limit, number)))
+        prompt_tokens = sum(len(ids) for ids, _ in prompts)
+        answer = Answer(
+            dialect=dialect,
+            model=self._name,
+            choices=tuple(choices),
+            generation=Generation(self._engine, jobs),
+            prompt_tokens=prompt_tokens,
+            scored=scored,
+            tokenizer=self._engine.tokenizer,
+            served=self._served,
+            id=dialect.prefix + uuid.uuid4().hex,
+            created=int(time.time()),
+        )
+        self._served.requests += 1
+        self._served.prompt_tokens += prompt_tokens
+        if asked.stream:
+            # The task frees what a client that left before the first event would leave running.
+            freed = BackgroundTask(answer.generation.cancel)
+            return EventSourceResponse(answer.stream(asked.include_usage), sep="\n", background=freed, shutdown_grace_period=STREAM_GRACE)
+        try:
+            body = await until_gone(request, asyncio.create_task(answer.whole()))
+        finally:
+            answer.generation.cancel()
+        return Response(status_code=CLIENT_GONE) if body is None else JSONResponse(body)
+
+
+def _health(engine: Engine) -> JSONResponse:
+    if engine.failure is not None:
+        return JSONResponse({"status": "failed", "reason": engine.failure.line}, 503)
+    stats = engine.stats()
+    figures = {"running": stats.running, "waiting": stats.waiting}
+    tokens = {"kv_tokens_used": stats.kv_tokens_used, "kv_tokens_total": stats.kv_tokens_total}
+    return JSONResponse({"status": "ok", **figures, **tokens})
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape, those of the framework too."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError | QuantkitError)
+        return _response(error if isinstance(error, ApiError) else api_error(error))
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return _response(invalid(None, what, "not_found" if error.status_code == 404 else "invalid_request", error.status_code))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    async def bug(request: Request, error: Exception) -> Response:
+        return _response(ApiError(500, "the server has a defect; its log says more", type_="server_error"))
+
+    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(QuantkitError, ours)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, bug)
+
+
+def create_app(engine: Engine, *, served_model_name: str, api_key: str | None) -> FastAPI:
+    """The application that serves ``engine`` under ``served_model_name``; with ``api_key``, ``/v1`` wants it as a bearer token.
+
+    ``app.state.served`` counts what was answered (``Served``). Closing the engine is the caller's.
+    """
+    texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quantkit-text")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, object]]:
+        yield {}
+        texts.shutdown(wait=False, cancel_futures=True)
+
+    # No schema pages: bodies are parsed by protocol.py, so FastAPI has nothing true to say about them.
+    app = FastAPI(title="quantkit", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.served = Served()
+    endpoints = _Endpoints(engine, served_model_name, app.state.served, texts)
+    _add_error_handlers(app)
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(api_key))])
+
+    @v1.get("/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [endpoints.model()]})
+
+    @v1.get("/models/{name:path}")
+    async def model(name: str) -> JSONResponse:
+        endpoints.check_model(name)
+        return JSONResponse(endpoints.model())
+
+    v1.add_api_route("/completions", endpoints.completions, methods=["POST"], response_model=None)
+    v1.add_api_route("/chat/completions", endpoints.chat, methods=["POST"], response_model=None)
+    app.include_router(v1)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return _health(engine)
+
+    @app.get("/version")
+    async def version() -> JSONResponse:
+        return JSONResponse({"version": __version__})
+
+    return app

@@ -1,0 +1,401 @@
+"""verify: is a checkpoint, artifact or shard directory what its config, manifest and hashes say it is?
+
+The shallow checks read headers and hash files, without torch; the deep ones unpack values, one linear at a time
+(``formats.md`` section 14). What can be opened and is wrong is a defect; what cannot be opened is an InputError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantkit import fs
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.artifact import INDEX, MANIFEST, MANIFEST_SCHEMA, SUMS, SUMS_LIMIT, parse_sums
+from quantkit.checkpoint.reader import EXTRA_FILES, Checkpoint, open_checkpoint, read_manifest, resolve_path
+from quantkit.errors import InputError
+from quantkit.geometry import LAYOUTS, Geometry
+from quantkit.plan import HEAD, block_geometries, linear_geometry
+from quantkit.progress import Progress, silent
+from quantkit.scheme import Assignment, assignment_from_config, assignment_to_json
+from quantkit.shard import open_rank, rank_file, read_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.layouts.base import GroupedInt
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+LOADED = (*EXTRA_FILES, "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py")
+"""A file of these names that no hash vouches for could change what a loader makes of the directory; any other is harmless."""
+F16_MAX, F16_NORMAL = 65504.0, 2.0**-14
+FUSED = (("q", "k", "v"), ("gate", "up"))
+"""Roles that GPU runtimes multiply as one matrix: stored alike, or not at all loadable there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One thing that is wrong, found by the check called ``check``."""
+
+    check: str
+    where: str
+    what: str
+    expected: str | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{self.where}: {self.what}" + (f", expected {self.expected}" if self.expected else "")
+
+
+@dataclass(slots=True)
+class Verification:
+    """What verify found. ``checks`` maps each check that ran to what it looked at."""
+
+    kind: str
+    tensors: int = 0
+    tensor_bytes: int = 0
+    unpacked: int = 0
+    checks: dict[str, str] = field(default_factory=dict)
+    defects: list[Defect] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Stored(Protocol):
+    """What the tensor check needs to know of a stored tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor as the model needs it. ``optional``: it may be absent."""
+
+    shape: tuple[int, ...]
+    dtypes: frozenset[str]
+    optional: bool = False
+
+
+def _geometries(spec: ModelSpec, assignment: Assignment) -> list[tuple[str, str, Geometry]]:
+    """(role, module path, whole geometry) of every linear, a head of its own included. Raises InputError as a layout does."""
+    found = list(block_geometries(spec, assignment, dtype="BF16"))
+    if not spec.tied:
+        name, vocab, hidden = spec.architecture.head, spec.dims["vocab"].elements, spec.dims["hidden"].elements
+        found.append((HEAD, name, linear_geometry(name, vocab, hidden, assignment[name], dtype="BF16", bias=False)))
+    return found
+
+
+def expected_tensors(spec: ModelSpec, assignment: Assignment) -> dict[str, Expected]:
+    """Every tensor of a whole model by name. Raises InputError when a layout cannot hold the shape of a linear."""
+    arch, found = spec.architecture, dict[str, Expected]()
+    hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
+    widths = {"hidden": hidden, "head": spec.head_dim}
+    found[f"{arch.embedding}.weight"] = Expected((vocab, hidden), FLOATS)
+    for _, path, geometry in _geometries(spec, assignment):
+        for part in geometry.parts:
+            # What is kept in floats may be of any float dtype: BF16 above stands for all of them.
+            floats = geometry.layout == "plain" or part.suffix == "bias"
+            found[f"{path}.{part.suffix}"] = Expected(geometry.shape(part), FLOATS if floats else frozenset({part.dtype}))
+    for layer in range(spec.layers):
+        for norm in spec.norms.values():
+            found[spec.tensor(layer, norm.name) + ".weight"] = Expected((widths[norm.width],), FLOATS)
+    found[f"{arch.final_norm}.weight"] = Expected((hidden,), FLOATS)
+    if spec.tied:
+        found[f"{arch.head}.weight"] = Expected((vocab, hidden), FLOATS, optional=True)
+    return found
+
+
+def tensor_defects(stored: Mapping[str, Stored], expected: Mapping[str, Expected], dtype: Callable[[str], str]) -> Iterator[Defect]:
+    """What is missing, not of this model, or of another shape or dtype; ``dtype`` gives that of a stored tensor."""
+    for name, want in expected.items():
+        if name not in stored:
+            if not want.optional:
+                yield Defect("tensors", name, "is missing", f"{' or '.join(sorted(want.dtypes))} {list(want.shape)}")
+        elif tuple(stored[name].shape) != want.shape:
+            yield Defect("tensors", name, f"has shape {list(stored[name].shape)}", f"{list(want.shape)} from config.json")
+        elif dtype(name) not in want.dtypes:
+            yield Defect("tensors", name, f"is {dtype(name)}", " or ".join(sorted(want.dtypes)))
+    for name in sorted(set(stored) - set(expected)):
+        if not name.endswith(IGNORED_SUFFIX):
+            yield Defect("tensors", name, "is no tensor of this model as config.json describes it", "only tensors that the model uses")
+
+
+def verify(path: str | Path, *, deep: bool, progress: Progress = silent) -> Verification:
+    """Check a checkpoint directory, artifact, shard directory, GGUF file or ``pkg:NAME``; ``deep`` unpacks values as well.
+
+    Raises InputError for what cannot be opened: no such model, headers or indexes that are not what they say, hostile names.
+    """
+    root = resolve_path(path)
+    manifest = read_manifest(root)
+    if manifest is not None and manifest.get("kind") == "shards":
+        return _verify_shards(root, deep, progress)
+    checkpoint = open_checkpoint(path)
+    spec = spec_for(checkpoint.config)
+    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    stored_bytes = sum(ref.nbytes for ref in checkpoint.tensors.values())
+    kind = "GGUF file" if checkpoint.kind == "gguf" else "checkpoint" if manifest is None else str(manifest.get("kind", "artifact"))
+    found = Verification(kind, len(checkpoint.tensors), stored_bytes)
+    found.checks["headers"] = f"{len({ref.file for ref in checkpoint.tensors.values()})} files"
+    if checkpoint.kind == "hf":
+        _check_hashes(root, manifest is not None, found, progress)
+    fits = _check_tensors(checkpoint, spec, assignment, found)
+    _check_config(checkpoint, spec, assignment, found)
+    if manifest is not None:
+        _check_manifest(manifest, checkpoint, spec, assignment, found)
+    if deep and fits:
+        packed = {path: geometry for _, path, geometry in _geometries(spec, assignment) if geometry.layout != "plain"}
+        _check_values(checkpoint, packed, _symmetric(manifest), "", found, progress)
+    return found
+
+
+def _check_hashes(root: Path, promised: bool, found: Verification, progress: Progress) -> None:
+    """Every file of the directory against SHA256SUMS; ``promised``: an artifact has one."""
+    path = fs.confined(root, SUMS, str(root))
+    if not path.exists():
+        if promised:
+            found.checks["hashes"] = "none"
+            found.defects.append(Defect("hashes", SUMS, "is missing", "the hashes of every file of the artifact"))
+        else:
+            found.warnings.append(f"no {SUMS}: nothing says what the bytes of this checkpoint should be")
+        return
+    sums = parse_sums(fs.read_bytes(path, SUMS_LIMIT), str(path))
+    found.checks["hashes"] = f"{len(sums)} files"
+    for done, (name, digest) in enumerate(sorted(sums.items())):
+        progress("hash", done, len(sums))
+        file = fs.confined(root, name, str(path))
+        if not file.is_file():
+            found.defects.append(Defect("hashes", name, "is missing", f"a file of sha256 {digest[:12]}..."))
+        elif (actual := fs.sha256_file(file)) != digest:
+            found.defects.append(Defect("hashes", name, f"was changed: its sha256 is {actual[:12]}...", f"{digest[:12]}..."))
+    progress("hash", len(sums), len(sums))
+    for name in sorted({entry.name for entry in root.iterdir()} - set(sums) - {SUMS}):
+        if any(fnmatchcase(name, pattern) for pattern in LOADED):
+            found.defects.append(Defect("hashes", name, f"is not in {SUMS}", "only files that were written with the artifact"))
+        else:
+            found.warnings.append(f"{name!r:.200} is not in {SUMS}; nothing that loads a model reads it")
+
+
+def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec, assignment: Assignment, found: Verification) -> bool:
+    """Names, dtypes and shapes against config.json; False when no layout fits it, so that nothing more can be said."""
+    try:
+        expected = expected_tensors(spec, assignment)
+    except InputError as exc:
+        found.defects.append(Defect("tensors", exc.where, exc.what, exc.expected))
+        found.checks["tensors"] = "no layout fits config.json"
+        return False
+    found.defects += tensor_defects(checkpoint.tensors, expected, checkpoint.dtype)
+    found.checks["tensors"] = f"{len(checkpoint.tensors)} names, dtypes and shapes"
+    if checkpoint.kind != "hf":
+        return True
+    used = {ref.file.name for ref in checkpoint.tensors.values()}
+    strays = sorted(path.name for path in checkpoint.root.glob("*.safetensors") if path.name not in used)
+    found.warnings += [f"{name!r:.200} is beside the checkpoint and not part of it" for name in strays]
+    if (checkpoint.root / INDEX).is_file() and used == {"model.safetensors"}:
+        found.warnings.append(f"{INDEX} is not used: model.safetensors is there")
+    return True
+
+
+def _check_config(checkpoint: Checkpoint, spec: ModelSpec, assignment: Assignment, found: Verification) -> None:
+    """config.json against the files: what it says is not converted, and linears that runtimes multiply as one."""
+    quant = checkpoint.config.get("quantization_config")
+    if not quant:
+        return
+    found.checks["config"] = f"quant_method {quant.get('quant_method')}"
+    kept = quant.get("modules_to_not_convert") or []
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        where = "config.json: quantization_config.modules_to_not_convert"
+        found.defects.append(Defect("config", where, f"is {kept!r:.100}", "a list of module names"))
+        return
+    if quant.get("zero_point", True) is not True:
+        found.defects.append(
+            Defect("config", "config.json: quantization_config.zero_point", "is not true", "true: the layout stores zeros")
+        )
+    if not any(scheme.layout != "plain" for scheme in assignment.values()):
+        found.defects.append(Defect("config", "config.json: quantization_config", "is there, and no linear is quantized", "packed linears"))
+    for layer in range(spec.layers):
+        paths = spec.block_linears(layer)
+        for path in paths.values():
+            listed = any(entry in path for entry in kept)
+            if listed != (assignment[path].layout == "plain"):
+                what = (
+                    "is packed, and modules_to_not_convert names it"
+                    if listed
+                    else "is not packed, and modules_to_not_convert does not name it"
+                )
+                found.defects.append(Defect("config", path, what, "config.json and files that agree"))
+    found.warnings += mixed_siblings(spec, assignment)
+
+
+def mixed_siblings(spec: ModelSpec, assignment: Assignment) -> list[str]:
+    """A warning for each kind of fused linears of which some are quantized and some are not."""
+    warnings = []
+    for roles in FUSED:
+        mixed = [
+            layer
+            for layer in range(spec.layers)
+            if len({assignment[path].layout for role, path in spec.block_linears(layer).items() if role in roles}) > 1
+        ]
+        if mixed:
+            names = "/".join(spec.linears[role].name.rpartition(".")[2] for role in roles)
+            warnings.append(f"block {mixed[0]}: some of {names} are quantized and some are not; vLLM and SGLang fuse them and refuse that")
+    return warnings
+
+
+def _check_manifest(
+    manifest: Mapping[str, Any], checkpoint: Checkpoint, spec: ModelSpec, assignment: Assignment, found: Verification
+) -> None:
+    """quantkit.json against config.json and the files."""
+    found.checks["manifest"] = f"schema {manifest.get('schema')!r:.20}"
+
+    def defect(key: str, what: str, expected: str) -> None:
+        found.defects.append(Defect("manifest", f"{MANIFEST}: {key}", what, expected))
+
+    if manifest.get("schema") != MANIFEST_SCHEMA:
+        defect("schema", f"is {manifest.get('schema')!r:.50}", str(MANIFEST_SCHEMA))
+        return
+    stated = manifest.get("assignment")
+    if stated is None and manifest.get("kind") != "artifact":
+        return
+    if not isinstance(stated, dict) or not all(isinstance(scheme, dict) for scheme in stated.values()):
+        defect("assignment", "is missing or malformed", "how each linear is stored")
+        return
+    actual = assignment_to_json(assignment)
+    for name in sorted({*stated, *actual}):
+        if name not in stated or name not in actual:
+            defect("assignment", f"{'lacks' if name in actual else 'has'} {name!r:.200}", "the linears of config.json")
+            continue
+        # A checkpoint does not say which method made it, nor whether it is symmetric: values do.
+        for key in ("layout", "bits", "group_size"):
+            if stated[name].get(key) != actual[name][key]:
+                defect("assignment", f"{name}: {key} is {stated[name].get(key)!r:.50}", f"{actual[name][key]!r} as in the files")
+    totals = manifest.get("totals")
+    if isinstance(totals, dict):
+        weights, packed = _quantized_size(spec, assignment)
+        for key, value in (("bytes_after", found.tensor_bytes), ("quantized_weights", weights), ("quantized_bytes", packed)):
+            if key in totals and totals[key] != value:
+                defect(f"totals.{key}", f"is {totals[key]!r:.50}", f"{value} as in the files")
+
+
+def _quantized_size(spec: ModelSpec, assignment: Assignment) -> tuple[int, int]:
+    """Weights of the packed block linears, and their bytes without biases."""
+    weights = nbytes = 0
+    for layer in range(spec.layers):
+        for role, path in spec.block_linears(layer).items():
+            scheme, (n, k) = assignment[path], spec.linear_shape(role)
+            if scheme.layout == "plain" or (scheme.group_size != -1 and k % scheme.group_size) or n % 8:
+                continue
+            weights, nbytes = weights + n * k, nbytes + LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size).total_bytes
+    return weights, nbytes
+
+
+def _symmetric(manifest: Mapping[str, Any] | None) -> frozenset[str]:
+    """The linears that the manifest calls symmetric."""
+    stated = (manifest or {}).get("assignment")
+    if not isinstance(stated, dict):
+        return frozenset()
+    return frozenset(name for name, scheme in stated.items() if isinstance(scheme, dict) and scheme.get("sym") is True)
+
+
+def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
+    """A shard directory: hashes, and every rank's file against the stored plan."""
+    plan, manifest = read_plan(root), read_manifest(root)
+    found = Verification("shards")
+    _check_hashes(root, True, found, progress)
+    found.checks["ranks"] = f"{plan.tp} files against the stored plan"
+    for rank in range(plan.tp):
+        try:
+            checkpoint, _ = open_rank(root, rank)
+        except InputError as exc:
+            found.defects.append(Defect("ranks", exc.where, exc.what, exc.expected))
+            continue
+        found.tensors += len(checkpoint.tensors)
+        found.tensor_bytes += sum(ref.nbytes for ref in checkpoint.tensors.values())
+        if deep:
+            spec = spec_for(checkpoint.config)
+            assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+            linears = [item for item in _geometries(spec, assignment) if item[2].layout != "plain"]
+            packed = {path: geometry.cut(*plan.cut(role, rank)) for role, path, geometry in linears}
+            _check_values(checkpoint, packed, _symmetric(manifest), f"{rank_file(rank, plan.tp)}: ", found, progress)
+    return found
+
+
+def _check_values(
+    checkpoint: Checkpoint, packed: Mapping[str, Geometry], symmetric: frozenset[str], prefix: str, found: Verification, progress: Progress
+) -> None:
+    """Unpack every linear of ``packed`` (module path -> geometry, or a rank's part of it), and look at every float."""
+    from quantkit.layouts.registry import codec
+    from quantkit.ops.dtypes import as_bytes, as_tensor
+
+    held: set[str] = set()
+    for done, (path, geometry) in enumerate(packed.items()):
+        progress("values", done, len(packed))
+        names = {part.suffix: (f"{path}.{part.suffix}", geometry.shape(part)) for part in geometry.parts}
+        held |= {name for suffix, (name, _) in names.items() if suffix != "bias"}
+        stored = {name: tuple(checkpoint.tensors[name].shape) for name, _ in names.values() if name in checkpoint.tensors}
+        if not geometry.n or not geometry.k or any(stored.get(name) != shape for name, shape in names.values()):
+            continue  # a rank that owns nothing; or reported with the tensors
+        parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, (name, _) in names.items()}
+        result = codec(geometry.layout).unpack(parts, geometry)
+        again = codec(geometry.layout).pack(result)
+        for suffix, part in parts.items():
+            if as_bytes(again[suffix]) != as_bytes(part):
+                found.defects.append(
+                    Defect("values", f"{prefix}{path}.{suffix}", "does not pack again to the same bytes", "bytes of the layout")
+                )
+        _check_linear(prefix + path, result, path in symmetric, found)
+        found.unpacked += 1
+    progress("values", len(packed), len(packed))
+    for name, ref in checkpoint.tensors.items():
+        if name not in held and checkpoint.dtype(name) in FLOATS and math.prod(ref.shape):
+            _check_floats(prefix + name, as_tensor(checkpoint.read(name), checkpoint.dtype(name)), found)
+    found.checks["values"] = f"{found.unpacked} packed linears unpacked, floats finite"
+
+
+def _check_linear(where: str, result: GroupedInt, sym: bool, found: Verification) -> None:
+    """The values of one packed linear: ``codes [N, K]``, ``scales [N, G]``, ``zeros [N, G]``."""
+    codes, scales, zeros = result.codes, result.scales.float(), result.zeros
+    top, middle = 2**result.bits - 1, 2 ** (result.bits - 1)
+
+    def defect(part: str, bad: Tensor, what: str, expected: str) -> None:
+        count = int(bad.sum())
+        if count:
+            found.defects.append(Defect("values", f"{where}{part}", f"{count} {what}", expected))
+
+    defect(".scales", ~scales.isfinite(), "scales are not finite", "finite scales")
+    defect(".scales", scales <= 0, "scales are not positive", "positive scales")
+    defect(".scales", scales == F16_MAX, f"scales are {F16_MAX:.0f}, the last float16", "scales that did not saturate")
+    defect(".qzeros", zeros > top, "zero points are out of range", f"0 to {top}")
+    if sym:
+        defect(".qzeros", zeros != middle, f"zero points are not {middle}", f"{middle} everywhere: the manifest says symmetric")
+    if result.bias is not None:
+        defect(".bias", ~result.bias.isfinite(), "values are not finite", "a finite bias")
+    groups = codes.reshape(codes.shape[0], scales.shape[1], -1)  # [N, G, g]
+    if bool((groups == zeros.unsqueeze(-1)).all()):
+        found.defects.append(Defect("values", where, "every weight is zero", "a linear that does something"))
+        return
+    if bool((codes == codes[0, 0]).all()):
+        found.defects.append(Defect("values", where, f"every code is {int(codes[0, 0])}", "codes that differ"))
+        return
+    flat = groups.amin(-1) == groups.amax(-1)  # [N, G]
+    if groups.shape[-1] > 1 and bool(flat.any()):
+        found.warnings.append(f"{where}: {int(flat.sum())} of {flat.numel()} groups hold one code only")
+    tiny = (scales > 0) & (scales < F16_NORMAL) & ~flat
+    if bool(tiny.any()):
+        found.warnings.append(f"{where}: {int(tiny.sum())} scales are subnormal float16, which loses precision")
+
+
+def _check_floats(where: str, value: Tensor, found: Verification) -> None:
+    bad = value.numel() - int(value.isfinite().sum())
+    if bad:
+        found.defects.append(Defect("values", where, f"{bad} values are not finite", "finite values"))
+    elif value.dim() > 1 and not bool(value.any()):
+        found.warnings.append(f"{where}: every value is zero")
