@@ -157,7 +157,7 @@ def run_threads(size: int, work: Callable[[Comm], T], timeout: float = 60.0) -> 
     def run(comm: ThreadComm) -> None:
         try:
             results[comm.rank] = work(comm)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  raised again below, on the thread that waits
             failures[comm.rank] = exc
             comm.close()
 

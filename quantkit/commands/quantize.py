@@ -52,19 +52,25 @@ class QuantizeOptions:
     dry_run: bool = False
 
 
-def effective_recipe(options: QuantizeOptions) -> Recipe:
+def effective_recipe(options: QuantizeOptions, max_positions: int | None = None) -> Recipe:
     """The recipe file, if any, with every option that was given on the command line laid over it, and defaults filled in.
 
-    Raises InputError when neither names a method.
+    ``max_positions`` of the model, when there is one, bounds the calibration windows. Raises InputError when neither names
+    a method, and for a value out of range.
     """
     base = load_recipe(options.recipe) if options.recipe else None
     method = options.method or (base.method if base else None)
     if method is None:
         raise InputError("--method", "no method given", "--method or a --recipe that names one")
     calibration = base.calibration if base else Calibration()
-    source = options.calib or calibration.source
-    samples = options.samples or calibration.samples
-    seq_len = options.seq_len or calibration.seq_len
+    source = options.calib if options.calib is not None else calibration.source
+    samples = options.samples if options.samples is not None else calibration.samples
+    seq_len = options.seq_len if options.seq_len is not None else calibration.seq_len
+    if seq_len is None:
+        default = BUILTIN_SEQ_LEN if source in (None, "builtin", "self") else TEXT_SEQ_LEN
+        seq_len = default if max_positions is None else min(default, max_positions)
+    elif max_positions is not None and seq_len > max_positions:
+        raise InputError("--seq-len", f"is {seq_len}", f"at most {max_positions}, the positions of the model")
     fields = {
         "method": method,
         "bits": options.bits if options.bits is not None else (base.bits if base else 4),
@@ -72,9 +78,9 @@ def effective_recipe(options: QuantizeOptions) -> Recipe:
         "sym": options.sym if options.sym is not None else (base.sym if base else False),
         "format": options.format or (base.format if base else None) or DEFAULT_LAYOUT.get(method),
         "calibration": {
-            "source": source or "builtin",
-            "samples": samples or DEFAULT_SAMPLES,
-            "seq_len": seq_len or (TEXT_SEQ_LEN if source not in (None, "builtin", "self") else BUILTIN_SEQ_LEN),
+            "source": "builtin" if source is None else source,
+            "samples": DEFAULT_SAMPLES if samples is None else samples,
+            "seq_len": seq_len,
         },
         "overrides": [*(parse_override(text) for text in options.override), *(base.overrides if base else [])],
         "options": base.options if base else {},
@@ -86,7 +92,7 @@ def _scheme(recipe: Recipe, layouts: tuple[str, ...], override: Override | None 
     if override is not None and override.keep:
         return KEEP
     layout = recipe.format or layouts[0]
-    if layout not in layouts:
+    if layout not in layouts or layout not in LAYOUTS:
         raise InputError("--format", f"{layout!r} cannot hold what method {recipe.method} makes", f"one of {', '.join(layouts)}")
 
     def pick(name: str) -> Any:
@@ -109,16 +115,20 @@ def check_recipe(recipe: Recipe, layouts: tuple[str, ...]) -> None:
 
 
 def assign(spec: ModelSpec, recipe: Recipe, layouts: tuple[str, ...]) -> dict[str, LinearScheme]:
-    """Which linear is stored how: overrides first, every block linear by the recipe, the head kept.
+    """Which linear is stored how: the head kept, then overrides, then every other linear of the blocks by the recipe.
 
-    Raises InputError naming the linear, the numbers and the remedy when a layout cannot hold its shape.
+    Raises InputError naming the linear, the numbers and the remedy when a layout cannot hold its shape, and for an override
+    that would quantize the head alone.
     """
-    names = spec.all_linears()
+    head = spec.architecture.head
     rules = [Rule(o.pattern, _scheme(recipe, layouts, o)) for o in recipe.overrides]
-    if not spec.tied:
-        rules.append(Rule(f"^{spec.architecture.head}$", KEEP))
     rules.append(Rule("", _scheme(recipe, layouts)))
-    assignment = resolve(rules, names)
+    assignment = resolve(rules, spec.all_linears())
+    if not spec.tied:
+        for override in recipe.overrides:
+            if not override.keep and [name for name in assignment if re.search(override.pattern, name)] == [head]:
+                raise InputError(f"override {override.pattern!r}", f"would quantize {head}", "linears of the blocks", "the head stays in floats")
+        assignment[head] = KEEP
     if all(scheme.layout == "plain" for scheme in assignment.values()):
         raise InputError("--override", "leaves every linear unquantized", "at least one to quantize")
     for layer in range(spec.layers):
@@ -156,18 +166,12 @@ def artifact_bytes(checkpoint: Checkpoint, spec: ModelSpec, assignment: Mapping[
 
 
 def _check_source(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raise InputError unless ``checkpoint`` is a whole float model: a method would spend hours before it met the gap."""
     if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise InputError(str(checkpoint.root.name), f"is already quantized ({method})", "an unquantized checkpoint")
-    for layer in range(spec.layers):
-        for role, path in spec.block_linears(layer).items():
-            name = f"{path}.weight"
-            if name not in checkpoint.tensors:
-                raise InputError(name, "is missing from the checkpoint", "every linear of the architecture")
-            if tuple(checkpoint.tensors[name].shape) != spec.linear_shape(role):
-                raise InputError(
-                    name, f"has shape {list(checkpoint.tensors[name].shape)}", f"{list(spec.linear_shape(role))} from config.json"
-                )
+        raise InputError(checkpoint.root.name, "is already quantized (config.json has a quantization_config)", "an unquantized checkpoint")
+    expected = expected_tensors(spec, dict.fromkeys(spec.all_linears(), KEEP))
+    for defect in tensor_defects(checkpoint.tensors, expected, checkpoint.dtype):
+        raise InputError(defect.where, defect.what, defect.expected)
 
 
 def _device(name: str) -> str:
@@ -189,23 +193,27 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     recipe = effective_recipe(options)
     chosen = method(recipe.method)
     quantizer = chosen.factory(recipe.options)
+    check_recipe(recipe, chosen.layouts)
     checkpoint = open_checkpoint(options.path)
     spec = spec_for(checkpoint.config)
+    recipe = effective_recipe(options, spec.max_positions)
     _check_source(checkpoint, spec)
     assignment = assign(spec, recipe, chosen.layouts)
     quantization_config = awq_config(assignment)
     before, after = artifact_bytes(checkpoint, spec, assignment)
     if options.dry_run:
         return _dry_run(recipe, assignment, before, after)
+    if not options.resume:
+        fs.refuse_existing(options.out, options.overwrite)  # the writer asks again; this asks before the calibration is made
     started = time.monotonic()
     device = _device(options.device)
-    calibration = _calibration(recipe, checkpoint, progress) if quantizer.needs else None
+    calibration = _calibration(recipe, checkpoint, device, progress) if quantizer.needs else None
     return _quantize(
         options, recipe, checkpoint, spec, assignment, quantization_config, calibration, device, (before, after), started, progress
     )
 
 
-def _calibration(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> CalibrationTokens:
+def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> CalibrationTokens:
     from quantkit.quantizers.calibration import text_tokens
     from quantkit.quantizers.self_calibration import sampled_tokens
     from quantkit.text.tokenizer import load_tokenizer
@@ -214,7 +222,7 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> 
     assert wanted.source is not None and wanted.samples is not None and wanted.seq_len is not None
     tokenizer = load_tokenizer(checkpoint.root)
     if wanted.source == "self":
-        return sampled_tokens(checkpoint, tokenizer, wanted.samples, wanted.seq_len, progress)
+        return sampled_tokens(checkpoint, tokenizer, wanted.samples, wanted.seq_len, progress, device)
     return text_tokens(tokenizer, wanted.source, wanted.samples, wanted.seq_len)
 
 

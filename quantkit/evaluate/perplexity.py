@@ -98,12 +98,15 @@ def perplexity(
         rows, targets = _scored_rows(group, lengths)
         for low in range(0, rows.numel(), LOGIT_ROWS):
             logits = decoder.logits(hidden[rows[low : low + LOGIT_ROWS]])
-            nll = torch.nn.functional.cross_entropy(logits, targets[low : low + LOGIT_ROWS], reduction="none").double()
+            wanted = targets[low : low + LOGIT_ROWS].to(logits.device)
+            nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
             total += float(nll.sum())
             squares += float((nll * nll).sum())
         scored += int(rows.numel())
     progress(stage, len(windows), len(windows))
     mean = total / scored
+    if not math.isfinite(mean):
+        raise InputError("perplexity", "the model's logits are not finite", "a model that runs in this dtype", "try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
     error = value * math.sqrt(max(squares / scored - mean * mean, 0.0) / max(scored - 1, 1))
     return Perplexity(value, error, scored, len(ids), window, stride, bos is not None)

@@ -183,10 +183,10 @@ class _Cursor:
                 if end <= have:
                     end += int.from_bytes(data[at:end], "little")
                 if end > have:
-                    self.at = at
-                    self.need(STRING_HEAD, field)
+                    self.at, item = at, f"{field}, string {len(found)}"
+                    self.need(STRING_HEAD, item)
                     length = int.from_bytes(self.data[at : at + STRING_HEAD], "little")
-                    self.need(STRING_HEAD + length, field)
+                    self.need(STRING_HEAD + length, item)
                     data, have, end = self.data, len(self.data), at + STRING_HEAD + length
                 found.append(data[at + STRING_HEAD : end].decode())
                 at = end

@@ -13,10 +13,10 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -28,7 +28,9 @@ from starlette.requests import ClientDisconnect
 
 from quantkit import __version__
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
-from quantkit.runtime.engine import Delta, Engine, QueueFull, SamplingParams, TokenLogprob
+from quantkit.runtime.engine import Delta, Engine, QueueFull
+from quantkit.runtime.sampler import SamplingParams, TokenLogprob
+from quantkit.server.dialect import CHAT, COMPLETION, Choice, Dialect, Json, Offsets, TokenTexts
 from quantkit.server.protocol import (
     ApiError,
     ChatRequest,
@@ -41,10 +43,9 @@ from quantkit.server.protocol import (
     token_limit,
 )
 from quantkit.text.chat import render_chat
-from quantkit.text.tokenizer import StreamDecoder, Tokenizer
+from quantkit.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Json = dict[str, object]
 
 MAX_BODY = 8 << 20
 DRAINED_BODY = 64 << 20
@@ -54,8 +55,6 @@ RETRY_AFTER = 1
 """Seconds that a client is asked to wait when the queue is full."""
 STREAM_GRACE = 7.0
 """Seconds that a stream may go on once the process is asked to end; the serve command closes the engine before."""
-LEAST_LOGPROB = -9999.0
-"""What stands for minus infinity, which JSON cannot say."""
 CLIENT_GONE = 499
 """The status of an answer that nobody reads."""
 
@@ -67,138 +66,6 @@ class Served:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-
-class TokenTexts:
-    """The text of single tokens, as it stands inside a longer text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str | None] = {}
-
-    def whole(self, token: int) -> str | None:
-        """The token's text, or None when it holds a part of a character."""
-        if token not in self._known:
-            alone = self._tokenizer.decode([token], special=True)
-            twice = self._tokenizer.decode([token, token], special=True)  # the second keeps the space that decoders strip from the first
-            self._known[token] = None if "\ufffd" in alone else twice[len(alone) :]
-        return self._known[token]
-
-    def label(self, token: int) -> str:
-        """A name for the token that no other token has."""
-        text = self.whole(token)
-        return f"token_id:{token}" if text is None else text
-
-
-@dataclass(slots=True)
-class Choice:
-    """One completion as it grows."""
-
-    index: int
-    opening: str = ""
-    """Text before the first token: the prompt, when it is echoed."""
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    tokens: int = 0
-    finish_reason: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.logprobs.extend(delta.logprobs)
-        self.tokens += len(delta.tokens)
-        self.finish_reason = delta.finish_reason
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How an endpoint says what happens: functions that make one item of ``choices``."""
-
-    kind: str
-    chunk_kind: str
-    prefix: str
-    whole: Callable[[Choice, Json | None], Json]
-    first: Callable[[Choice], Json | None]
-    piece: Callable[[Choice, str, Json | None, str | None], list[Json]]
-    scores: Callable[[Sequence[TokenLogprob], Sequence[int], TokenTexts], Json]
-    """Logprobs of tokens that start at these offsets of the choice's text."""
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
-
-
-def _completion_item(index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _completion_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
-    return {
-        "tokens": [texts.label(one.token) for one in scored],
-        "token_logprobs": [_finite(one.logprob) for one in scored],
-        "top_logprobs": [{texts.label(token): _finite(logprob) for token, logprob in one.top} for one in scored],
-        "text_offset": list(offsets),
-    }
-
-
-COMPLETION = Dialect(
-    kind="text_completion",
-    chunk_kind="text_completion",
-    prefix="cmpl-",
-    whole=lambda choice, scores: _completion_item(choice.index, choice.opening + "".join(choice.texts), scores, choice.finish_reason),
-    first=lambda choice: _completion_item(choice.index, choice.opening, None, None) if choice.opening else None,
-    piece=lambda choice, text, scores, reason: [_completion_item(choice.index, text, scores, reason)],
-    scores=_completion_scores,
-)
-
-
-def _chat_whole(choice: Choice, scores: Json | None) -> Json:
-    message: Json = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
-    return {"index": choice.index, "message": message, "logprobs": scores, "finish_reason": choice.finish_reason}
-
-
-def _chat_delta(choice: Choice, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
-    return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _chat_piece(choice: Choice, text: str, scores: Json | None, finish_reason: str | None) -> list[Json]:
-    """The text and the reason come in two items, as OpenAI sends them."""
-    items = [_chat_delta(choice, {"content": text}, scores)] if text or scores else []
-    return [*items, _chat_delta(choice, {}, None, finish_reason)] if finish_reason else items
-
-
-def _chat_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
-    def entry(token: int, logprob: float) -> Json:
-        text = texts.whole(token)
-        return {"token": texts.label(token), "logprob": _finite(logprob), "bytes": None if text is None else list(text.encode())}
-
-    content = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]} for one in scored]
-    return {"content": content, "refusal": None}
-
-
-CHAT = Dialect(
-    kind="chat.completion",
-    chunk_kind="chat.completion.chunk",
-    prefix="chatcmpl-",
-    whole=_chat_whole,
-    first=lambda choice: _chat_delta(choice, {"role": "assistant", "content": ""}),
-    piece=_chat_piece,
-    scores=_chat_scores,
-)
-
-
-class Offsets:
-    """Where each token of a choice starts in its text."""
-
-    def __init__(self, tokenizer: Tokenizer, opening: str) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._length = len(opening)
-
-    def of(self, scored: Sequence[TokenLogprob]) -> list[int]:
-        starts = []
-        for one in scored:
-            starts.append(self._length)
-            self._length += len(self._decoder.push(one.token))
-        return starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +248,7 @@ async def until_gone(request: Request, work: asyncio.Task[T]) -> T | None:
         work.cancel()
 
 
-def _key_check(api_key: str | None) -> Callable[[Request], None]:
+def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     """A dependency that lets a request pass when it brings ``api_key``, or when there is none."""
 
     def digest(text: str) -> bytes:
@@ -389,7 +256,7 @@ def _key_check(api_key: str | None) -> Callable[[Request], None]:
 
     wanted = None if api_key is None else digest(api_key)
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         if wanted is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -461,7 +328,8 @@ class _Endpoints:
     ) -> Response:
         """Run ``asked`` for tokenized ``prompts`` and send what comes, whole or as a stream; stop when the client leaves."""
         echo = isinstance(asked, CompletionRequest) and asked.echo
-        jobs, choices = [], []
+        jobs: list[Job] = []
+        choices: list[Choice] = []
         for ids, text in prompts:
             if not ids:
                 raise invalid("messages" if dialect is CHAT else "prompt", "holds no token")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from quantkit.runtime.engine import SamplingParams
+from quantkit.runtime.sampler import SamplingParams
 
 MAX_CHOICES = 128
 """Completions that one request may ask for: prompts times ``n``."""
@@ -27,7 +27,9 @@ SEED_RANGE = 1 << 63
 class ApiError(Exception):
     """A request that cannot be answered, as status and OpenAI's error body."""
 
-    def __init__(self, status: int, message: str, *, type_: str, param: str | None = None, code: str | None = None, retry_after: int = 0) -> None:
+    def __init__(
+        self, status: int, message: str, *, type_: str, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.param, self.code, self.retry_after = status, message, type_, param, code, retry_after
 
@@ -142,7 +144,7 @@ class CompletionRequest(_Request):
 
 
 class ChatRequest(_Request):
-    """``/v1/chat/completions``. ``metadata``, ``service_tier``, ``safety_identifier`` and ``prompt_cache_key`` are bookkeeping, as ``user``."""
+    """``/v1/chat/completions``. Bookkeeping, as ``user``: ``metadata``, ``service_tier``, ``safety_identifier``, ``prompt_cache_key``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -187,7 +187,7 @@ def test_gathered_linears(family: str) -> None:
     """o and down cut on N behind a gather of their input: uneven, one rank without outputs, biases cut with the outputs."""
     _, checkpoint, want = twin(family)
     plan = plan_of(checkpoint, 3)
-    hidden = (range(0, 32), range(32, 32), range(32, 48))
+    hidden = (range(32), range(32, 32), range(32, 48))
     gathered = replace(plan, modes={**plan.modes, "o": GATHER, "down": GATHER}, ranges={**plan.ranges, "hidden": hidden})
     assert worst(on_ranks(checkpoint, gathered, lambda decoder: logits_of(decoder, texts_of(LENGTHS))), want) < BAR
 
@@ -196,8 +196,8 @@ def test_query_heads_of_one_group_on_two_ranks() -> None:
     """A rank whose query heads are no equal groups of its KV heads: 4 heads of 3 on one KV head and 1 on the next."""
     _, checkpoint, want = twin("llama")
     plan = plan_of(checkpoint, 2)
-    ranges = {**plan.ranges, "heads": (range(0, 3), range(3, 6)), "kv_heads": (range(0, 2), range(1, 3))}
-    assert kv_index(range(0, 3), range(0, 2), 2) == (0, 0, 1) and kv_index(range(2, 6), range(1, 3), 2) is None
+    ranges = {**plan.ranges, "heads": (range(3), range(3, 6)), "kv_heads": (range(2), range(1, 3))}
+    assert kv_index(range(3), range(2), 2) == (0, 0, 1) and kv_index(range(2, 6), range(1, 3), 2) is None
     assert worst(on_ranks(checkpoint, replace(plan, ranges=ranges), lambda decoder: logits_of(decoder, texts_of(LENGTHS))), want) < BAR
 
 

