@@ -1,6 +1,6 @@
-"""What a command found, as data: facts, tables, warnings and what to type next; rendered to JSON or Markdown here, to a terminal by console.
+"""What a command found, as data: facts, tables, warnings and what to type next; and its rendering as JSON and as Markdown.
 
-Knows no model and no command; commands build Reports, the command line renders them.
+Knows no model, no command and no terminal; commands build Reports, the command line renders them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ The shallow checks read headers and hash files, without torch; the deep ones unp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -355,7 +354,7 @@ def _check_values(
         found.unpacked += 1
     progress("values", len(packed), len(packed))
     for name, ref in checkpoint.tensors.items():
-        if name not in held and checkpoint.dtype(name) in FLOATS and math.prod(ref.shape):
+        if name not in held and checkpoint.dtype(name) in FLOATS and ref.nbytes:
             _check_floats(prefix + name, as_tensor(checkpoint.read(name), checkpoint.dtype(name)), found)
     found.checks["values"] = f"{found.unpacked} packed linears unpacked, floats finite"
 

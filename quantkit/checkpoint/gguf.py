@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,11 @@ from quantkit.formats.gguf import BY_NAME, GgufFile, GgufTensor
 
 PLAIN: Mapping[str, np.dtype[Any]] = MappingProxyType({"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")})
 """Types that are read as they are; BF16 as its bits."""
-DECODED = frozenset(
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 "
-    "MXFP4 NVFP4".split()
-)
+NO_WEIGHTS = frozenset(("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"))
+"""Types that models do not have (integers, doubles, the types of intermediate results), or that nothing here decodes."""
+DECODED = frozenset(BY_NAME) - frozenset(PLAIN) - NO_WEIGHTS
 """Block types that become float32."""
-CHUNK_ELEMENTS = 1 << 16
+CHUNK_ELEMENTS = 1 << 17
 """Values decoded at a time, in arrays that stay in the processor's cache; also what bounds the memory that decoding takes."""
 DTYPE = "float16"
 """What ``config.json`` says: blocks have no dtype of their own, and their scales are float16."""
@@ -191,16 +190,16 @@ class _Facts:
     file: GgufFile
     prefix: str
 
-    def fail(self, key: str, what: str, expected: str) -> NoReturn:
-        raise InputError(f"{self.file.path}: {key}", what, expected)
+    def wrong(self, key: str, what: str, expected: str) -> InputError:
+        return InputError(f"{self.file.path}: {key}", what, expected)
 
     def _get(self, key: str, default: Any) -> Any:
         found = self.file.metadata.get(f"{self.prefix}.{key}", default)
         if found is None:
-            self.fail(f"{self.prefix}.{key}", "is missing", "every hyper-parameter of the architecture")
+            raise self.wrong(f"{self.prefix}.{key}", "is missing", "every hyper-parameter of the architecture")
         if isinstance(found, np.ndarray):  # a value per layer
             if not len(found) or (found != found[0]).any():
-                self.fail(f"{self.prefix}.{key}", "differs from layer to layer", "one value for all layers")
+                raise self.wrong(f"{self.prefix}.{key}", "differs from layer to layer", "one value for all layers")
             return found[0].item()
         return found
 
@@ -208,14 +207,14 @@ class _Facts:
         """A whole number of ``low`` to ``high``, or one per layer that are all equal; without ``default`` it must be there."""
         found = self._get(key, default)
         if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
-            self.fail(f"{self.prefix}.{key}", f"is {found!r:.100}", f"a whole number from {low} to {high}")
+            raise self.wrong(f"{self.prefix}.{key}", f"is {found!r:.100}", f"a whole number from {low} to {high}")
         return found
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number that is not negative, as the shortest decimal that is the same float32: files hold 1e-5 as float32."""
         found = self._get(key, default)
         if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
-            self.fail(f"{self.prefix}.{key}", f"is {found!r:.100}", "a finite number, not negative")
+            raise self.wrong(f"{self.prefix}.{key}", f"is {found!r:.100}", "a finite number, not negative")
         return _shortest(float(found))
 
     def has(self, key: str) -> bool:
@@ -225,10 +224,12 @@ class _Facts:
         """A tensor of ``count`` positive F32 numbers that belongs to the configuration."""
         tensor = self.file.tensors.get(name)
         if tensor is None or tensor.type != "F32" or tensor.shape != (count,):
-            self.fail(name, f"is {f'{tensor.type} {list(tensor.shape)}' if tensor else 'missing'}", f"F32 [{count}], one per rotary pair")
+            raise self.wrong(
+                name, f"is {f'{tensor.type} {list(tensor.shape)}' if tensor else 'missing'}", f"F32 [{count}], one per rotary pair"
+            )
         found = _decoded(self.file, tensor, range(1), range(count)).reshape(-1).astype(np.float64)
         if not np.isfinite(found).all() or (found <= 0).any():
-            self.fail(name, "holds a number that is not positive", "positive numbers")
+            raise self.wrong(name, "holds a number that is not positive", "positive numbers")
         return found
 
 
@@ -250,11 +251,11 @@ def _architecture(file: GgufFile) -> Architecture:
 def _heads(facts: _Facts, hidden: int) -> dict[str, Any]:
     heads = facts.integer("attention.head_count")
     if not facts.has("attention.key_length") and hidden % heads:
-        facts.fail(f"{facts.prefix}.attention.head_count", f"{heads} does not divide {hidden}", "a divisor, or a key_length")
+        raise facts.wrong(f"{facts.prefix}.attention.head_count", f"{heads} does not divide {hidden}", "a divisor, or a key_length")
     head_dim = facts.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.integer(key, head_dim) != head_dim:
-            facts.fail(f"{facts.prefix}.{key}", f"is {facts.integer(key)}", f"{head_dim}, as wide as the keys of a head")
+            raise facts.wrong(f"{facts.prefix}.{key}", f"is {facts.integer(key)}", f"{head_dim}, as wide as the keys of a head")
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": facts.integer("attention.head_count_kv", heads),
@@ -276,24 +277,24 @@ def _vocabulary(file: GgufFile, facts: _Facts) -> dict[str, Any]:
     """Size and special tokens; the size is that of the embedding, and the tokenizer must agree with it."""
     embedding = file.tensors.get(f"{EMBEDDING}.weight")
     if embedding is None or len(embedding.shape) != 2:
-        facts.fail(f"{EMBEDDING}.weight", "is no matrix" if embedding else "is missing", "an embedding of [vocabulary, hidden]")
+        raise facts.wrong(f"{EMBEDDING}.weight", "is no matrix" if embedding else "is missing", "an embedding of [vocabulary, hidden]")
     vocab = embedding.shape[0]
     tokens = file.metadata.get(TOKENS)
     if tokens is None:
         if facts.integer("vocab_size", vocab) != vocab:
-            facts.fail(f"{facts.prefix}.vocab_size", f"is {facts.integer('vocab_size')}", f"{vocab}, the rows of {EMBEDDING}.weight")
+            raise facts.wrong(f"{facts.prefix}.vocab_size", f"is {facts.integer('vocab_size')}", f"{vocab}, the rows of {EMBEDDING}.weight")
     elif not isinstance(tokens, tuple) or len(tokens) != vocab:
         count = f"has {len(tokens)} tokens" if isinstance(tokens, tuple) else "is no array of strings"
-        facts.fail(TOKENS, count, f"{vocab}, the rows of {EMBEDDING}.weight")
+        raise facts.wrong(TOKENS, count, f"{vocab}, the rows of {EMBEDDING}.weight")
     for name, kinds in (("token_type", "iu"), ("scores", "f")):
         values = file.metadata.get(f"tokenizer.ggml.{name}")
         if values is not None and not (isinstance(values, np.ndarray) and values.dtype.kind in kinds and len(values) == vocab):
-            facts.fail(f"tokenizer.ggml.{name}", "is no array of numbers, one per token", f"{vocab} numbers")
+            raise facts.wrong(f"tokenizer.ggml.{name}", "is no array of numbers, one per token", f"{vocab} numbers")
 
     def token(name: str) -> int | None:
         value = file.metadata.get(f"tokenizer.ggml.{name}")
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab):
-            facts.fail(f"tokenizer.ggml.{name}", f"is {value!r:.100}", f"a token below {vocab}")
+            raise facts.wrong(f"tokenizer.ggml.{name}", f"is {value!r:.100}", f"a token below {vocab}")
         return value
 
     ends = list(dict.fromkeys(end for name in END_IDS if (end := token(name)) is not None))
@@ -308,7 +309,7 @@ def _windows(facts: _Facts, arch: Architecture, layers: int, context: int) -> di
     if arch.sliding != "pattern":
         if 0 < window < context:
             what = f"is {window}, less than the context of {context}"
-            facts.fail(f"{facts.prefix}.attention.sliding_window", what, f"none: a {arch.name} model here sees all")
+            raise facts.wrong(f"{facts.prefix}.attention.sliding_window", what, f"none: a {arch.name} model here sees all")
         return {}
     if not window:
         return {"layer_types": ["full_attention"] * layers}
@@ -319,7 +320,7 @@ def _windows(facts: _Facts, arch: Architecture, layers: int, context: int) -> di
     elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 <= pattern <= MAX_LAYERS:
         slides = [not pattern or (layer + 1) % pattern != 0 for layer in range(layers)]
     else:
-        facts.fail(key, "is neither a period nor a yes or no for each layer", f"a number or {layers} bools")
+        raise facts.wrong(key, "is neither a period nor a yes or no for each layer", f"a number or {layers} bools")
     return {
         "sliding_window": window,
         "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
@@ -331,12 +332,12 @@ def _rope(facts: _Facts, head_dim: int, context: int) -> tuple[dict[str, Any], f
     """``rope_theta`` and ``rope_scaling`` of ``config.json``, and the tensors that they come from."""
     theta = facts.number("rope.freq_base", 10000.0)
     if not 1 <= theta <= MAX_THETA:
-        facts.fail(f"{facts.prefix}.rope.freq_base", f"is {theta}", f"1 to {MAX_THETA:g}")
+        raise facts.wrong(f"{facts.prefix}.rope.freq_base", f"is {theta}", f"1 to {MAX_THETA:g}")
     config: dict[str, Any] = {"rope_theta": theta}
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
     kind = facts.file.metadata.get(f"{facts.prefix}.rope.scaling.type", "linear" if factor else "none")
     if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", "longrope"):
-        facts.fail(f"{facts.prefix}.rope.scaling.type", f"is {kind!r:.100}", "none, linear, yarn or longrope")
+        raise facts.wrong(f"{facts.prefix}.rope.scaling.type", f"is {kind!r:.100}", "none, linear, yarn or longrope")
     if kind == "linear" and factor in (0.0, 1.0):
         kind = "none"
     original = facts.integer("rope.scaling.original_context_length", context)
@@ -362,11 +363,11 @@ def _rope(facts: _Facts, head_dim: int, context: int) -> tuple[dict[str, Any], f
 
 def _yarn(facts: _Facts, factor: float, original: int) -> dict[str, Any]:
     if factor <= 0:
-        facts.fail(f"{facts.prefix}.rope.scaling.factor", f"is {factor}", "a positive number with yarn")
+        raise facts.wrong(f"{facts.prefix}.rope.scaling.factor", f"is {factor}", "a positive number with yarn")
     for key, usual in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
         if facts.number(f"rope.scaling.{key}", usual) != usual:
             what = f"is {facts.number(f'rope.scaling.{key}')}"
-            facts.fail(f"{facts.prefix}.rope.scaling.{key}", what, f"{usual}: config.json has no word for another")
+            raise facts.wrong(f"{facts.prefix}.rope.scaling.{key}", what, f"{usual}: config.json has no word for another")
     scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     for key in ("beta_fast", "beta_slow"):
         if facts.has(f"rope.scaling.yarn_{key}"):
@@ -399,7 +400,7 @@ def _llama3(facts: _Facts, head_dim: int, theta: float) -> dict[str, Any] | None
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    facts.fail(ROPE_FREQS, "are not the divisors of Llama 3 scaling", "divisors that config.json can say")
+    raise facts.wrong(ROPE_FREQS, "are not the divisors of Llama 3 scaling", "divisors that config.json can say")
 
 
 def _llama3_ends(waves: NDArray[np.float64], divisors: NDArray[np.float64], factor: float) -> Iterator[tuple[int, float]]:
@@ -420,17 +421,18 @@ def _llama3_ends(waves: NDArray[np.float64], divisors: NDArray[np.float64], fact
 
 
 def _llama3_divisors(waves: NDArray[np.float64], factor: float, original: int, high: float) -> NDArray[np.float64]:
-    smooth = (original / waves - 1) / (high - 1)
-    return 1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))
+    smooth = ((original / waves - 1) / (high - 1)).clip(0, 1)
+    found: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
+    return found
 
 
 def _config(file: GgufFile, arch: Architecture) -> tuple[dict[str, Any], frozenset[str]]:
     """What ``config.json`` would say, and the names of tensors that went into it."""
     facts = _Facts(file, str(arch.gguf))
     if facts.integer("expert_count", 0, low=0):
-        facts.fail(f"{facts.prefix}.expert_count", f"is {facts.integer('expert_count')}", "a model without experts")
+        raise facts.wrong(f"{facts.prefix}.expert_count", f"is {facts.integer('expert_count')}", "a model without experts")
     if file.metadata.get(f"{facts.prefix}.attention.causal", True) is not True:
-        facts.fail(f"{facts.prefix}.attention.causal", "is not true", "a model that generates text")
+        raise facts.wrong(f"{facts.prefix}.attention.causal", "is not true", "a model that generates text")
     layers, context = facts.integer("block_count", high=MAX_LAYERS), facts.integer("context_length")
     hidden = facts.integer("embedding_length")
     heads = _heads(facts, hidden)

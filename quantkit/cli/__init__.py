@@ -16,7 +16,7 @@ import typer
 
 from quantkit.cli.app import app
 from quantkit.cli.exits import machine_error, report_bug, usage_error
-from quantkit.console import show_error
+from quantkit.console import note, show_error
 from quantkit.errors import InputError, QuantkitError
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
@@ -41,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="quantkit", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+            note("interrupted")
         return code if isinstance(code, int) else 0
     except QuantkitError as exc:
         show_error(exc)
@@ -49,8 +51,10 @@ def run(arguments: Sequence[str]) -> int:
         show_error(usage_error(exc))
         return InputError.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        note("interrupted")
         return INTERRUPTED
     except _Terminated:
+        note("terminated")
         return TERMINATED
     except BrokenPipeError:
         _close_pipes()

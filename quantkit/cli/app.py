@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup, TyperOption
@@ -21,6 +21,9 @@ from quantkit.console import Output, note, progress, render
 from quantkit.errors import InputError
 from quantkit.progress import Progress
 from quantkit.report import Report
+
+if TYPE_CHECKING:
+    from typer._click.core import Context, Parameter
 
 VERBATIM = "\b\n"
 """Begins a paragraph of help whose line breaks are kept."""
@@ -40,10 +43,10 @@ def _examples(*lines: str) -> str:
 class _Group(TyperGroup):
     """A group whose flags that are not given are False, where typer has None and imports pydantic to find that None is no bool."""
 
-    def get_params(self, ctx: typer.Context) -> list[TyperOption]:
+    def get_params(self, ctx: Context) -> list[Parameter]:
         params = super().get_params(ctx)
         for param in params:
-            if param.is_flag and param.default is None:
+            if isinstance(param, TyperOption) and param.is_flag and param.default is None:
                 param.default = False
         return params
 
@@ -238,8 +241,9 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show which rank owns what when a model is split over N ranks, what each rank's weights and KV cache cost, and whether they fit. Needs
-    only config.json. When a model cannot be cut it names the layer, the numbers and the remedy; exit 1 when it does not fit --gpu-memory."""
+    """Show which rank owns what when a model is split over N ranks, what each rank's weights and KV cache cost, and whether they fit.
+    Needs only config.json. When a model cannot be cut it names the layer, the numbers and the remedy; exit 1 when it does not fit
+    --gpu-memory."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import plan
@@ -351,8 +355,8 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize a model, one block at a time, into an artifact that transformers, vLLM and SGLang load unchanged. A run that is ended, even by
-    kill -9, goes on with --resume and gives the same bytes. Options given here are laid over the --recipe."""
+    """Quantize a model, one block at a time, into an artifact that transformers, vLLM and SGLang load unchanged. A run that is ended, even
+    by kill -9, goes on with --resume and gives the same bytes. Options given here are laid over the --recipe."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import quantize
@@ -395,8 +399,8 @@ def shard(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Split a checkpoint or artifact into one file per tensor-parallel rank, by cutting bytes: no GPU, no requantization, and unshard gives
-    the source back bit for bit. Heads and groups that do not divide by N are split unevenly."""
+    """Split a checkpoint or artifact into one file per tensor-parallel rank, by cutting bytes: no GPU, no requantization, and unshard
+    gives the source back bit for bit. Heads and groups that do not divide by N are split unevenly."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import shard
@@ -419,8 +423,8 @@ def unshard(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put the shards of a tensor-parallel split together again, into the checkpoint they were cut from, byte for byte, and prove it by
-    its hashes."""
+    """Put the shards of a tensor-parallel split together again, into the checkpoint they were cut from, byte for byte, and prove it by its
+    hashes."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import unshard
@@ -441,8 +445,8 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check that an artifact is whole: hashes, headers, names, shapes and layouts, and with --deep the values. Exit 1 when a check says no,
-    with what and where."""
+    """Check that an artifact is whole: hashes, headers, names, shapes and layouts, and with --deep the values. Exit 1 when a check says
+    no, with what and where."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import verify
@@ -502,8 +506,8 @@ def serve(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Serve a model with an OpenAI-compatible API (/v1/chat/completions, /v1/completions, /v1/models, /health), on one rank or several. Ctrl-C
-    ends it cleanly; a dead or hung rank ends it with exit 4."""
+    """Serve a model with an OpenAI-compatible API (/v1/chat/completions, /v1/completions, /v1/models, /health), on one rank or several.
+    Ctrl-C ends it cleanly; a dead or hung rank ends it with exit 4."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import serve
@@ -571,8 +575,8 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure what quantization costs in perplexity and saves in memory, base against artifacts, on the same held-out text. With a limit it
-    is a gate for CI: exit 1 when an artifact crosses it."""
+    """Measure what quantization costs in perplexity and saves in memory, base against artifacts, on the same held-out text. With a limit
+    it is a gate for CI: exit 1 when an artifact crosses it."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import report

@@ -70,12 +70,13 @@ def report_bug(error: Exception) -> int:
 
     text = "".join(traceback.format_exception(error))
     summary = f"{type(error).__name__}: {error}"
+    path: Path | None = None
     try:
         path = Path(tempfile.mkdtemp(prefix="quantkit-")) / "traceback.txt"
         fs.write_bytes(path, text.encode(errors="backslashreplace"))
     except (OSError, QuantkitError):
-        sys.stderr.write(text)
         path = None
+        sys.stderr.write(text)
     hint = f"please report it with {path}" if path is not None else "please report it with the traceback above"
     show_error(QuantkitError("quantkit", f"a bug in quantkit ({summary})", None, hint))
     return BUG

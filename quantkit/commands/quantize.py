@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import __version__
+from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,12 +20,17 @@ from quantkit.progress import Progress, silent
 from quantkit.recipe import Calibration, Override, Recipe, checked_recipe, load_recipe, parse_override
 from quantkit.report import Report, Table
 from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, awq_config, resolve
+from quantkit.verify import expected_tensors, mixed_siblings, tensor_defects
 
 if TYPE_CHECKING:
+    from quantkit.quantizers.base import Quantizer
     from quantkit.quantizers.calibration import CalibrationTokens
+    from quantkit.quantizers.pipeline import QuantizedModel
 
 DEFAULT_LAYOUT = {"rtn": "awq", "awq": "awq"}
 DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
+COMPUTE_BYTES = 4
+"""Calibration runs in float32."""
 GGUF_FLOAT_DTYPE = "F16"
 """What the unquantized tensors of a GGUF source are written as: its blocks have no dtype of their own."""
 
@@ -127,7 +133,9 @@ def assign(spec: ModelSpec, recipe: Recipe, layouts: tuple[str, ...]) -> dict[st
     if not spec.tied:
         for override in recipe.overrides:
             if not override.keep and [name for name in assignment if re.search(override.pattern, name)] == [head]:
-                raise InputError(f"override {override.pattern!r}", f"would quantize {head}", "linears of the blocks", "the head stays in floats")
+                raise InputError(
+                    f"override {override.pattern!r}", f"would quantize {head}", "linears of the blocks", "the head stays in floats"
+                )
         assignment[head] = KEEP
     if all(scheme.layout == "plain" for scheme in assignment.values()):
         raise InputError("--override", "leaves every linear unquantized", "at least one to quantize")
@@ -186,6 +194,19 @@ def _device(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One quantization, decided: what is read, what becomes of each linear, and the tensor bytes before and after."""
+
+    options: QuantizeOptions
+    recipe: Recipe
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    assignment: Mapping[str, LinearScheme]
+    bytes_before: int
+    bytes_after: int
+
+
 def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     """Quantize ``options.path`` into ``options.out``. With ``dry_run`` report the plan and write nothing."""
     from quantkit.quantizers.base import method
@@ -200,17 +221,18 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     _check_source(checkpoint, spec)
     assignment = assign(spec, recipe, chosen.layouts)
     quantization_config = awq_config(assignment)
-    before, after = artifact_bytes(checkpoint, spec, assignment)
+    job = _Job(options, recipe, checkpoint, spec, assignment, *artifact_bytes(checkpoint, spec, assignment))
     if options.dry_run:
-        return _dry_run(recipe, assignment, before, after)
+        return _dry_run(job)
+    # The writer asks the same; asked here, it is answered before the calibration is made.
+    fs.refuse_source(options.out, checkpoint.root)
     if not options.resume:
-        fs.refuse_existing(options.out, options.overwrite)  # the writer asks again; this asks before the calibration is made
+        fs.refuse_existing(options.out, options.overwrite)
     started = time.monotonic()
     device = _device(options.device)
     calibration = _calibration(recipe, checkpoint, device, progress) if quantizer.needs else None
-    return _quantize(
-        options, recipe, checkpoint, spec, assignment, quantization_config, calibration, device, (before, after), started, progress
-    )
+    model, files = _write(job, quantizer, quantization_config, calibration, device, progress)
+    return _report(job, model, files, calibration, time.monotonic() - started)
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> CalibrationTokens:
@@ -226,51 +248,63 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: 
     return text_tokens(tokenizer, wanted.source, wanted.samples, wanted.seq_len)
 
 
-def _quantize(
-    options: QuantizeOptions,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    assignment: Mapping[str, LinearScheme],
-    quantization_config: Mapping[str, Any],
-    calibration: CalibrationTokens | None,
-    device: str,
-    sizes: tuple[int, int],
-    started: float,
-    progress: Progress,
-) -> Report:
+def _calibration_facts(calibration: CalibrationTokens | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    return {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """What besides the inputs decides the bytes of the result."""
     import torch
 
-    from quantkit.checkpoint.artifact import ArtifactWriter
-    from quantkit.quantizers.base import method
-    from quantkit.quantizers.pipeline import FLOAT16_ALARM, quantize_model
-
-    before, after = sizes
-    calibration_facts = (
-        None
-        if calibration is None
-        else {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
-    )
-    environment = {
+    return {
         "quantkit": __version__,
         "torch": torch.__version__,
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    # Where the text lies is no part of the result; what it says is, and its digest stands beside it.
-    recipe_data = recipe.model_dump(mode="json", exclude={"calibration"})
-    source = {"fingerprint": checkpoint.fingerprint()}
-    identity = {"source": source["fingerprint"], "recipe": recipe_data, "calibration": calibration_facts, **environment}
+
+
+def _write(
+    job: _Job,
+    quantizer: Quantizer,
+    quantization_config: Mapping[str, Any],
+    calibration: CalibrationTokens | None,
+    device: str,
+    progress: Progress,
+) -> tuple[QuantizedModel, list[str]]:
+    """Quantize every block into the artifact and publish it; the names of its files."""
+    import torch
+
+    from quantkit.checkpoint.artifact import ArtifactWriter
+    from quantkit.quantizers.pipeline import quantize_model
+
+    options, checkpoint, environment = job.options, job.checkpoint, _environment(device)
+    facts = {
+        "source": {"fingerprint": checkpoint.fingerprint()},
+        # Where the text lies is no part of the result; what it says is, and its digest stands beside it.
+        "recipe": job.recipe.model_dump(mode="json", exclude={"calibration"}),
+        "calibration": _calibration_facts(calibration),
+    }
+    states = 0 if calibration is None else calibration.tokens.numel() * job.spec.dims["hidden"].elements * COMPUTE_BYTES
     with (
-        ArtifactWriter(options.out, identity=identity, overwrite=options.overwrite, resume=options.resume, need_bytes=after) as writer,
+        ArtifactWriter(
+            options.out,
+            identity={**facts, **environment},
+            overwrite=options.overwrite,
+            resume=options.resume,
+            need_bytes=job.bytes_after + states,  # the resume point lies on the disk too
+            source=checkpoint.root,
+        ) as writer,
         torch.inference_mode(),
     ):
         model = quantize_model(
             checkpoint,
-            spec,
-            assignment,
-            method(recipe.method).factory(recipe.options),
+            job.spec,
+            job.assignment,
+            quantizer,
             calibration,
             writer,
             float_dtype=GGUF_FLOAT_DTYPE,
@@ -278,33 +312,41 @@ def _quantize(
             device=device,
             progress=progress,
         )
+        totals = {
+            "bytes_before": job.bytes_before,
+            "bytes_after": job.bytes_after,
+            "quantized_weights": model.quantized_weights,
+            "quantized_bytes": model.quantized_bytes,
+        }
         manifest = {
             "kind": "artifact",
-            "source": source,
-            "method": recipe.method,
-            "recipe": recipe_data,
-            "calibration": calibration_facts,
-            "assignment": assignment_to_json(assignment),
+            "method": job.recipe.method,
+            **facts,
+            "assignment": assignment_to_json(job.assignment),
             "environment": environment,
-            "totals": {
-                "bytes_before": before,
-                "bytes_after": after,
-                "quantized_weights": model.quantized_weights,
-                "quantized_bytes": model.quantized_bytes,
-            },
+            "totals": totals,
             "blocks": model.facts,
         }
         config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
         published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=options.max_shard_size)
-    seconds = time.monotonic() - started
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    warnings = []
+    return model, [name for name, _ in published.files]
+
+
+def _warnings(job: _Job, model: QuantizedModel, calibration: CalibrationTokens | None) -> tuple[str, ...]:
+    from quantkit.quantizers.pipeline import FLOAT16_ALARM
+
+    warnings = mixed_siblings(job.spec, job.assignment)
     if calibration is not None and calibration.source == "builtin":
         warnings.append("calibrated on the built-in English text; text of your own domain is better (--calib FILE)")
     if model.peak_activation is not None and model.peak_activation > FLOAT16_ALARM:
-        warnings.append(
-            f"activations reach {model.peak_activation:.0f}; kernels that compute in float16 (limit 65504) may overflow: serve it in bfloat16"
-        )
+        warnings.append(f"activations reach {model.peak_activation:.0f}; float16 kernels (limit 65504) may overflow: serve it in bfloat16")
+    return tuple(warnings)
+
+
+def _report(job: _Job, model: QuantizedModel, files: list[str], calibration: CalibrationTokens | None, seconds: float) -> Report:
+    options, recipe, before, after = job.options, job.recipe, job.bytes_before, job.bytes_after
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    warnings = _warnings(job, model, calibration)
     bits = 8 * model.quantized_bytes / model.quantized_weights
     data = {
         "out": str(options.out),
@@ -316,12 +358,12 @@ def _quantize(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory,
         "peak_activation": model.peak_activation,
-        "calibration": calibration_facts,
-        "files": [name for name, _ in published.files],
-        "warnings": warnings,
+        "calibration": _calibration_facts(calibration),
+        "files": files,
+        "warnings": list(warnings),
     }
     rows = (
-        ("linears quantized", f"{model.tensors} of {len(assignment)}"),
+        ("linears quantized", f"{model.tensors} of {len(job.assignment)}"),
         ("bits per quantized weight", f"{bits:.3f}"),
         ("size before", f"{before / 1e6:.1f} MB"),
         ("size after", f"{after / 1e6:.1f} MB ({after / before:.1%})"),
@@ -336,7 +378,7 @@ def _quantize(
             ("written", str(options.out)),
         ),
         tables=(Table("Summary", ("", ""), rows),),
-        warnings=tuple(warnings),
+        warnings=warnings,
         next_steps=(
             f"quantkit verify {options.out} --deep",
             f"quantkit report {options.path} {options.out}",
@@ -345,12 +387,13 @@ def _quantize(
     )
 
 
-def _dry_run(recipe: Recipe, assignment: Mapping[str, LinearScheme], before: int, after: int) -> Report:
-    rows = tuple((name, s.method, s.layout, s.bits, s.group_size) for name, s in assignment.items())
+def _dry_run(job: _Job) -> Report:
+    recipe, before, after = job.recipe, job.bytes_before, job.bytes_after
+    rows = tuple((name, s.method, s.layout, s.bits, s.group_size) for name, s in job.assignment.items())
     data = {
         "dry_run": True,
         "recipe": recipe.model_dump(mode="json"),
-        "assignment": assignment_to_json(assignment),
+        "assignment": assignment_to_json(job.assignment),
         "bytes_before": before,
         "bytes_after": after,
     }
@@ -359,4 +402,5 @@ def _dry_run(recipe: Recipe, assignment: Mapping[str, LinearScheme], before: int
         data=data,
         facts=(("size before", f"{before / 1e6:.1f} MB"), ("size after", f"{after / 1e6:.1f} MB, exact"), ("written", "nothing (dry run)")),
         tables=(Table("Assignment", ("linear", "method", "layout", "bits", "group"), rows),),
+        warnings=tuple(mixed_siblings(job.spec, job.assignment)),
     )

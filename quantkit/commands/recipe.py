@@ -43,10 +43,11 @@ def show(options: ShowOptions) -> Report:
     """The text of one recipe, or a list of the bundled ones. Raises InputError when there is none of that name."""
     if options.name is None:
         recipes = {name: load_recipe(path) for name, path in bundled_recipes().items()}
+        rows = tuple((name, _summary(recipe)) for name, recipe in recipes.items())
         return Report(
             command="recipe show",
             data={"recipes": {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}},
-            tables=(Table("Bundled recipes", ("recipe", "what it does"), tuple((name, _summary(recipe)) for name, recipe in recipes.items())),),
+            tables=(Table("Bundled recipes", ("recipe", "what it does"), rows),),
             next_steps=("quantkit recipe show NAME > my.yaml", "quantkit quantize MODEL OUT --recipe NAME"),
         )
     path, text = read_recipe_text(options.name)

@@ -29,7 +29,7 @@ SEQUENCES = 32
 
 
 def start_tokens(tokenizer: Tokenizer, spec: ModelSpec, samples: int) -> Tensor:
-    """The first token of each sample, [samples]: BOS where the tokenizer puts one, else tokens of English text, all different if they can be.
+    """The first token of each sample, [samples]: BOS where the tokenizer puts one, else different tokens of English text.
 
     Raises InputError when the model has no row for any of them.
     """

@@ -10,14 +10,14 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
@@ -93,7 +93,8 @@ class StopText:
         self._held += text
         found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
         if found:
-            return self._held[: min(found)], True
+            certain, self._held = self._held[: min(found)], ""
+            return certain, True
         keep = max(self._overlap(stop) for stop in self._stops)
         certain = self._held[: len(self._held) - keep]
         self._held = self._held[len(certain) :]
@@ -111,6 +112,7 @@ class StopText:
 
 @dataclass(slots=True)
 class _Request:
+    prompt_tokens: int
     params: SamplingParams
     seed: int
     on_delta: OnDelta
@@ -131,14 +133,16 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """``max_model_len``: tokens of prompt and answer; ``max_num_seqs`` run at once, ``max_queue`` more may wait."""
+    """``max_model_len``: tokens of prompt and answer; ``max_num_seqs`` run at once, ``max_queue`` more may wait.
+
+    ``kv_tokens``: what the caches hold, at least one whole text. ``step_tokens``: tokens of one pass.
+    """
 
     max_model_len: int
     max_num_seqs: int
     max_queue: int
+    kv_tokens: int
     step_tokens: int = STEP_TOKENS
-    kv_tokens: int = field(default=0)
-    """What the caches hold; 0 for all that the limits above can ask for."""
 
 
 class Engine:
@@ -148,8 +152,8 @@ class Engine:
         self.tokenizer, self.spec, self.dtype = tokenizer, spec, dtype
         self.max_model_len, self.tp = limits.max_model_len, len(executor.facts)
         self._executor, self._limits = executor, limits
-        kv_tokens = limits.kv_tokens or limits.max_model_len * limits.max_num_seqs
-        self._scheduler = Scheduler(Limits(limits.max_num_seqs, max(limits.step_tokens, limits.max_num_seqs), kv_tokens))
+        step_tokens = max(limits.step_tokens, limits.max_num_seqs)
+        self._scheduler = Scheduler(Limits(limits.max_num_seqs, step_tokens, limits.kv_tokens))
         self._eos = frozenset((*tokenizer.eos_ids, *spec.eos_ids))
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -174,14 +178,16 @@ class Engine:
         most = min(params.max_tokens, self.max_model_len - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
-        request = _Request(params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer), StopText(params.stop))
+        request = _Request(len(prompt), params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer), StopText(params.stop))
         with self._changed:
             if self._failure is not None:
                 raise self._failure
             if self._closing:
                 raise RuntimeDied("engine", "is closed", "an open engine")
             if len(self._requests) >= self._limits.max_num_seqs + self._limits.max_queue:
-                raise QueueFull("engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later")
+                raise QueueFull(
+                    "engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later"
+                )
             number = next(self._numbers)
             self._scheduler.add(number, prompt, len(prompt) + most - 1)  # the last token's keys are never needed
             self._requests[number] = request
@@ -255,6 +261,8 @@ class Engine:
                 for number, request in left.items():
                     self._scheduler.remove(number)
                     request.on_delta(error)
+            if self._failure is not None:
+                self._executor.close()
 
     def _turn(self) -> bool:
         """Run the next step, or wait for something to do; False when the engine is to end."""
@@ -278,13 +286,13 @@ class Engine:
         begin = []
         for number, room in schedule.admitted:
             request = self._requests[number]
+            self._counts.prompt_tokens += request.prompt_tokens
             begin.append(Begin(number, room, request.params, request.seed))
         return Step(schedule.freed, tuple(begin), schedule.chunks)
 
     def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:
         """Give each sampled token to its request, unless that was cancelled while the step ran."""
         self._counts.steps += 1
-        self._counts.prompt_tokens += sum(len(chunk.tokens) for chunk in schedule.chunks if len(chunk.tokens) > 1 or not chunk.sample)
         wanted = [chunk.sequence for chunk in schedule.chunks if chunk.sample]
         for number, got in zip(wanted, sampled, strict=True):
             request = self._requests.get(number)
@@ -324,3 +332,101 @@ def _advance(request: _Request, got: Sampled) -> Delta:
     if stopped:
         return Delta(text + rest, (got.token,), logprobs, "stop")
     return Delta(text + rest + request.stop.finish(), (got.token,), logprobs, "length")
+
+
+def start_engine(
+    path: str,
+    *,
+    tp: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 8,
+    max_queue: int = 64,
+    timeout: float = 60.0,
+    parity: bool = False,
+    progress: Progress = silent,
+) -> Engine:
+    """Load the model PATH and start serving it: one rank in this process, more as processes of their own.
+
+    A shard directory brings its own ``tp``; anything else is cut for ``tp`` ranks (1 when None) as it is read. ``device``
+    "auto" is CUDA where there is any. ``dtype`` None is bfloat16, whatever the checkpoint stores (float16 on a GPU without
+    it, float32 with ``parity``). ``max_model_len`` None is what the model was trained for, or less where the memory is less.
+    ``timeout`` in seconds ends a rank that others wait for. Raises InputError and MachineError for what cannot be.
+    """
+    if max_num_seqs < 1 or max_queue < 0 or timeout <= 0:
+        raise InputError("engine", f"max_num_seqs {max_num_seqs}, max_queue {max_queue}, timeout {timeout}", "at least 1, 0 and above 0")
+    root = resolve_path(path)
+    manifest = read_manifest(root)
+    sharded = manifest is not None and manifest.get("kind") == "shards"
+    checkpoint, ranks = _open(root, sharded, tp)
+    spec = spec_for(checkpoint.config)
+    longest = _longest(spec, max_model_len)
+    tokenizer = load_tokenizer(root)
+    place = _device(device, ranks)
+    name = dtype or _default_dtype(place, parity)
+    float_dtype(name)
+    job = RankJob(str(root), sharded, ranks, name, place, parity, timeout)
+    executor: Executor = LocalExecutor(job, progress) if ranks == 1 else ProcessExecutor(job, progress)
+    try:
+        longest, kv_tokens = _kv_room(executor, longest, max_model_len is not None, max_num_seqs)
+        return Engine(executor, tokenizer, spec, EngineLimits(longest, max_num_seqs, max_queue, kv_tokens), dtype=name)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:
+    """The checkpoint (of a shard directory, rank 0's) and the number of ranks, once it is known that the model can be cut so."""
+    if sharded:
+        checkpoint, plan = open_rank(root, 0)
+        if tp not in (None, plan.tp):
+            hint = f"leave --tp out, or shard again: quantkit shard ART OUT --tp {tp}"
+            raise InputError(str(root), f"was cut for {plan.tp} ranks, --tp says {tp}", f"--tp {plan.tp}", hint)
+        return checkpoint, plan.tp
+    checkpoint, ranks = open_checkpoint(root), 1 if tp is None else tp
+    spec = spec_for(checkpoint.config)
+    make_plan(spec, assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors), ranks, dtype="BF16")
+    return checkpoint, ranks
+
+
+def _longest(spec: ModelSpec, asked: int | None) -> int:
+    """The tokens of the longest text: as asked, else as trained."""
+    if asked is None:
+        return spec.max_positions
+    stretches = any(rope.kind == "dynamic" for rope in spec.ropes)
+    if asked < 2 or (asked > spec.max_positions and not stretches):
+        raise InputError("--max-model-len", f"is {asked}", f"2 to {spec.max_positions}, which the model was made for")
+    return asked
+
+
+def _device(device: str, ranks: int) -> str:
+    """ "cpu" or "cuda". Raises MachineError when there are fewer GPUs than ranks."""
+    if device not in DEVICES:
+        raise InputError("--device", f"is {device!r}", f"one of {', '.join(DEVICES)}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < ranks:
+        raise MachineError(
+            "--device cuda", f"{ranks} ranks, {count} GPUs here", "a GPU for each rank", f"--tp {count}" if count else "--device cpu"
+        )
+    return "cuda"
+
+
+def _default_dtype(device: str, parity: bool) -> str:
+    if parity:
+        return "float32"
+    return "float16" if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bfloat16"
+
+
+def _kv_room(executor: Executor, longest: int, asked: bool, max_num_seqs: int) -> tuple[int, int]:
+    """The longest text and the tokens that the caches hold: what every rank has memory for."""
+    fits = min((rank.kv_tokens for rank in executor.facts if rank.kv_tokens is not None), default=longest * max_num_seqs)
+    if fits < 2 or (asked and fits < longest):
+        where = "--max-model-len" if asked else "keys and values"
+        raise MachineError(
+            where, f"{longest} tokens do not fit into the memory that the weights leave", f"at most {fits}", "more memory or ranks"
+        )
+    longest = min(longest, fits)
+    return longest, min(longest * max_num_seqs, fits)

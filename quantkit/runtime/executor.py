@@ -107,7 +107,9 @@ class _Rank:
         last = f" ({lines[-1].strip()[:300]})" if lines else ""
         if status is not None and status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
-            return RuntimeDied(self.name, how + last, "every rank alive", "the system may have run out of memory" if status == -signal.SIGKILL else None)
+            return RuntimeDied(
+                self.name, how + last, "every rank alive", "the system may have run out of memory" if status == -signal.SIGKILL else None
+            )
         ended = "closed its connection" if status is None else f"ended with status {status}"
         return RuntimeDied(self.name, ended + last, "every rank alive")
 
@@ -196,7 +198,9 @@ class ProcessExecutor:
         while not self._answers:
             self._watch(POLL_SECONDS)
             if time.monotonic() > deadline and not self._answers:
-                self._fail(RuntimeDied("ranks", f"gave no token within {self._job.timeout + SILENT_SECONDS:.0f} s", "a step to end", "--timeout"))
+                self._fail(
+                    RuntimeDied("ranks", f"gave no token within {self._job.timeout + SILENT_SECONDS:.0f} s", "a step to end", "--timeout")
+                )
         return sampled_from_json(self._answers.pop()["sampled"])
 
     def check(self) -> None:

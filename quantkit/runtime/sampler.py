@@ -109,7 +109,10 @@ def uniform(seed: int, index: int) -> float:
 def greedy(logits: Tensor) -> list[Sampled]:
     """The likeliest token of each row of ``logits [B, V]``, the lowest id where several are equal."""
     best = logits.max(-1)
-    return [Sampled(token if math.isfinite(value) else INVALID) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [
+        Sampled(token if math.isfinite(value) else INVALID)
+        for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def sample(logits: Tensor, params: SamplingParams, *, seed: int, index: int, counts: Mapping[int, int]) -> Sampled:

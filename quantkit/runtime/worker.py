@@ -251,7 +251,9 @@ def main(fd: int) -> int:
         return exc.exit_code
     except torch.OutOfMemoryError as exc:
         reason = str(exc).splitlines()[0]
-        error = MachineError(f"rank {start['rank']}", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len")
+        error = MachineError(
+            f"rank {start['rank']}", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len"
+        )
         channel.send({"error": error_to_json(error)})
         return error.exit_code
     return 0

@@ -299,10 +299,10 @@ class _Endpoints:
                 found.append((ids, text))
             return found
 
+        vocabulary = self._engine.spec.dims["vocab"].elements
         for prompt in asked.prompt:
-            outside = next((token for token in prompt if not 0 <= token < tokenizer.vocab_size), None) if isinstance(prompt, list) else None
-            if outside is not None:
-                raise invalid("prompt", f"token {outside} is outside the vocabulary of {tokenizer.vocab_size}")
+            if isinstance(prompt, list) and not all(0 <= token < vocabulary for token in prompt):
+                raise invalid("prompt", f"has a token that the model does not have, expected 0 to {vocabulary - 1}")
         prompts = await self._off_loop(encode)
         return await self._answer(request, asked, COMPLETION, prompts, asked.logprobs is not None)
 

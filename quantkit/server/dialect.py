@@ -33,9 +33,13 @@ class TokenTexts:
         return self._known[token]
 
     def label(self, token: int) -> str:
-        """A name for the token that no other token has."""
+        """The token's text, or its id where it has none of its own."""
         text = self.whole(token)
-        return f"token_id:{token}" if text is None else text
+        return _by_id(token) if text is None else text
+
+
+def _by_id(token: int) -> str:
+    return f"token_id:{token}"
 
 
 @dataclass(slots=True)
@@ -79,11 +83,20 @@ def _completion_item(index: int, text: str, logprobs: Json | None, finish_reason
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
+def _ranked(scored: TokenLogprob, texts: TokenTexts) -> dict[str, float]:
+    """The likeliest tokens and the chosen one, by text; one whose text another has too goes by its id."""
+    found: dict[str, float] = {}
+    for token, logprob in dict([*scored.top, (scored.token, scored.logprob)]).items():
+        label = texts.label(token)
+        found[_by_id(token) if label in found else label] = _finite(logprob)
+    return found
+
+
 def _completion_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
     return {
         "tokens": [texts.label(one.token) for one in scored],
         "token_logprobs": [_finite(one.logprob) for one in scored],
-        "top_logprobs": [{texts.label(token): _finite(logprob) for token, logprob in one.top} for one in scored],
+        "top_logprobs": [_ranked(one, texts) for one in scored],
         "text_offset": list(offsets),
     }
 
