@@ -7,6 +7,7 @@ read as markup, and its control characters are shown, not sent. Knows no command
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -76,9 +77,6 @@ def _facts(report: Report) -> RichTable:
 def _draw(report: Report, console: Console) -> None:
     from rich.text import Text
 
-    if report.text is not None:
-        for line in report.text.splitlines():
-            console.print(Text(printable(line)), soft_wrap=True)
     apart = report.text is not None
     if report.facts:
         if apart:
@@ -99,7 +97,15 @@ def render(report: Report, output: Output) -> None:
     if output.json:
         sys.stdout.write(to_json(report))
     else:
-        _draw(report, _console(sys.stdout))
+        for line in (report.text or "").splitlines():
+            sys.stdout.write("\t".join(printable(part) for part in line.split("\t")) + "\n")
+        console = _console(sys.stdout)
+        if sys.stdout.isatty():
+            _draw(report, console)
+        else:  # without the spaces that fill a table's last column
+            with console.capture() as drawn:
+                _draw(report, console)
+            sys.stdout.write(re.sub(r" +$", "", drawn.get(), flags=re.MULTILINE))
     sys.stdout.flush()
     if not output.quiet:
         for warning in report.warnings:

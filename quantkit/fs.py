@@ -285,9 +285,11 @@ def lock(path: Path) -> Iterator[None]:
                 raise MachineError(str(path), "is locked: another process is writing this output", "one writer", hint) from None
             # The holder before us removes the file as it lets go; then the name is another file's, or free.
             if _same_file(fd, path):
-                yield
-                with _refusals(path, "remove the lock"):
-                    os.unlink(path)
+                try:
+                    yield
+                finally:
+                    with _refusals(path, "remove the lock"):
+                        os.unlink(path)
                 return
         finally:
             os.close(fd)

@@ -14,7 +14,8 @@ from typing import Any
 
 Cell = str | int | float | None
 
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|~]|(?<!\w)_|_(?!\w)")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~]|(?<![^\W_])_+|_+(?![^\W_])")
+"""What Markdown takes for its own; an underscore inside a word is none of it, and names of tensors are full of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def to_json(report: Report) -> str:
 
 def _markdown(text: str) -> str:
     """``text`` with what Markdown and HTML would take for their own escaped."""
-    escaped = _MARKDOWN.sub(lambda match: f"\\{match[0]}", printable(text).replace("&", "&amp;"))
+    escaped = _MARKDOWN.sub(lambda match: "".join(f"\\{c}" for c in match[0]), printable(text).replace("&", "&amp;"))
     # A renderer that allows HTML in Markdown may look at tags before it looks at backslashes.
     return escaped.replace("\\<", "&lt;").replace("\\>", "&gt;")
 

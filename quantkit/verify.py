@@ -327,6 +327,15 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
     return found
 
 
+def _fits(checkpoint: Checkpoint, path: str, geometry: Geometry) -> bool:
+    """Whether every part of the linear at ``path`` is stored as its layout says."""
+    for part in geometry.parts:
+        ref = checkpoint.tensors.get(f"{path}.{part.suffix}")
+        if ref is None or ref.shape != geometry.shape(part) or (part.suffix != "bias" and ref.dtype != part.dtype):
+            return False
+    return True
+
+
 def _check_values(
     checkpoint: Checkpoint, packed: Mapping[str, Geometry], symmetric: frozenset[str], prefix: str, found: Verification, progress: Progress
 ) -> None:
@@ -337,12 +346,11 @@ def _check_values(
     held: set[str] = set()
     for done, (path, geometry) in enumerate(packed.items()):
         progress("values", done, len(packed))
-        names = {part.suffix: (f"{path}.{part.suffix}", geometry.shape(part)) for part in geometry.parts}
-        held |= {name for suffix, (name, _) in names.items() if suffix != "bias"}
-        stored = {name: tuple(checkpoint.tensors[name].shape) for name, _ in names.values() if name in checkpoint.tensors}
-        if not geometry.n or not geometry.k or any(stored.get(name) != shape for name, shape in names.values()):
+        names = {part.suffix: f"{path}.{part.suffix}" for part in geometry.parts}
+        held |= {name for suffix, name in names.items() if suffix != "bias"}
+        if not geometry.n or not geometry.k or not _fits(checkpoint, path, geometry):
             continue  # a rank that owns nothing; or reported with the tensors
-        parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, (name, _) in names.items()}
+        parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, name in names.items()}
         result = codec(geometry.layout).unpack(parts, geometry)
         again = codec(geometry.layout).pack(result)
         for suffix, part in parts.items():

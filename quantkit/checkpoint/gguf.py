@@ -91,6 +91,8 @@ class GgufSource:
             return vector.reshape(-1)[ranges[0].start : ranges[0].stop].copy()
         rows, columns = ranges
         out = np.empty((len(rows), len(columns)), dtype=PLAIN[stored.dtype])
+        if not out.size:
+            return out
         unit = stored.head_dim or 1
         step = max(1, CHUNK_ELEMENTS // (unit * max(shape[1], 1))) * unit
         for start in range(rows.start - rows.start % unit, rows.stop, step):
@@ -109,8 +111,6 @@ def _decoded(file: GgufFile, tensor: GgufTensor, rows: range, columns: range) ->
     block = BY_NAME[tensor.type]
     width = tensor.shape[-1]
     row_bytes = width // block.elements * block.nbytes
-    if not rows or not columns:
-        return np.empty((len(rows), len(columns)), dtype=PLAIN.get(tensor.type, PLAIN["F32"]))
     raw = b"".join(fs.read_range(file.path, tensor.offset + rows.start * row_bytes, len(rows) * row_bytes))
     first, last = columns.start // block.elements, -(-columns.stop // block.elements)
     blocks = np.frombuffer(raw, np.uint8).reshape(len(rows), width // block.elements, block.nbytes)[:, first:last]

@@ -59,6 +59,12 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         _close_pipes()
         return PIPE_CLOSED
+    except SystemExit as exc:
+        # typer ends this way after completion, and with 1 when a pipe is closed, which would read as a check that said no.
+        if not isinstance(exc.__context__, BrokenPipeError):
+            raise
+        _close_pipes()
+        return PIPE_CLOSED
     except Exception as exc:  # noqa: BLE001  the last line of defence: whatever comes here is the machine's or a bug of ours
         if (refused := machine_error(exc)) is not None:
             show_error(refused)

@@ -30,9 +30,12 @@ VERBATIM = "\b\n"
 MODELS = "A MODEL is a checkpoint or artifact directory, a .gguf file, or pkg:NAME (weights inside an installed package)."
 EXIT_CODES = """\
 Exit codes:
-  0  done                       3  the machine said no (disk, memory, lock, device)
-  1  a check said no            4  the runtime died
-  2  bad input or usage        70  a bug in quantkit"""
+  0   done
+  1   a check said no
+  2   bad input or usage
+  3   the machine said no (disk, memory, lock, device)
+  4   the runtime died
+  70  a bug in quantkit"""
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -137,7 +140,7 @@ def _help_or_refuse(context: typer.Context, output: Output) -> None:
     """A bare ``quantkit`` asks for help; one with an option asks for a command that is not there."""
     if output != Output():
         raise InputError(context.command_path, "has no command", "one", f"{context.command_path} --help lists them")
-    typer.echo(context.get_help(), nl=False)
+    typer.echo(context.get_help())
 
 
 def _run(context: typer.Context, output: Output, work: Callable[[Progress], Report]) -> None:
@@ -149,7 +152,8 @@ def _run(context: typer.Context, output: Output, work: Callable[[Progress], Repo
     if output.verbose:
         import logging
 
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("quantkit").setLevel(logging.INFO)
     started = time.monotonic()
     with progress(output) as say:
         report = work(say)
@@ -276,7 +280,7 @@ def convert(
             "--dtype",
             metavar="DTYPE",
             autocompletion=_one_of("bfloat16", "float16", "float32"),
-            help="Float dtype to write: bfloat16, float16 or float32. Default: the source's.",
+            help="Float dtype to write: bfloat16, float16 or float32. Default: each tensor's own, float16 for GGUF blocks.",
         ),
     ] = None,
     max_shard_size: ShardSize = "5GB",
@@ -500,7 +504,7 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
+        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
     ] = 60.0,
     json: Json = False,
     quiet: Quiet = False,

@@ -24,23 +24,36 @@ def usage_error(error: typer.TyperException) -> QuantkitError:
     """A complaint of the parser in the form of every other error."""
     context, param = getattr(error, "ctx", None), getattr(error, "param", None)
     where = context.command_path if context is not None else "quantkit"
-    hint = f"{where} --help"
+    hint = f"{where} --help" if context is not None else None
     option = getattr(error, "option_name", None)
     kind = type(error).__name__
     if param is not None:
         named = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name
         if kind == "MissingParameter":
             return InputError(where, f"{named} is missing", "it to be given", hint)
-        message = re.sub(r"\s+", " ", error.message).strip().rstrip(".")
-        return InputError(named, message[:1].lower() + message[1:], None, hint)
+        return InputError(named, *_bad_value(error), hint)
+    if kind == "BadOptionUsage":
+        return InputError(str(option), _sentence(error.message).removeprefix(f"option {option!r} "), None, hint)
     if kind == "NoSuchOption":
         close = getattr(error, "possibilities", None)
-        return InputError(where, f"no such option: {option}", " or ".join(sorted(close)) if close else None, hint)
-    message = re.sub(r"\s+", " ", error.format_message()).strip().rstrip(".")
-    suggestion = re.fullmatch(r"(.*?)\. Did you mean (.*)\?", message)
-    if suggestion:
-        return InputError(where, suggestion[1][:1].lower() + suggestion[1][1:], suggestion[2], hint)
-    return InputError(where, message[:1].lower() + message[1:], None, hint)
+        return InputError(where, f"no such option: {option}", close[0] if close else None, hint)
+    message, _, suggestion = _sentence(error.format_message()).partition(". Did you mean ")
+    return InputError(where, message, suggestion.rstrip("?") or None, hint)
+
+
+def _sentence(text: str) -> str:
+    """``text`` on one line, as it stands after a colon."""
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _bad_value(error: typer.TyperException) -> tuple[str, str | None]:
+    """What is wrong with an option's value and what was expected; pydantic, if it was asked, knows the value."""
+    message = _sentence(error.message)
+    details = getattr(error.__cause__, "errors", None)
+    if details is None or not message.startswith("input should be "):
+        return message, None
+    return f"is {details()[0]['input']!r:.80}", message.removeprefix("input should be ").partition(", unable")[0]
 
 
 def machine_error(error: Exception) -> QuantkitError | None:
@@ -53,7 +66,7 @@ def machine_error(error: Exception) -> QuantkitError | None:
     if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         return MachineError(
             str(error.filename or "system"),
-            error.strerror or str(error),
+            _sentence(error.strerror or str(error)),
             None,
             "the same command may be run again, with --resume where it has it",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def validate(options: ValidateOptions) -> Report:
         command="recipe validate",
         data={"file": str(path), "valid": True, "recipe": recipe.model_dump(mode="json")},
         facts=(("recipe", str(path)), ("valid", "yes"), ("method", _summary(recipe)), ("format", recipe.format or chosen.layouts[0])),
-        next_steps=(f"quantkit quantize MODEL OUT --recipe {options.path}",),
+        next_steps=(f"quantkit quantize MODEL OUT --recipe {shlex.quote(options.path)}",),
     )
 
 
@@ -116,9 +117,10 @@ def init(options: InitOptions) -> Report:
     text = _template(options.method, bool(quantizer.needs))
     recipe = parse_recipe(text, str(options.out))
     fs.write_bytes(options.out, text.encode())
+    written = shlex.quote(str(options.out))
     return Report(
         command="recipe init",
         data={"out": str(options.out), "recipe": recipe.model_dump(mode="json")},
         facts=(("written", str(options.out)), ("method", _summary(recipe))),
-        next_steps=(f"quantkit recipe validate {options.out}", f"quantkit quantize MODEL OUT --recipe {options.out}"),
+        next_steps=(f"quantkit recipe validate {written}", f"quantkit quantize MODEL OUT --recipe {written}"),
     )

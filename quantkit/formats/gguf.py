@@ -24,7 +24,7 @@ VERSIONS = (2, 3)
 ALIGNMENT, DEFAULT_ALIGNMENT, MAX_ALIGNMENT = "general.alignment", 32, 1 << 20
 MAX_HEADER_BYTES = 64 << 20
 """Metadata and tensor infos together; the largest vocabularies take about 20 MB. Bounds the memory that strings can take."""
-MAX_KEYS, MAX_TENSORS, MAX_ARRAY = 1 << 16, 1 << 17, 1 << 30
+MAX_KEYS, MAX_TENSORS, MAX_ARRAY, MAX_PARTS = 1 << 16, 1 << 17, 1 << 30, 65535
 MAX_KEY_BYTES, MAX_NAME_BYTES, MAX_DIMS = 1 << 16, 63, 4
 MIN_KEY_RECORD, MIN_TENSOR_RECORD, STRING_HEAD = 14, 25, 8
 FIRST_READ = 1 << 20
@@ -258,15 +258,10 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
         kind = cursor.integer(4, field)
         if key == ALIGNMENT and kind != U32:
             cursor.fail(field, f"has value type {kind}", f"{U32} (u32)")
-        found[key] = _value(cursor, kind, field)
+        found[key] = value = _value(cursor, kind, field)
+        if key == ALIGNMENT and (not 0 < value <= MAX_ALIGNMENT or value & (value - 1)):
+            cursor.fail(field, f"is {value}", f"a power of two up to {MAX_ALIGNMENT}")
     return found
-
-
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
-    value: int = metadata.get(ALIGNMENT, DEFAULT_ALIGNMENT)
-    if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
-        cursor.fail(ALIGNMENT, f"is {value}", f"a power of two up to {MAX_ALIGNMENT}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +314,8 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GgufTenso
     for info in infos.values():
         end = start + info.offset + info.nbytes
         if info.nbytes and end > cursor.size:
-            cursor.fail(f"tensor {info.name!r:.100}", f"ends at byte {end}, the file at {cursor.size}", "a whole file (is it truncated?)")
+            where = f"{cursor.path}: tensor {info.name!r:.100}"
+            raise InputError(where, f"ends at byte {end}, the file at {cursor.size}", "a whole file (is it truncated?)")
     return {info.name: GgufTensor(info.name, info.type, info.shape, start + info.offset, info.nbytes) for info in infos.values()}
 
 
@@ -327,16 +323,13 @@ def _padded(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
-def _refuse_split(cursor: _Cursor, metadata: Mapping[str, Any]) -> None:
-    parts = metadata.get("split.count", 1)
-    if not isinstance(parts, int) or isinstance(parts, bool) or not 0 <= parts <= 65535:
-        cursor.fail("key 'split.count'", f"is {parts!r:.100}", "a number of parts")
+def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
+    where, parts, number = f"{path}: key 'split.count'", metadata.get("split.count", 1), metadata.get("split.no")
+    if not isinstance(parts, int) or isinstance(parts, bool) or not 0 <= parts <= MAX_PARTS:
+        raise InputError(where, f"is {parts!r:.100}", f"a number of parts up to {MAX_PARTS}")
     if parts > 1:
-        number = metadata.get("split.no")
         which = f"part {number + 1} of {parts}" if isinstance(number, int) else f"one of {parts} parts"
-        cursor.fail(
-            "split.count", f"the file is {which} of a split model", "one file", "llama-gguf-split --merge FIRST_PART OUT.gguf joins them"
-        )
+        raise InputError(where, f"this is {which} of a split model", "one file", "llama-gguf-split --merge FIRST_PART OUT.gguf joins them")
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -349,6 +342,6 @@ def read_gguf(path: Path) -> GgufFile:
     cursor = _Cursor(path)
     version, n_tensors, n_keys = _preamble(cursor)
     metadata = _metadata(cursor, n_keys)
-    _refuse_split(cursor, metadata)
-    tensors = _tensors(cursor, n_tensors, _alignment(cursor, metadata))
+    _refuse_split(path, metadata)
+    tensors = _tensors(cursor, n_tensors, metadata.get(ALIGNMENT, DEFAULT_ALIGNMENT))
     return GgufFile(path, version, MappingProxyType(metadata), MappingProxyType(tensors))

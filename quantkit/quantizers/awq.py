@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.errors import InputError
-from quantkit.ops.grouped import MAX_F16, dequantize, fake_quantize, group_range
+from quantkit.ops.grouped import dequantize, fake_quantize
 from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats, Method, refuse_unknown_options
 from quantkit.quantizers.rtn import group_of, refuse_not_finite, round_to_nearest
 from quantkit.scheme import LinearScheme
@@ -37,8 +37,8 @@ class AwqOptions:
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
-    """tr(D H D^T) for ``error`` D [N, K] and ``gram`` H [K, K], in float64 from float32 products."""
-    return float(((error @ gram) * error).sum(dtype=torch.float64))
+    """tr(D H D^T) for ``error`` D [N, K] and ``gram`` H [K, K]: rows in their own dtype, summed in float64."""
+    return float(((error @ gram) * error).sum(-1).sum(dtype=torch.float64))
 
 
 def candidate_scale(mean_abs: Tensor, ratio: float) -> Tensor:
@@ -61,11 +61,48 @@ def _repeat_to_query_heads(scale: Tensor, spec: ModelSpec) -> Tensor:
 
 def _rounding_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: LinearScheme) -> float:
     """Output error of ``weight [N, K]`` when it is rounded as ``weight * scale``; infinite where that leaves float16."""
-    low, high = group_range(weight * scale, group_of(weight, scheme))
-    if not float(torch.maximum(high, -low).max()) < 7 * MAX_F16:  # a scale is at most 2/15 of this
+    try:
+        rounded = fake_quantize(weight * scale, group_of(weight, scheme), scheme.bits, scheme.sym) / scale
+    except InputError:  # this scale makes weights too large to store; another will not
         return math.inf
-    rounded = fake_quantize(weight * scale, group_of(weight, scheme), scheme.bits, scheme.sym) / scale
     return output_error(weight - rounded, gram)
+
+
+def fold_scale(
+    group: ScaleGroup,
+    scale: Tensor,
+    linears: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    norms: dict[str, Tensor],
+    norm_dtypes: Mapping[str, Any],
+    spec: ModelSpec,
+) -> Tensor:
+    """Divide the op before ``group`` by ``scale [K]`` and multiply the targets' inputs by it: the block computes the same.
+
+    Changes ``linears``, ``biases`` and ``norms`` by role. ``scale`` of the group after v is one for all query heads of a KV
+    head. Returns the scale that was really folded, after rounding to the norm's stored dtype.
+    """
+    prev = group.prev
+    if prev in norms:
+        offset = spec.architecture.norm_offset
+        gain = norms[prev] + offset
+        folded = (gain / scale - offset).to(norm_dtypes[prev]).to(gain.dtype)
+        # A gain that its dtype would round to nothing, or beyond its range, could not be undone: it stays as it is.
+        usable = torch.isfinite(folded) & (folded + offset != 0) & (gain != 0)
+        norms[prev] = torch.where(usable, folded, norms[prev])
+        # The norm is stored in its own dtype: multiply the targets by what the rounding really divided by.
+        scale = torch.where(usable, gain / torch.where(usable, folded + offset, 1.0), 1.0)
+    else:
+        rows = scale
+        if prev == "v":
+            kv, queries = spec.dims["kv_heads"].size, spec.dims["heads"].size
+            rows = scale.reshape(kv, queries // kv, spec.head_dim)[:, 0].reshape(-1)
+        linears[prev] = linears[prev] / rows.unsqueeze(1)
+        if prev in biases:
+            biases[prev] = biases[prev] / rows
+    for role in group.targets:
+        linears[role] = linears[role] * scale
+    return scale
 
 
 class Awq:
@@ -89,9 +126,8 @@ class Awq:
             scale, ratio = self._search_scale(group, linears, stats, schemes, spec)
             if ratio == 0.0:
                 continue
-            scale = self._fold(group.prev, scale, block, linears, biases, norms, spec)
+            scale = fold_scale(group, scale, linears, biases, norms, block.norm_dtypes, spec)
             for role in group.targets:
-                linears[role] = linears[role] * scale
                 input_scales[role] = scale
                 facts.setdefault(role, {})["scale_ratio"] = ratio
         results = {}
@@ -150,35 +186,6 @@ class Awq:
         if best is None:
             raise InputError("calibration", f"gave no usable scale for {', '.join(group.targets)}", "finite weights and activations")
         return best[1], best[2]
-
-    def _fold(
-        self,
-        prev: str,
-        scale: Tensor,
-        block: BlockWeights,
-        linears: dict[str, Tensor],
-        biases: dict[str, Tensor],
-        norms: dict[str, Tensor],
-        spec: ModelSpec,
-    ) -> Tensor:
-        """Divide the op before the group by ``scale``; return the scale that was really folded, after rounding."""
-        if prev in norms:
-            offset = spec.architecture.norm_offset
-            gain = norms[prev] + offset
-            folded = (gain / scale - offset).to(block.norm_dtypes[prev]).float()
-            # A gain that its dtype would round to nothing, or beyond its range, could not be undone: it stays as it is.
-            usable = torch.isfinite(folded) & (folded + offset != 0) & (gain != 0)
-            norms[prev] = torch.where(usable, folded, norms[prev])
-            # The norm is stored in its own dtype: multiply the targets by what the rounding really divided by.
-            return torch.where(usable, gain / torch.where(usable, folded + offset, 1.0), 1.0)
-        rows = scale
-        if prev == "v":
-            kv, queries = spec.dims["kv_heads"].size, spec.dims["heads"].size
-            rows = scale.reshape(kv, queries // kv, spec.head_dim)[:, 0].reshape(-1)
-        linears[prev] = linears[prev] / rows.unsqueeze(1)
-        if prev in biases:
-            biases[prev] = biases[prev] / rows
-        return scale
 
     def _search_clip(self, weight: Tensor, gram: Tensor, scheme: LinearScheme) -> Tensor:
         """The shrink factor of each group's range, [N, G], with the least output error through the group's own Gram block."""

@@ -81,7 +81,10 @@ class EngineStats:
 
 
 class StopText:
-    """Text up to the first of some strings. What may turn out to be the start of one is held back."""
+    """Text up to the string among ``stops`` that is complete first, however the text is cut into pieces.
+
+    What may turn out to be the start of one is held back.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held = tuple(stops), ""
@@ -91,9 +94,9 @@ class StopText:
         if not self._stops:
             return text, False
         self._held += text
-        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            certain, self._held = self._held[: min(found)], ""
+            certain, self._held = self._held[: min(found)[1]], ""
             return certain, True
         keep = max(self._overlap(stop) for stop in self._stops)
         certain = self._held[: len(self._held) - keep]
@@ -184,7 +187,7 @@ class Engine:
                 raise self._failure
             if self._closing:
                 raise RuntimeDied("engine", "is closed", "an open engine")
-            if len(self._requests) >= self._limits.max_num_seqs + self._limits.max_queue:
+            if len(self._requests) >= self.capacity:
                 raise QueueFull(
                     "engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later"
                 )
@@ -211,6 +214,11 @@ class Engine:
             if self._requests.pop(request, None) is not None:
                 self._scheduler.remove(request)
                 self._changed.notify()  # its keys and values are freed now, not with the next request
+
+    @property
+    def capacity(self) -> int:
+        """Requests that are taken at once: those that run and those that wait."""
+        return self._limits.max_num_seqs + self._limits.max_queue
 
     @property
     def failure(self) -> QuantkitError | None:

@@ -190,6 +190,11 @@ class ProcessExecutor:
                 return tuple(facts)
             self._watch(POLL_SECONDS)
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process id of each rank."""
+        return tuple(rank.process.pid for rank in self._ranks)
+
     def execute(self, step: Step) -> list[Sampled]:
         message = frame({"step": step_to_json(step)})
         for rank in self._ranks:

@@ -20,8 +20,6 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 INVALID = -1
 """The token of logits that are not numbers."""
-_HEAD = 512
-"""Top-p looks at this many of the likeliest tokens before it sorts the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +58,26 @@ class SamplingParams:
             _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if len(self.stop) > MAX_STOPS or not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError("stop", "has an empty string or too many strings", f"at most {MAX_STOPS} strings, none empty")
-        if not all(isinstance(token, int) and token >= 0 for token in self.stop_ids):
-            raise InputError("stop_ids", "has what is no token id", "token ids")
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise InputError(
+                "stop", f"has {len(self.stop)} strings, {self.stop.count('')} of them empty", f"at most {MAX_STOPS}, none empty"
+            )
+        for token in self.stop_ids:
+            _integer("stop_ids", token, 0, (1 << 31) - 1)
 
     @property
     def penalized(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _number(name: str, value: float, low: float, high: float) -> None:
+def _number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(name, f"is {value!r}", f"a number from {low:g} to {high:g}")
+        raise InputError(name, f"is {value!r:.100}", f"a number from {low:g} to {high:g}")
 
 
-def _integer(name: str, value: int, low: int, high: int) -> None:
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(name, f"is {value!r}", f"a whole number from {low} to {high}")
+        raise InputError(name, f"is {value!r:.100}", f"a whole number from {low} to {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +171,17 @@ def _draw(logits: Tensor, params: SamplingParams, point: float) -> int:
 def _cut(weights: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens, likeliest first, that top-k and then top-p leave, and their weights; the likeliest always stays."""
     vocab = weights.numel()
-    count = min(params.top_k or _HEAD, vocab)
-    best = weights.topk(count)
-    tokens, values = best.indices, best.values
+    if params.top_k:
+        best = weights.topk(min(params.top_k, vocab))
+        tokens, values = best.indices, best.values
+        total = values.sum(dtype=torch.float64)
+    else:
+        # Tokens below this share of the mass hold less than 1 - top_p of it all together: they need not be sorted.
+        total = weights.sum(dtype=torch.float64)
+        tokens = (weights >= (1 - params.top_p) * total / vocab).nonzero().squeeze(1)
+        values, order = weights[tokens].sort(descending=True, stable=True)
+        tokens = tokens[order]
     if params.top_p == 1:
         return tokens, values
-    total = (values if params.top_k else weights).sum(dtype=torch.float64)
-    below = values.cumsum(0, dtype=torch.float64)
-    if not params.top_k and float(below[-1]) < params.top_p * float(total):  # the head is not enough of the mass
-        values, tokens = weights.sort(descending=True, stable=True)
-        below = values.cumsum(0, dtype=torch.float64)
-    kept = int((below < params.top_p * total).sum()) + 1  # up to the first token that reaches the mass
+    kept = int((values.cumsum(0, dtype=torch.float64) < params.top_p * total).sum()) + 1  # up to the first that reaches the mass
     return tokens[:kept], values[:kept]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``seats``: sequences that run at once. ``step_tokens``: tokens of one pass, at least ``seats``. ``kv_tokens``: tokens the cache holds."""
+    """``seats``: sequences that run at once. ``step_tokens``: of one pass, at least ``seats``. ``kv_tokens``: what the cache holds."""
 
     seats: int
     step_tokens: int

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """What the ranks load. ``sharded``: ``path`` is a shard directory. ``device`` "cpu" or "cuda"; ``timeout`` of an exchange in seconds."""
+    """What the ranks load. ``sharded``: from a shard directory. ``device`` "cpu" or "cuda"; ``timeout`` of an exchange in seconds."""
 
     path: str
     sharded: bool

@@ -69,6 +69,14 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the text that an echo of them begins with."""
+
+    ids: list[int]
+    echo: str
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One engine request."""
 
@@ -251,17 +259,17 @@ async def until_gone(request: Request, work: asyncio.Task[T]) -> T | None:
 def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     """A dependency that lets a request pass when it brings ``api_key``, or when there is none."""
 
-    def digest(text: str) -> bytes:
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    def digest(key: bytes) -> bytes:
+        return hashlib.sha256(key).digest()
 
-    wanted = None if api_key is None else digest(api_key)
+    wanted = None if api_key is None else digest(api_key.encode("utf-8", "surrogateescape"))
 
     async def check(request: Request) -> None:
         if wanted is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Digests of equal length, so that the time tells neither the key's length nor how much of it is right.
-        if not hmac.compare_digest(digest(given.strip()), wanted) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(digest(given.strip().encode("latin-1")), wanted) or scheme.lower() != "bearer":
             raise ApiError(401, "the API key is missing or wrong", type_="invalid_request_error", code="invalid_api_key")
 
     return check
@@ -282,62 +290,62 @@ class _Endpoints:
             raise invalid("model", f"{name[:200]!r} is not served here, expected {self._name!r}", "model_not_found", 404)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
-        """Tokenizing megabytes takes seconds, in which other clients' streams go on: one thread does it, for all requests in turn."""
+        """Reading and tokenizing megabytes takes seconds, in which other clients' streams go on: one thread does it for all in turn."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
     async def completions(self, request: Request) -> Response:
-        asked = parse_completion(await read_body(request))
-        self.check_model(asked.model)
-        tokenizer = self._engine.tokenizer
-
-        def encode() -> list[tuple[list[int], str]]:
-            """Token ids and, for the echo, the text of every prompt."""
-            found = []
-            for prompt in asked.prompt:
-                ids = tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
-                text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, special=True) if asked.echo else ""
-                found.append((ids, text))
-            return found
-
-        vocabulary = self._engine.spec.dims["vocab"].elements
-        for prompt in asked.prompt:
-            if isinstance(prompt, list) and not all(0 <= token < vocabulary for token in prompt):
-                raise invalid("prompt", f"has a token that the model does not have, expected 0 to {vocabulary - 1}")
-        prompts = await self._off_loop(encode)
+        body = await read_body(request)
+        asked, prompts = await self._off_loop(lambda: self._read_completion(body))
         return await self._answer(request, asked, COMPLETION, prompts, asked.logprobs is not None)
 
+    def _read_completion(self, body: bytes) -> tuple[CompletionRequest, list[Prompt]]:
+        asked = parse_completion(body)
+        self.check_model(asked.model)
+        tokenizer, vocabulary = self._engine.tokenizer, self._engine.spec.dims["vocab"].elements
+        prompts = []
+        for prompt in asked.prompt:
+            if isinstance(prompt, str):
+                prompts.append(Prompt(tokenizer.encode(prompt, special=True), prompt if asked.echo else ""))
+                continue
+            if min(prompt) < 0 or max(prompt) >= vocabulary:
+                raise invalid("prompt", f"has a token that the model does not have, expected 0 to {vocabulary - 1}")
+            prompts.append(Prompt(prompt, tokenizer.decode(prompt, special=True) if asked.echo else ""))
+        return asked, prompts
+
     async def chat(self, request: Request) -> Response:
-        asked = parse_chat(await read_body(request))
+        body = await read_body(request)
+        asked, prompt = await self._off_loop(lambda: self._read_chat(body))
+        return await self._answer(request, asked, CHAT, [prompt], asked.logprobs)
+
+    def _read_chat(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+        """The template alone decides on BOS, as it did when the model was trained: none is added to what it wrote."""
+        asked = parse_chat(body)
         self.check_model(asked.model)
         tokenizer = self._engine.tokenizer
-
-        def encode() -> list[int]:
-            """The template alone decides on BOS, as it did when the model was trained: none is added to what it wrote."""
-            return tokenizer.encode(render_chat(tokenizer, chat_turns(asked)), special=False)
-
-        ids = await self._off_loop(encode)
-        return await self._answer(request, asked, CHAT, [(ids, "")], asked.logprobs)
+        return asked, Prompt(tokenizer.encode(render_chat(tokenizer, chat_turns(asked)), special=False), "")
 
     async def _answer(
         self,
         request: Request,
         asked: CompletionRequest | ChatRequest,
         dialect: Dialect,
-        prompts: Sequence[tuple[list[int], str]],
+        prompts: Sequence[Prompt],
         scored: bool,
     ) -> Response:
-        """Run ``asked`` for tokenized ``prompts`` and send what comes, whole or as a stream; stop when the client leaves."""
-        echo = isinstance(asked, CompletionRequest) and asked.echo
+        """Run ``asked`` for ``prompts`` and send what comes, whole or as a stream; stop when the client leaves."""
         jobs: list[Job] = []
         choices: list[Choice] = []
-        for ids, text in prompts:
-            if not ids:
+        for prompt in prompts:
+            if not prompt.ids:
                 raise invalid("messages" if dialect is CHAT else "prompt", "holds no token")
-            limit = token_limit(asked, len(ids), self._engine.max_model_len)
+            limit = token_limit(asked, len(prompt.ids), self._engine.max_model_len)
             for number in range(asked.n):
-                choices.append(Choice(len(choices), text if echo else ""))
-                jobs.append(Job(ids, sampling(asked, limit, number)))
-        prompt_tokens = sum(len(ids) for ids, _ in prompts)
+                choices.append(Choice(len(choices), prompt.echo))
+                jobs.append(Job(prompt.ids, sampling(asked, limit, number)))
+        if len(jobs) > self._engine.capacity:  # waiting would not help
+            what = f"asks for {len(jobs)} completions, this server takes at most {self._engine.capacity} at once"
+            raise invalid("n" if asked.n > 1 else "prompt", what)
+        prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         answer = Answer(
             dialect=dialect,
             model=self._name,
@@ -353,9 +361,13 @@ class _Endpoints:
         self._served.requests += 1
         self._served.prompt_tokens += prompt_tokens
         if asked.stream:
-            # The task frees what a client that left before the first event would leave running.
-            freed = BackgroundTask(answer.generation.cancel)
-            return EventSourceResponse(answer.stream(asked.include_usage), sep="\n", background=freed, shutdown_grace_period=STREAM_GRACE)
+
+            async def free() -> None:
+                """For a client that left before the first event: then the stream has never begun, and ends nothing itself."""
+                answer.generation.cancel()
+
+            events = answer.stream(asked.include_usage)
+            return EventSourceResponse(events, sep="\n", background=BackgroundTask(free), shutdown_grace_period=STREAM_GRACE)
         try:
             body = await until_gone(request, asyncio.create_task(answer.whole()))
         finally:

@@ -1,13 +1,12 @@
 """Tokenizers: text to ids and back, from the files of a checkpoint or from the metadata of a GGUF file.
 
-A ``tokenizer.json`` is run by the tokenizers library directly; transformers is imported only for a bare SentencePiece
-model. Knows no model, no weights and no torch.
+A ``tokenizer.json`` is run by the tokenizers library directly, and says itself what goes around a text: as in transformers 5,
+``add_bos_token`` of a tokenizer config counts only where there is no ``tokenizer.json``. transformers is imported for a
+bare SentencePiece model alone. Knows no model, no weights and no torch.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ LIMITS: Mapping[str, int] = MappingProxyType(
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT_TEMPLATE = "default"
 REPLACEMENT = "\ufffd"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NO_TOKENIZER = f"{TOKENIZER}, or {SENTENCEPIECE}"
 
 
@@ -124,11 +122,12 @@ def parse_backend(data: bytes, where: str) -> Backend:
     """The tokenizer that a ``tokenizer.json`` describes, without truncation and padding. Raises InputError when it is broken."""
     from tokenizers import Tokenizer as Backend
 
-    parse_object(data, where, "the tokenizer.json of the tokenizers library")
     try:
-        backend = Backend.from_str(data.decode())
+        backend = Backend.from_str(_utf8(data, where))
     except Exception as exc:  # the library raises nothing more particular
-        raise InputError(where, f"is refused by the tokenizers library ({exc!s:.200})", "a tokenizer.json of the tokenizers library") from exc
+        raise InputError(
+            where, f"is refused by the tokenizers library ({exc!s:.200})", "a tokenizer.json of the tokenizers library"
+        ) from exc
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -160,7 +159,6 @@ def _assemble(backend: Backend, files: Mapping[str, bytes], root: str) -> Backen
         if found is None:
             raise InputError(f"{root}: {TOKENIZER_CONFIG}", f"{key} {special[key]!r:.100} is not in the vocabulary", "a token of it")
     bos, eos = named.get("bos_token"), named.get("eos_token")
-    _add_around(backend, config, special, root)
     text_model = model.get("text_config")
     model = {**(text_model if isinstance(text_model, dict) else {}), **model}
     declared = model.get("vocab_size")
@@ -198,26 +196,6 @@ def _vocab_size(backend: Backend) -> int:
     return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def _add_around(backend: Backend, config: Mapping[str, Any], special: Mapping[str, str], root: str) -> None:
-    """Let ``add_bos_token`` and ``add_eos_token``, where a tokenizer config has them, replace the tokenizer.json's own template."""
-    flags = {key: config[f"add_{key}"] for key in ("bos_token", "eos_token") if isinstance(config.get(f"add_{key}"), bool)}
-    if not flags:
-        return
-    wanted = {key: special.get(key) for key, add in flags.items() if add}
-    for key, token in wanted.items():
-        if token is None:
-            raise InputError(f"{root}: {TOKENIZER_CONFIG}", f"add_{key} is true and there is no {key}", f"a {key}")
-    from tokenizers import processors
-
-    single = [*_once(wanted.get("bos_token")), "$A", *_once(wanted.get("eos_token"))]
-    pieces = [(token, backend.token_to_id(token)) for token in dict.fromkeys(wanted.values()) if token is not None]
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=pieces)
-
-
-def _once(token: str | None) -> list[str]:
-    return [] if token is None else [token]
-
-
 def _ids(value: object, limit: int, where: str) -> list[int]:
     """One id, a list of ids, or None. Raises InputError for anything else or an id that no vocabulary has."""
     found = [] if value is None else value if isinstance(value, list) else [value]
@@ -251,15 +229,12 @@ def _utf8(data: bytes, where: str) -> str:
 
 
 def _byte_tokens(backend: Backend) -> frozenset[int]:
-    if backend.decoder is None or '"ByteFallback"' not in json.dumps(_decoder(backend)):
+    """The byte tokens, when the decoder turns them into bytes; else they are text like any other."""
+    ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    found = [index for index in ids if index is not None]
+    if len(found) != 256 or backend.decode([found[ord("A")]], skip_special_tokens=False) != "A":
         return frozenset()
-    found = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-    return frozenset(index for index in found if index is not None)
-
-
-def _decoder(backend: Backend) -> Any:
-    """The decoder as JSON data: the library shows it as its pickle state, which is that JSON."""
-    return json.loads(backend.decoder.__getstate__())
+    return frozenset(found)
 
 
 class StreamDecoder:
@@ -273,6 +248,8 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._byte_tokens = tokenizer.byte_tokens if isinstance(tokenizer, BackendTokenizer) else frozenset[int]()
         self._window: list[int] = []
+        self._in_bytes = False
+        """Whether the text ends in a run of byte tokens, all of which a later byte may change."""
         self._known = 0
         """Tokens of the window whose text is out."""
         self._shown = ""
@@ -281,8 +258,12 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Add a token; returns the text that it completes, often its own, "" when more tokens are needed."""
         self._window.append(token)
+        if token in self._byte_tokens:
+            self._in_bytes = True
+        elif self._in_bytes and self._tokenizer.decode([token]):
+            self._in_bytes = False  # a special token has no text, and does not end a run of bytes
         text = self._tokenizer.decode(self._window)
-        if token in self._byte_tokens or len(text) <= len(self._shown) or text.endswith(REPLACEMENT):
+        if self._in_bytes or len(text) <= len(self._shown) or text.endswith(REPLACEMENT):
             return ""
         new = text[len(self._shown) :]
         self._window = self._window[self._known :]

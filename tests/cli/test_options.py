@@ -1,0 +1,128 @@
+"""Every option reaches its command, and the command line has no defaults of its own.
+
+The command's work is not done here: its ``run`` is caught, and the options that came to it are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.report import Report
+
+Run = Callable[..., Any]
+
+CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "inspect": ("m", {"path": "m"}, "--tensors", {"tensors": True}),
+    "plan": (
+        "m --tp 3",
+        {"path": "m", "tp": 3},
+        "--method awq --bits 3 --group-size 32 --gpu-memory 24GiB --max-model-len 99",
+        {"method": "awq", "bits": 3, "group_size": 32, "gpu_memory": "24GiB", "max_model_len": 99},
+    ),
+    "convert": (
+        "m o",
+        {"path": "m", "out": Path("o")},
+        "--to gguf --dtype float16 --max-shard-size 24GiB --overwrite",
+        {"to": "gguf", "dtype": "float16", "max_shard_size": 24 << 30, "overwrite": True},
+    ),
+    "quantize": (
+        "m o",
+        {"path": "m", "out": Path("o")},
+        (
+            "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
+            "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run"
+        ),
+        {"method": "awq", "bits": 3, "group_size": -1, "sym": True, "format": "awq", "recipe": Path("r.yaml")}
+        | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
+        | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True},
+    ),
+    "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
+    "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),
+    "verify": ("m", {"path": "m"}, "--deep", {"deep": True}),
+    "serve": (
+        "m",
+        {"path": "m"},
+        (
+            "--host ::1 --port 0 --api-key k --served-model-name n --tp 2 --device cuda --dtype float32 --max-model-len 9 --max-num-seqs 3 "
+            "--max-queue 0 --timeout 1.5"
+        ),
+        {"host": "::1", "port": 0, "api_key": "k", "served_model_name": "n", "tp": 2, "device": "cuda", "dtype": "float32"}
+        | {"max_model_len": 9, "max_num_seqs": 3, "max_queue": 0, "timeout": 1.5},
+    ),
+    "report": (
+        "m a",
+        {"base": "m", "artifacts": ("a",)},
+        "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16",
+        {"artifacts": ("a", "b"), "out": Path("d"), "text": Path("t"), "window": 64, "stride": 32, "tokens": 500}
+        | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16"},
+    ),
+}
+"""Command: its least arguments, the fields that these set, further arguments, the fields that those set."""
+
+
+@pytest.fixture
+def caught(quantkit: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The options that a command line comes to."""
+
+    def call(name: str, *arguments: str) -> Any:
+        got: list[Any] = []
+
+        def run(options: Any, progress: Any) -> Report:
+            got.append(options)
+            return Report(name, {})
+
+        monkeypatch.setattr(import_module(f"quantkit.commands.{name}"), "run", run)
+        result = quantkit(name, *arguments)
+        assert (result.code, result.err) == (0, "")
+        return got[0]
+
+    return call
+
+
+def _options(name: str) -> Any:
+    return getattr(import_module(f"quantkit.commands.{name}"), f"{name.capitalize()}Options")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_defaults_are_the_command_s_own(name: str, caught: Run) -> None:
+    least, fields, _, _ = CASES[name]
+    assert caught(name, *least.split()) == _options(name)(**fields)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_arrives(name: str, caught: Run) -> None:
+    least, fields, more, further = CASES[name]
+    kind = _options(name)
+    assert set(kind.__dataclass_fields__) == set(fields) | set(further), "an option is not tried here"
+    default = kind(**fields)
+    assert all(getattr(default, field) != value for field, value in further.items()), "a value tried is the default"
+    assert caught(name, *least.split(), *more.split()) == kind(**(fields | further))
+
+
+def test_sym_has_three_states(caught: Run) -> None:
+    assert [caught("quantize", "m", "o", *flag).sym for flag in ([], ["--sym"], ["--asym"])] == [None, True, False]
+
+
+def test_the_api_key_may_come_from_the_environment(caught: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_API_KEY", "secret")
+    assert caught("serve", "m").api_key == "secret"
+    assert caught("serve", "m", "--api-key", "other").api_key == "other"
+
+
+@pytest.mark.parametrize(
+    "text,share", [("5%", 0.05), ("0.5 %", 0.005), ("0.05", 0.05), (".02", 0.02), ("250%", 2.5), ("0%", 0.0), ("0", 0.0)]
+)
+def test_shares(text: str, share: float, caught: Run) -> None:
+    assert caught("report", "m", "a", "--max-ppl-increase", text).max_ppl_increase == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["5", "1", "-5%", "%", "nan", "inf%", "5%%", "1e-3", ""])
+def test_what_is_no_share(text: str, quantkit: Run) -> None:
+    result = quantkit("report", "m", "a", f"--max-ppl-increase={text}")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: --max-ppl-increase: ")

@@ -1,0 +1,158 @@
+"""Ranks that are really spawned: the same text, an error from a rank as it was, and every way to die noticed within seconds."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantkit import fs
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.errors import InputError, QuantkitError, RuntimeDied
+from quantkit.runtime import executor as executor_module
+from quantkit.runtime.engine import Delta, Engine, SamplingParams, start_engine
+from quantkit.runtime.executor import ProcessExecutor
+from quantkit.shard import rank_file, shard_checkpoint
+
+LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
+PARAMS = SamplingParams(16, temperature=0, ignore_eos=True)
+
+
+def ask(engine: Engine, text: str, params: SamplingParams = PARAMS) -> str:
+    said: queue.SimpleQueue[Delta | QuantkitError] = queue.SimpleQueue()
+    engine.submit(engine.tokenizer.encode(text, special=True), params, said.put)
+    out = ""
+    while True:
+        delta = said.get(timeout=60)
+        if isinstance(delta, QuantkitError):
+            raise delta
+        out += delta.text
+        if delta.finish_reason is not None:
+            return out
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and only waits for its parent does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> float:
+    """How long it took until ``condition`` held; fails after ``seconds``."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "too late"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def pids(engine: Engine) -> tuple[int, ...]:
+    assert isinstance(engine._executor, ProcessExecutor)
+    return engine._executor.pids
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> str:
+    """What one rank in this process says."""
+    engine = start_engine(str(LLAMA), device="cpu", parity=True)
+    try:
+        return ask(engine, "The capital")
+    finally:
+        engine.close()
+
+
+def test_two_ranks_say_what_one_says_and_a_killed_rank_is_noticed(one_rank: str) -> None:
+    """From a checkpoint, cut as it is read; then SIGKILL while nothing runs."""
+    engine = start_engine(str(LLAMA), tp=2, device="cpu", parity=True)
+    try:
+        assert engine.tp == len(set(pids(engine))) == 2
+        assert ask(engine, "The capital") == one_rank
+        seeded = SamplingParams(16, seed=5, ignore_eos=True)
+        assert ask(engine, "The capital", seeded) == ask(engine, "The capital", seeded) != one_rank
+        os.kill(pids(engine)[1], signal.SIGKILL)
+        wait_for(lambda: engine.failure is not None, 8)
+        assert engine.failure is not None and "rank 1: was killed by SIGKILL" in engine.failure.line
+        with pytest.raises(RuntimeDied, match="rank 1"):
+            ask(engine, "The capital")
+        assert not any(map(alive, pids(engine)))
+    finally:
+        engine.close()
+
+
+def test_a_shard_directory_brings_its_ranks_and_a_hung_rank_is_noticed(
+    tmp_path: Path, one_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then SIGSTOP of a rank in the middle of an answer: the request gets the error, and both ranks are ended."""
+    monkeypatch.setattr(executor_module, "SILENT_SECONDS", 3.0)
+    shard_checkpoint(open_checkpoint(LLAMA), tmp_path / "shards", 2, overwrite=False)
+    with pytest.raises(InputError, match="was cut for 2 ranks, --tp says 3"):
+        start_engine(str(tmp_path / "shards"), tp=3)
+    engine = start_engine(str(tmp_path / "shards"), device="cpu", parity=True)
+    try:
+        assert ask(engine, "The capital") == one_rank
+        os.kill(pids(engine)[1], signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(RuntimeDied, match="rank 1: has said nothing for 3 s"):
+            ask(engine, "The capital")
+        assert time.monotonic() - start < 10
+        assert not any(map(alive, pids(engine)))
+    finally:
+        engine.close()
+
+
+def test_an_error_of_a_rank_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Rank 1's file is cut short: an InputError that names it, while rank 0 waits for a rank that will not come."""
+    shards = tmp_path / "shards"
+    shard_checkpoint(open_checkpoint(LLAMA), shards, 2, overwrite=False)
+    file = shards / rank_file(1, 2)
+    data = fs.read_bytes(file, 1 << 30)
+    file.write_bytes(data[:-10])
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"rank-1-of-2\.safetensors") as caught:
+        start_engine(str(shards), device="cpu")
+    assert caught.value.exit_code == 2 and time.monotonic() - start < 30
+
+
+PARENT = """
+import sys, time
+from quantkit.runtime.engine import start_engine
+engine = start_engine(sys.argv[1], tp=2, device="cpu")
+print(*engine._executor.pids, engine._executor._store, flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_rank_outlives_its_parent() -> None:
+    """The parent is killed and cannot say goodbye."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(LLAMA)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        *ranks, store = parent.stdout.readline().split()
+        assert len(ranks) == 2 and all(alive(int(pid)) for pid in ranks)
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: not any(alive(int(pid)) for pid in ranks), 5)
+        fs.remove_tree(Path(store))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_close_ends_the_ranks_and_leaves_nothing_behind() -> None:
+    engine = start_engine(str(LLAMA), tp=2, device="cpu")
+    assert isinstance(engine._executor, ProcessExecutor)
+    ranks, store = pids(engine), engine._executor._store
+    assert store.stat().st_mode & 0o077 == 0 and all(map(alive, ranks))
+    engine.close()
+    engine.close()
+    assert not any(map(alive, ranks)) and not store.exists() and engine.failure is None

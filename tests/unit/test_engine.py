@@ -1,0 +1,510 @@
+"""The engine: the same text on any number of ranks, alone or in company; stops, ends, cancellation, refusals and failure."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoder_fixtures import awq_checkpoint, batch_of, config_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.arch.table import spec_for
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.comm import Comm, Solo, thread_group
+from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
+from quantkit.model.decoder import Decoder
+from quantkit.model.load import load_decoder
+from quantkit.plan import make_plan
+from quantkit.runtime import worker
+from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, StopText, start_engine
+from quantkit.runtime.sampler import Sampled, TokenLogprob
+from quantkit.runtime.scheduler import Chunk
+from quantkit.runtime.wire import (
+    Begin,
+    Frames,
+    RankFacts,
+    Step,
+    error_from_json,
+    error_to_json,
+    frame,
+    sampled_from_json,
+    sampled_to_json,
+    step_from_json,
+    step_to_json,
+)
+from quantkit.runtime.worker import Runner, rank_facts
+from quantkit.scheme import assignment_from_config
+from quantkit.text.tokenizer import load_tokenizer
+
+MODELS = Path(__file__).parent.parent / "data" / "models"
+PROMPTS = ("The capital", "A", "In the beginning of the year the", "If you want to know what this is,", "One two three four", "def f(x):")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors as small as these are only slowed down by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class GroupExecutor:
+    """All ranks as threads of this process, each with its own runner."""
+
+    def __init__(self, checkpoint: Any, tp: int, dtype: torch.dtype = torch.float32) -> None:
+        spec = spec_for(checkpoint.config)
+        plan = make_plan(spec, assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors), tp, dtype="BF16")
+        self._threads = [ThreadPoolExecutor(1) for _ in range(tp)]
+        self.steps: list[Step] = []
+
+        def load(comm: Comm) -> Runner:
+            return Runner(load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=True))
+
+        comms: Sequence[Comm] = thread_group(tp) if tp > 1 else [Solo()]
+        self.runners = [thread.submit(load, comm).result() for thread, comm in zip(self._threads, comms, strict=True)]
+        self.facts = tuple(rank_facts(runner.decoder, runner.cache, tp) for runner in self.runners)
+
+    def execute(self, step: Step) -> list[Sampled]:
+        self.steps.append(step_from_json(step_to_json(step)))
+        futures = [thread.submit(runner.run, self.steps[-1]) for thread, runner in zip(self._threads, self.runners, strict=True)]
+        first, *others = [future.result() for future in futures]
+        assert others == [[]] * len(others)
+        return first
+
+    def check(self) -> None:
+        return
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+
+@dataclass
+class Answer:
+    """Everything that a request got."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: str | None = None
+    deltas: int = 0
+
+
+class Client:
+    """Collects what the engine says about one request."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams) -> None:
+        self._said: queue.SimpleQueue[Delta | QuantkitError] = queue.SimpleQueue()
+        self.number = engine.submit(prompt, params, self._said.put)
+
+    def answer(self) -> Answer:
+        """Wait for the end. Raises the error if that is how it ends."""
+        out = Answer()
+        while out.reason is None:
+            said = self._said.get(timeout=60)
+            if isinstance(said, QuantkitError):
+                raise said
+            out.text += said.text
+            out.tokens += said.tokens
+            out.logprobs += said.logprobs
+            out.reason = said.finish_reason
+            out.deltas += 1
+        assert self._said.empty(), "nothing comes after the end"
+        return out
+
+
+def engine_on(executor: Any, path: Path, checkpoint: Any, **limits: int) -> Engine:
+    given = {"max_model_len": 256, "max_num_seqs": 8, "max_queue": 64, "kv_tokens": 2048, **limits}
+    return Engine(executor, load_tokenizer(path), spec_for(checkpoint.config), EngineLimits(**given), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Checkpoint:
+    return open_checkpoint(MODELS / "llama")
+
+
+@pytest.fixture
+def engine(llama: Checkpoint) -> Iterator[Engine]:
+    made = engine_on(GroupExecutor(llama, 1), MODELS / "llama", llama)
+    yield made
+    made.close()
+
+
+def settle(engine: Engine) -> None:
+    """Wait until the engine has nothing to do."""
+    until = time.monotonic() + 20
+    while (stats := engine.stats()).running or stats.waiting:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def held(engine: Engine) -> list[tuple[int, ...]]:
+    """The sequences in each rank's cache, once the engine has told the ranks what to forget."""
+    executor = engine._executor
+    assert isinstance(executor, GroupExecutor)
+    for _ in range(400):
+        found = [runner.cache.sequences for runner in executor.runners]
+        if not any(found):
+            break
+        time.sleep(0.005)
+    return found
+
+
+def without_cache(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens, every one from a pass over the whole text."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            hidden = decoder.forward(torch.tensor(tokens), batch_of([(0, len(tokens))]))
+            tokens.append(int(decoder.logits(hidden[-1:]).argmax()))
+    return tokens[len(prompt) :]
+
+
+# the same text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_greedy_text_is_that_of_the_bare_decoder_on_any_ranks_alone_and_together(name: str) -> None:
+    """Three trained models: no cache, one rank, two, three; one request, or six in steps of seven tokens with three seats."""
+    path = MODELS / name
+    checkpoint, tokenizer = open_checkpoint(path), load_tokenizer(path)
+    params = SamplingParams(10, temperature=0, ignore_eos=True)
+    prompts = [tokenizer.encode(text, special=True) for text in PROMPTS]
+    bare = load_decoder(checkpoint, dtype=torch.float32)
+    want = [without_cache(bare, prompt, 10) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in want}) > 3, "prompts that all lead to one text show nothing"
+    for tp in (1, 2, 3):
+        executor = GroupExecutor(checkpoint, tp)
+        engine = engine_on(executor, path, checkpoint, max_num_seqs=3, step_tokens=7)
+        try:
+            alone = Client(engine, prompts[2], params).answer()
+            assert alone.tokens == want[2] and alone.reason == "length"
+            together = [client.answer() for client in [Client(engine, prompt, params) for prompt in prompts]]
+            assert [answer.tokens for answer in together] == want
+            assert [answer.text for answer in together] == [tokenizer.decode(tokens) for tokens in want]
+            assert max(len(step.chunks) for step in executor.steps) == 3
+            assert held(engine) == [()] * tp
+            assert engine.stats().kv_tokens_used == engine.stats().kv_tokens_reserved == 0
+        finally:
+            engine.close()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_packed_models_on_ranks(family: str) -> None:
+    """Random AWQ words; 3 KV heads for 2 ranks and 4: uneven cuts, copies, a rank without a KV head's memory to itself."""
+    checkpoint = awq_checkpoint(config_of(family) | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16)
+    prompt = [5, 17, 99, 3, 42]
+    want = without_cache(load_decoder(checkpoint, dtype=torch.float32, parity=True), prompt, 12)
+    for tp in (2, 4):
+        engine = engine_on(GroupExecutor(checkpoint, tp), MODELS / "llama", checkpoint, max_model_len=64, kv_tokens=64)
+        try:
+            assert Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True)).answer().tokens == want
+        finally:
+            engine.close()
+
+
+def test_a_seed_gives_its_text_whatever_else_runs(engine: Engine, llama: Checkpoint) -> None:
+    prompt = engine.tokenizer.encode("The", special=True)
+    params = SamplingParams(24, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True, frequency_penalty=0.2)
+    alone = Client(engine, prompt, params).answer()
+    assert Client(engine, prompt, params).answer().tokens == alone.tokens
+    crowd = [Client(engine, prompt, SamplingParams(5 + 4 * i, temperature=1.3, ignore_eos=True)) for i in range(3)]
+    again = Client(engine, prompt, params)
+    crowd += [Client(engine, prompt, SamplingParams(9, temperature=0, ignore_eos=True))]
+    assert again.answer().tokens == alone.tokens
+    texts = {tuple(client.answer().tokens) for client in crowd}
+    assert len(texts) == 4, "without a seed each request draws its own"
+    other = SamplingParams(24, temperature=0.9, top_p=0.95, seed=8, ignore_eos=True, frequency_penalty=0.2)
+    assert Client(engine, prompt, other).answer().tokens != alone.tokens
+
+
+def test_logprobs_are_those_of_the_model(engine: Engine, llama: Checkpoint) -> None:
+    prompt = engine.tokenizer.encode("The city of", special=True)
+    got = Client(engine, prompt, SamplingParams(5, temperature=0, logprobs=3, frequency_penalty=1.0, ignore_eos=True)).answer()
+    decoder = load_decoder(llama, dtype=torch.float32)
+    tokens = torch.tensor(prompt + got.tokens)
+    with torch.inference_mode():
+        want = decoder.logits(decoder.forward(tokens, batch_of([(0, len(tokens))]))).log_softmax(-1)[len(prompt) - 1 : -1]
+    assert [entry.token for entry in got.logprobs] == got.tokens
+    for row, entry in zip(want, got.logprobs, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-4)
+        best = row.topk(3)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+# ends
+
+
+def test_ends(engine: Engine) -> None:
+    """A stop id, the end token, max_tokens and the longest text each end a request, with the right reason."""
+    prompt = engine.tokenizer.encode("The capital", special=True)
+    free = Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True)).answer()
+    assert (free.reason, len(free.tokens), free.deltas) == ("length", 12, 12)
+    third = free.tokens[2]
+    at = free.tokens.index(third)
+    stopped = Client(engine, prompt, SamplingParams(12, temperature=0, stop_ids=(third,))).answer()
+    assert (stopped.reason, stopped.tokens) == ("stop", free.tokens[: at + 1])
+    assert stopped.text == engine.tokenizer.decode(free.tokens[:at])
+    long = Client(engine, prompt, SamplingParams(10_000, temperature=0, ignore_eos=True)).answer()
+    assert long.reason == "length" and len(prompt) + len(long.tokens) == engine.max_model_len
+
+
+def test_the_end_token_of_the_model_ends_a_text(llama: Checkpoint) -> None:
+    prompt = load_tokenizer(MODELS / "llama").encode("The capital", special=True)
+    tokens = without_cache(load_decoder(llama, dtype=torch.float32), prompt, 4)
+    config = {**llama.config, "eos_token_id": tokens[3]}
+    ending = Checkpoint(llama.root, llama.kind, config, llama.tensors)
+    engine = engine_on(GroupExecutor(ending, 1), MODELS / "llama", ending)
+    try:
+        until = tokens.index(tokens[3])
+        answer = Client(engine, prompt, SamplingParams(9, temperature=0)).answer()
+        assert (answer.reason, answer.tokens) == ("stop", tokens[: until + 1])
+        assert answer.text == engine.tokenizer.decode(tokens[:until])
+        assert len(Client(engine, prompt, SamplingParams(9, temperature=0, ignore_eos=True)).answer().tokens) == 9
+    finally:
+        engine.close()
+
+
+def test_a_stop_string_across_tokens_never_shows(engine: Engine) -> None:
+    prompt = engine.tokenizer.encode("The capital", special=True)
+    free = Client(engine, prompt, SamplingParams(20, temperature=0, ignore_eos=True)).answer()
+    pieces = [engine.tokenizer.decode([token]) for token in free.tokens]
+    border = len("".join(pieces[:6]))
+    stop = free.text[border - 2 : border + 2]
+    got = Client(engine, prompt, SamplingParams(20, temperature=0, ignore_eos=True, stop=("never there", stop))).answer()
+    assert got.reason == "stop" and got.text == free.text[: free.text.index(stop)] and got.tokens == free.tokens[: len(got.tokens)]
+    assert len(got.tokens) < 20
+    almost = Client(engine, prompt, SamplingParams(20, temperature=0, ignore_eos=True, stop=(free.text[-3:] + "$$",))).answer()
+    assert (almost.reason, almost.text) == ("length", free.text), "what was held back comes out at the end"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 5), max_size=30))
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+    want, ended = text, False
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            want, ended = text[: min(starts)], True
+            break
+    watch, got, stopped, at = StopText(stops), "", False, 0
+    for size in [*cuts, len(text)]:
+        piece, stopped = watch.push(text[at : at + size])
+        got, at = got + piece, at + size
+        assert want.startswith(got)
+        if stopped:
+            break
+    assert (got + watch.finish(), stopped) == (want, ended)
+
+
+# cancellation and refusal
+
+
+def test_a_cancelled_request_says_and_computes_nothing_more(llama: Checkpoint) -> None:
+    executor = GroupExecutor(llama, 2)
+    engine = engine_on(executor, MODELS / "llama", llama, max_num_seqs=1)
+    said: list[Delta | QuantkitError] = []
+    third, cancelled = threading.Event(), threading.Event()
+
+    def on_delta(delta: Delta | QuantkitError) -> None:
+        assert not cancelled.is_set()
+        said.append(delta)
+        if len(said) == 3:
+            third.set()
+
+    try:
+        running = engine.submit([5, 6, 7], SamplingParams(250, temperature=0, ignore_eos=True), on_delta)
+        waiting = engine.submit([8], SamplingParams(200, temperature=0), on_delta)
+        assert third.wait(30)
+        engine.cancel(waiting)
+        engine.cancel(running)
+        cancelled.set()
+        engine.cancel(running)
+        assert engine.stats().running == engine.stats().waiting == engine.stats().kv_tokens_reserved == 0
+        assert held(engine) == [(), ()]
+        steps = len(executor.steps)
+        assert waiting not in {chunk.sequence for step in executor.steps for chunk in step.chunks}
+        after = Client(engine, [5, 6, 7], SamplingParams(2, temperature=0, ignore_eos=True)).answer()
+        assert len(after.tokens) == 2 and len(executor.steps) <= steps + 3
+    finally:
+        engine.close()
+
+
+def test_a_callback_may_cancel_and_submit(engine: Engine) -> None:
+    done: queue.SimpleQueue[str] = queue.SimpleQueue()
+    numbers: list[int] = []
+
+    def second(delta: Delta | QuantkitError) -> None:
+        assert isinstance(delta, Delta)
+        done.put(delta.finish_reason or "")
+
+    def first(delta: Delta | QuantkitError) -> None:
+        engine.cancel(numbers[0])
+        engine.submit([3], SamplingParams(1, temperature=0, ignore_eos=True), second)
+
+    numbers.append(engine.submit([3, 4], SamplingParams(50, ignore_eos=True), first))
+    assert done.get(timeout=30) == "length"
+    settle(engine)
+    assert done.empty()
+
+
+def test_refusals_of_requests(llama: Checkpoint) -> None:
+    engine = engine_on(GroupExecutor(llama, 1), MODELS / "llama", llama, max_model_len=16, max_num_seqs=1, max_queue=2, kv_tokens=16)
+    vocab = engine.spec.dims["vocab"].elements
+    said: list[Delta | QuantkitError] = []
+    try:
+        for prompt in ([], [vocab], [-1], [0] * 16):
+            with pytest.raises(InputError, match="prompt"):
+                engine.submit(prompt, SamplingParams(4), said.append)
+        with pytest.raises(InputError, match="stop_ids"):
+            engine.submit([0], SamplingParams(4, stop_ids=(vocab,)), said.append)
+        assert not said
+        assert Client(engine, [0] * 15, SamplingParams(4, ignore_eos=True)).answer().tokens
+        gate = threading.Event()
+        clients = [engine.submit([1], SamplingParams(8, ignore_eos=True), lambda _: gate.wait(30) and None) for _ in range(3)]
+        with pytest.raises(QueueFull) as caught:
+            engine.submit([1], SamplingParams(8), said.append)
+        assert caught.value.exit_code == 3
+        gate.set()
+        settle(engine)
+        assert clients == sorted(clients)
+        assert Client(engine, [1], SamplingParams(2, ignore_eos=True)).answer().reason == "length"
+    finally:
+        engine.close()
+    engine.close()
+    with pytest.raises(RuntimeDied, match="closed"):
+        engine.submit([1], SamplingParams(8), said.append)
+
+
+class Broken(GroupExecutor):
+    """Loses a rank in its third step."""
+
+    def execute(self, step: Step) -> list[Sampled]:
+        if len(self.steps) == 2:
+            raise RuntimeDied("rank 1", "was killed by SIGKILL", "every rank alive")
+        return super().execute(step)
+
+
+def test_a_lost_rank_ends_every_request_with_the_reason(llama: Checkpoint) -> None:
+    engine = engine_on(Broken(llama, 1), MODELS / "llama", llama, max_num_seqs=1)
+    clients = [Client(engine, [5, 6], SamplingParams(50, ignore_eos=True)) for _ in range(3)]
+    for client in clients:
+        with pytest.raises(RuntimeDied, match="rank 1: was killed"):
+            client.answer()
+    assert isinstance(engine.failure, RuntimeDied) and engine.stats().running == 0
+    with pytest.raises(RuntimeDied, match="rank 1"):
+        engine.submit([5], SamplingParams(1), lambda _: None)
+    engine.close()
+
+
+def test_close_ends_what_runs_with_an_error(llama: Checkpoint) -> None:
+    engine = engine_on(GroupExecutor(llama, 1), MODELS / "llama", llama)
+    client = Client(engine, [5, 6], SamplingParams(250, ignore_eos=True))
+    engine.close()
+    with pytest.raises(RuntimeDied, match="closed"):
+        client.answer()
+    assert engine.failure is None and not engine._thread.is_alive()
+
+
+def test_logits_that_are_no_numbers_end_the_request() -> None:
+    checkpoint = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96}, 16)
+    checkpoint.values["model.norm.weight"].fill_(float("nan"))  # type: ignore[attr-defined]
+    engine = engine_on(GroupExecutor(checkpoint, 1), MODELS / "llama", checkpoint, max_model_len=32, kv_tokens=32)
+    try:
+        for temperature in (0.0, 1.0):
+            with pytest.raises(RuntimeDied, match="not numbers"):
+                Client(engine, [5, 6], SamplingParams(5, temperature=temperature)).answer()
+        assert engine.failure is None and held(engine) == [()]
+    finally:
+        engine.close()
+
+
+# starting
+
+
+def test_start_on_one_rank_of_this_process() -> None:
+    engine = start_engine(str(MODELS / "qwen2"), device="cpu", max_model_len=64)
+    try:
+        assert (engine.tp, engine.dtype, engine.max_model_len) == (1, "bfloat16", 64)
+        assert engine.stats().weight_bytes[0] > 100_000 and engine.stats().kv_bytes_per_token[0] > 0
+        prompt = engine.tokenizer.encode("The", special=True)
+        assert Client(engine, prompt, SamplingParams(3, temperature=0, ignore_eos=True)).answer().reason == "length"
+        assert engine.stats().generated_tokens == 3 and engine.stats().prompt_tokens == len(prompt)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"device": "tpu"}, InputError, "--device"),
+        ({"dtype": "int8"}, InputError, "--dtype"),
+        ({"max_model_len": 1}, InputError, "--max-model-len"),
+        ({"max_model_len": 1 << 20}, InputError, "which the model was made for"),
+        ({"tp": 0}, InputError, "--tp"),
+        ({"max_num_seqs": 0}, InputError, "max_num_seqs 0"),
+        ({"device": "cuda", "tp": 64}, MachineError, "64 ranks"),
+    ],
+)
+def test_refusals_at_the_start(options: dict[str, Any], kind: type[QuantkitError], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        start_engine(str(MODELS / "llama"), **options)
+
+
+def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory for 100 tokens: the default is shortened, what was asked for is refused, and none at all is refused."""
+    per_token = 4 * 2 * 4 * 32 * 4  # layers, keys and values, KV heads, head_dim, float32
+    monkeypatch.setattr(worker, "free_memory", lambda: int(100 * per_token / worker.KV_SHARE) + 16)
+    engine = start_engine(str(MODELS / "llama"), device="cpu", parity=True)
+    stats = engine.stats()
+    engine.close()
+    assert stats.kv_bytes_per_token == (per_token,)
+    assert (engine.max_model_len, stats.kv_tokens_total, engine.dtype) == (100, 100, "float32")
+    with pytest.raises(MachineError, match="at most 100"):
+        start_engine(str(MODELS / "llama"), device="cpu", parity=True, max_model_len=101)
+    monkeypatch.setattr(worker, "free_memory", lambda: 0)
+    with pytest.raises(MachineError, match="keys and values"):
+        start_engine(str(MODELS / "llama"), device="cpu")
+
+
+# messages
+
+
+def test_messages_survive_the_wire() -> None:
+    params = SamplingParams(7, 0.3, seed=1 << 63, stop=("a", "é\n"), stop_ids=(4,), logprobs=2)
+    step = Step((3, 4), (Begin(5, 20, params, -(1 << 62)),), (Chunk(5, 0, (1, 2, 3), True), Chunk(2, 9, (7,), False)))
+    answers = [Sampled(5), Sampled(7, TokenLogprob(7, -1.25, ((7, -1.25), (9, float("-inf"))))), Sampled(0, TokenLogprob(0, -0.5, ()))]
+    error = MachineError("disk", "is full", None, "free some")
+    data = frame({"step": step_to_json(step)}) + frame({"sampled": sampled_to_json(answers)}) + frame({"error": error_to_json(error)})
+    for size in (1, 3, 1000):
+        frames = Frames("rank 0")
+        first, second, third = [message for at in range(0, len(data), size) for message in frames.feed(data[at : at + size])]
+        assert step_from_json(first["step"]) == step
+        assert sampled_from_json(second["sampled"]) == answers
+        back = error_from_json(third["error"])
+        assert (type(back), back.line, back.hint) == (MachineError, error.line, "free some")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x02\0\0\0{]", b"\x02\0\0\0[]"])
+def test_what_is_no_message_is_refused(data: bytes) -> None:
+    with pytest.raises(RuntimeDied, match="rank 0"):
+        list(Frames("rank 0").feed(data))
+
+
+def test_a_rank_without_kv_heads_does_not_bound_the_cache(llama: Checkpoint) -> None:
+    checkpoint = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96, "num_key_value_heads": 1}, 16)
+    executor = GroupExecutor(checkpoint, 8)
+    executor.close()
+    empty = [facts for facts in executor.facts if facts.kv_tokens is None]
+    assert empty and all(facts == RankFacts(facts.weight_bytes, 0, None) for facts in empty)
