@@ -280,9 +280,8 @@ def _compare(job: _Job, before: NDArray[Any], after: NDArray[Any], change: Chang
     differs = before != after
     if not differs.any():
         return
+    differs &= np.isfinite(before)  # a NaN differs from itself and is none the less what it was
     old, new = before[differs].astype(np.float64), after[differs].astype(np.float64)
-    numbers = np.isfinite(old)  # a NaN differs from itself and is none the less what it was
-    old, new = old[numbers], new[numbers]
     if not np.isfinite(new).all():
         worst = old[np.argmax(np.abs(old))] if old.size else 0.0
         hint = "--dtype bfloat16 or float32 has the range"

@@ -23,7 +23,7 @@ from quantkit.plan import (
     rank_memory,
 )
 from quantkit.progress import Progress, silent
-from quantkit.report import Report, Table
+from quantkit.report import Cell, Report, Table
 from quantkit.scheme import KEEP, Assignment, LinearScheme, assignment_from_config, assignment_to_json
 
 UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
@@ -135,10 +135,8 @@ def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
 def ranges_table(plan: ParallelPlan, rank_bytes: tuple[int, ...]) -> Table:
     """Who owns what: one row per rank, each dim as ``start:stop`` in its units."""
     dims = [dim for dim in ("heads", "kv_heads", "ffn", "hidden", "vocab") if dim in plan.ranges]
-    rows = tuple(
-        (rank, *(f"{plan.ranges[dim][rank].start}:{plan.ranges[dim][rank].stop}" for dim in dims), human(rank_bytes[rank]))
-        for rank in range(plan.tp)
-    )
+    owned = [[f"{plan.ranges[dim][rank].start}:{plan.ranges[dim][rank].stop}" for dim in dims] for rank in range(plan.tp)]
+    rows: tuple[tuple[Cell, ...], ...] = tuple((rank, *texts, human(rank_bytes[rank])) for rank, texts in enumerate(owned))
     return Table("Ranges per rank", ("rank", *dims, "weights"), rows)
 
 
@@ -170,7 +168,7 @@ def _cuts(model: _Model, assignment: Assignment, plan: ParallelPlan) -> Table:
     rows: dict[tuple[str, int, int, int, int], str] = {}
     for role, _, geometry in block_geometries(model.spec, assignment, dtype=model.dtype):
         rows[role, geometry.n, geometry.k, geometry.granule("N"), geometry.granule("K")] = plan.modes[role]
-    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((*row, cut) for row, cut in rows.items()))
+    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((role, n, k, gn, gk, cut) for (role, n, k, gn, gk), cut in rows.items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def kill_after(out: Path, recipe: Path, units: int) -> int:
     return committed(out)
 
 
-@pytest.mark.parametrize("units", [0, 1, 3])
+@pytest.mark.parametrize("units", [0, 2])
 def test_killed_and_resumed_it_is_the_artifact_of_an_undisturbed_run(tmp_path: Path, recipe: Path, undisturbed: Path, units: int) -> None:
     out = tmp_path / "out"
     done = kill_after(out, recipe, units)
@@ -100,6 +100,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     out = tmp_path_factory.mktemp("killed") / "out"
     assert 1 <= kill_after(out, recipe, 1) < UNITS
     return out
+
+
+def left_by(out: Path) -> list[str]:
+    """The names of what a run left, but for the lock: a dead process left that too, and the next one takes it away."""
+    return sorted(path.name for path in out.parent.rglob("*") if path.suffix != ".lock")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -128,10 +133,10 @@ def options(out: Path, recipe: Path, **changes: Any) -> QuantizeOptions:
     ],
 )
 def test_another_recipe_or_calibration_is_refused_by_its_field(killed: Path, recipe: Path, changes: dict[str, Any], field: str) -> None:
-    before = sorted(path.name for path in killed.parent.rglob("*"))
+    before = left_by(killed)
     with pytest.raises(InputError, match=field):
         run(options(killed, recipe, **changes))
-    assert sorted(path.name for path in killed.parent.rglob("*")) == before
+    assert left_by(killed) == before
 
 
 def test_another_source_is_refused_by_its_field(tmp_path: Path, killed: Path, recipe: Path) -> None:

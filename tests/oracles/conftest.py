@@ -23,8 +23,8 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "qwen2": (str(MODELS / "qwen2"), "--recipe", str(CI_TINY)),
     "gemma3": (str(MODELS / "gemma3"), "--recipe", str(CI_TINY)),
     "symmetric": (str(MODELS / "llama"), "--method", "rtn", "--group-size", "32", "--sym"),
-    "mixed": (str(MODELS / "qwen2"), "--method", "rtn", "--override", r"layers\.1\.mlp\.down_proj:keep", "--max-shard-size", "1000000"),
-    "demo": (DEMO, "--method", "rtn", "--group-size", "64"),
+    "mixed": (str(MODELS / "qwen2"), "--method", "rtn", "--override", r"layers\.1\.mlp\.down_proj:keep", "--max-shard-size", "1MB"),
+    "demo": (DEMO, "--recipe", str(CI_TINY)),
 }
 """What ``quantkit quantize`` is asked for: the main job on every family, then what changes the files or the config."""
 

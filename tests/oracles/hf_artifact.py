@@ -2,10 +2,10 @@
 
     hf_artifact.py ARTIFACT TEXT TOKENS OUT
 
-Writes OUT.json (what was loaded and how, all ids of TEXT, and the prompt of a short chat) and OUT.safetensors: ``tokens``, the first TOKENS ids of TEXT; the logits of the model
-``as_stored``, in its own dtype, and in ``float32``, both with the CPU kernel that the loader chose, which computes in bfloat16;
-``dense``, the float32 logits when every packed linear is multiplied out of its own unpacked weight; and that weight ``[K, N]``,
-in float16, under each linear's name.
+Writes OUT.json: what was loaded and how, the ids of TEXT, the prompt of a short chat. And OUT.safetensors: ``tokens``, the first
+TOKENS ids of TEXT; the logits of the model ``as_stored``, in its own dtype, and in ``float32``, both with the CPU kernel that the
+loader chose, which computes in bfloat16; ``dense``, the float32 logits when every packed linear multiplies by its own unpacked
+weight; and that weight ``[K, N]``, in float16, under each linear's name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear  # type: ignore[import-
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a zebra?"}]
 

