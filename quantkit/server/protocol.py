@@ -13,14 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import PydanticCustomError, from_json
 
 from quantkit.runtime.sampler import SamplingParams
+from quantkit.text.chat import PART_SEPARATOR
 
 MAX_CHOICES = 128
 """Completions that one request may ask for: prompts times ``n``."""
 MAX_STOPS = 4
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in ``/v1/completions``; fewer when the context has less room."""
-PART_SEPARATOR = "\n"
-"""Between the text parts of one message."""
 SEED_RANGE = 1 << 63
 
 

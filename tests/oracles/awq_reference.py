@@ -62,8 +62,8 @@ def golden() -> Tensors:
     codes = torch.randint(0, 16, (32, 64), generator=generator)
     zeros = (5 * torch.arange(64) % 16).reshape(2, 32)
     scales = torch.tensor([2.0**-13, 0.0137, 1.0, 1000.0], dtype=torch.float16).repeat_interleave(16).reshape(2, 32)
-    spread = [part.repeat_interleave(32, 0).T for part in (zeros, scales)]  # [N, K]
-    ends = (codes - spread[0]).half() * spread[1]
+    zero, scale = (part.repeat_interleave(32, 0).T for part in (zeros, scales))  # [N, K]
+    ends = (codes - zero).half() * scale
     cases = {
         "normal": quantize({"weight": normal, "group_size": torch.tensor(32), "bias": bias}),
         "ends": pack({"weight": ends, "scales": scales, "zeros": zeros}),

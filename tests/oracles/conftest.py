@@ -24,7 +24,7 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "gemma3": (str(MODELS / "gemma3"), "--recipe", str(CI_TINY)),
     "symmetric": (str(MODELS / "llama"), "--method", "rtn", "--group-size", "32", "--sym"),
     "mixed": (str(MODELS / "qwen2"), "--method", "rtn", "--override", r"layers\.1\.mlp\.down_proj:keep", "--max-shard-size", "1MB"),
-    "demo": (DEMO, "--recipe", str(CI_TINY)),
+    "demo": (DEMO, "--method", "rtn", "--group-size", "64"),
 }
 """What ``quantkit quantize`` is asked for: the main job on every family, then what changes the files or the config."""
 

@@ -26,7 +26,13 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 def tokenizer_facts(tokenizer: Any, text: str) -> dict[str, Any]:
     chat = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template else None
-    return {"ids": tokenizer(text)["input_ids"], "chat": chat, "vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "ids": tokenizer(text)["input_ids"],
+        "chat": chat,
+        "vocab_size": len(tokenizer),
+        "eos_id": tokenizer.eos_token_id,
+    }
 
 
 def model_facts(model: Any, info: dict[str, Any]) -> dict[str, Any]:
@@ -47,16 +53,20 @@ def packed_linears(model: Any) -> dict[str, Any]:
 
 
 def unpack(model: Any) -> dict[str, Tensor]:
-    """Put a dense float32 linear in the place of each packed one that has not run yet; their weights ``[K, N]``."""
+    """Put a dense float32 linear in the place of each packed one that has not run yet; the weights ``[K, N]`` as float16.
+
+    The loader holds scales in float16 and unpacks to float16. A float32 weight comes of the same codes with widened scales.
+    """
     weights = {}
     for name, module in packed_linears(model).items():
-        weight = module.awq_weight_dequantize(device="cpu", dtype=torch.float16).contiguous()
-        linear = torch.nn.Linear(*weight.shape, bias=module.bias is not None)
-        linear.weight.data = weight.T.float()
+        weights[name] = module.awq_weight_dequantize(device="cpu", dtype=torch.float16).contiguous()
+        module.scales = module.scales.float()
+        weight = module.awq_weight_dequantize(device="cpu", dtype=torch.float32)
+        linear = torch.nn.Linear(weight.shape[0], weight.shape[1], bias=module.bias is not None)
+        linear.weight.data = weight.T.contiguous()
         if module.bias is not None:
             linear.bias.data = module.bias.float()
         model.set_submodule(name, linear)
-        weights[name] = weight
     return weights
 
 

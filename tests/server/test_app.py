@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,8 @@ from quantkit import __version__
 from quantkit.errors import RuntimeDied
 from quantkit.runtime.engine import Delta, Engine
 from quantkit.runtime.sampler import SamplingParams
-from quantkit.server.app import DRAINED_BODY, MAX_BODY, create_app
+from quantkit.server.app import create_app
+from quantkit.server.edge import DRAINED_BODY, MAX_BODY
 
 NAME = "tiny/llama"
 PROMPT = "The quick brown fox jumps over"
@@ -363,6 +365,26 @@ def test_death_is_503_for_the_others(scene: tuple[Any, str], wait_for: Callable[
         assert answer.json()["error"]["type"] == "server_error" and "SIGKILL" in answer.json()["error"]["message"]
     health = httpx.get(f"{url}/health")
     assert health.status_code == 503 and health.json() == {"status": "failed", "reason": dead().line}
+
+
+def test_tokenizing_for_one_client_does_not_stop_the_others(scene: tuple[Any, str]) -> None:
+    engine, url = scene
+    tokenizer, reached, go_on = engine.tokenizer, threading.Event(), threading.Event()
+
+    def encode(text: str, *, special: bool) -> list[int]:
+        reached.set()
+        assert go_on.wait(10)
+        return list(tokenizer.encode(text, special=special))
+
+    engine.tokenizer = SimpleNamespace(encode=encode)
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(raw(url, "completions", {"prompt": "word " * 100})))
+    thread.start()
+    assert reached.wait(10)
+    assert httpx.get(f"{url}/health", timeout=5).status_code == 200
+    go_on.set()
+    thread.join()
+    assert answers[0].json()["error"]["code"] == "context_length_exceeded"
 
 
 def send(url: str, head: str, body: bytes = b"") -> socket.socket:
