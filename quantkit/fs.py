@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -240,11 +240,8 @@ def fsync_dir(path: Path) -> None:
 
 def remove_file(path: Path) -> None:
     """Remove a file or a link; one that is not there is fine."""
-    with _refusals(path, "remove it"):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+    with _refusals(path, "remove it"), suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def remove_tree(path: Path) -> None:

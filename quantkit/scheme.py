@@ -97,7 +97,9 @@ def assignment_from_config(config: Mapping[str, Any], linears: Iterable[str], te
         raise InputError("config.json: quantization_config", f"AWQ version {version!r}", "gemm")
     bits, group = quant.get("bits", quant.get("w_bit", 4)), quant.get("group_size", quant.get("q_group_size", 128))
     if bits != 4 or not isinstance(group, int) or (group != -1 and group <= 0):
-        raise InputError("config.json: quantization_config", f"bits {bits!r}, group_size {group!r}", "bits 4 and a positive group size or -1")
+        raise InputError(
+            "config.json: quantization_config", f"bits {bits!r}, group_size {group!r}", "bits 4 and a positive group size or -1"
+        )
     awq = LinearScheme(method="awq", layout="awq", bits=4, group_size=group)
     return {name: awq if f"{name}.qweight" in present else KEEP for name in names}
 

@@ -36,7 +36,7 @@ MAX_SHARDS = 99_999
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor to write: ``dtype`` as safetensors names it, ``data`` its little-endian row-major bytes (or a C-contiguous buffer of them)."""
+    """One tensor to write: ``dtype`` as safetensors names it, ``data`` its little-endian row-major bytes, in any C-contiguous buffer."""
 
     name: str
     dtype: str
@@ -215,7 +215,7 @@ class ArtifactWriter:
     def commit(
         self, unit: str, tensors: Iterable[StoredTensor], *, facts: Mapping[str, Any], carry: bytes | memoryview | None = None
     ) -> None:
-        """Write a unit so that it survives a kill. ``tensors`` is consumed one at a time; ``carry`` replaces the one before it, None keeps that.
+        """Write a unit so that it survives a kill. ``tensors`` is consumed one at a time; ``carry`` replaces the last one, None keeps it.
 
         Raises InputError for a tensor that was committed before, MachineError when the disk is full.
         """

@@ -168,7 +168,11 @@ def _cuts(model: _Model, assignment: Assignment, plan: ParallelPlan) -> Table:
     rows: dict[tuple[str, int, int, int, int], str] = {}
     for role, _, geometry in block_geometries(model.spec, assignment, dtype=model.dtype):
         rows[role, geometry.n, geometry.k, geometry.granule("N"), geometry.granule("K")] = plan.modes[role]
-    return Table("Linears", ("role", "N", "K", "granule N", "granule K", "cut"), tuple((role, n, k, gn, gk, cut) for (role, n, k, gn, gk), cut in rows.items()))
+    return Table(
+        "Linears",
+        ("role", "N", "K", "granule N", "granule K", "cut"),
+        tuple((role, n, k, gn, gk, cut) for (role, n, k, gn, gk), cut in rows.items()),
+    )
 
 
 @dataclass(frozen=True, slots=True)

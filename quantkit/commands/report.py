@@ -12,8 +12,9 @@ from typing import Any
 
 from quantkit import fs
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
 from quantkit.errors import InputError
+from quantkit.formats.jsonfile import read_object
 from quantkit.progress import Progress, silent
 from quantkit.report import Report, Table, to_markdown
 from quantkit.text.builtin import builtin_text
@@ -56,10 +57,12 @@ class Measured:
 
 
 def _label(checkpoint: Checkpoint) -> str:
+    """What made the model, in words: the method of its manifest (rounding is written in AWQ's format too), bits and group."""
     quant = checkpoint.config.get("quantization_config")
-    if not quant:
-        return "unquantized"
-    return f"{quant.get('quant_method')} {quant.get('bits')}-bit g{quant.get('group_size')}"
+    if not isinstance(quant, dict):
+        return "GGUF" if checkpoint.kind == "gguf" else "unquantized"
+    manifest = read_manifest(checkpoint.root) or {}
+    return f"{manifest.get('method') or quant.get('quant_method')} {quant.get('bits')}-bit g{quant.get('group_size')}"
 
 
 def _disk_bytes(checkpoint: Checkpoint) -> int:
@@ -102,11 +105,26 @@ def _measure(path: str, text: str, options: ReportOptions, progress: Progress) -
     window = min(options.window, spec.max_positions)
     decoder = load_decoder(checkpoint, dtype=float_dtype(options.dtype), parity=True)
     result = perplexity(
-        decoder, ids, window=window, stride=min(options.stride or window, window), bos=window_bos(tokenizer), progress=progress, stage=f"perplexity of {Path(path).name}"
+        decoder,
+        ids,
+        window=window,
+        stride=min(options.stride or window, window),
+        bos=window_bos(tokenizer),
+        progress=progress,
+        stage=f"perplexity of {Path(path).name}",
     )
     del decoder
     memory, speed = _decode_speed(checkpoint, ids[:64])
-    return Measured(path, _label(checkpoint), _disk_bytes(checkpoint), memory, speed, result.value, result.error, f"{options.dtype}, {result.convention}")
+    return Measured(
+        path,
+        _label(checkpoint),
+        _disk_bytes(checkpoint),
+        memory,
+        speed,
+        result.value,
+        result.error,
+        f"{options.dtype}, {result.convention}",
+    )
 
 
 def _text(options: ReportOptions) -> tuple[str, str]:
@@ -117,27 +135,29 @@ def _text(options: ReportOptions) -> tuple[str, str]:
     return read_text(options.text), options.text.name
 
 
-def _baseline_ppl(path: Path) -> dict[str, float]:
-    """Perplexity by method label of an earlier ``report.json``."""
+def _baseline(options: ReportOptions) -> dict[str, float]:
+    """Perplexity by method of an earlier ``report.json``. Raises InputError unless it has the method of every artifact."""
+    assert options.baseline is not None
+    data = read_object(options.baseline, MAX_BASELINE_BYTES, "a report.json")
     try:
-        if path.stat().st_size > MAX_BASELINE_BYTES:
-            raise InputError(str(path), "is too large for a report", f"at most {MAX_BASELINE_BYTES} bytes")
-        data = json.loads(path.read_bytes())
-        return {str(model["method"]): float(model["ppl"]) for model in data["models"]}
-    except OSError as exc:
-        raise InputError(str(path), exc.strerror or "cannot be read", "a report.json") from exc
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise InputError(str(path), "is not a quantkit report", "the report.json of an earlier run") from exc
+        found = {str(model["method"]): float(model["ppl"]) for model in data["models"]}
+    except (ValueError, KeyError, TypeError) as exc:
+        raise InputError(str(options.baseline), "is not a quantkit report", "the report.json of an earlier run") from exc
+    for artifact in options.artifacts:
+        method = _label(open_checkpoint(artifact))
+        if method not in found:
+            raise InputError(str(options.baseline), f"has no {method}, as {artifact} is", f"one of {', '.join(found)}")
+    return found
 
 
-def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping[str, float]) -> list[str]:
-    """Why the gate says no: one line for each model and limit that it crosses."""
+def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping[str, float] | None) -> list[str]:
+    """Why the gate says no: one line for each model and limit that it crosses. ``reference`` replaces the base's perplexity."""
     failures = []
     for model in models[1:]:
-        base = reference.get(model.method, models[0].ppl)
-        increase = model.ppl / base - 1
-        if options.max_ppl_increase is not None and not increase <= options.max_ppl_increase:
-            failures.append(f"{model.path}: perplexity {model.ppl:.3f} is {increase:+.2%} from {base:.3f}, expected at most {options.max_ppl_increase:+.2%}")
+        base = models[0].ppl if reference is None else reference[model.method]
+        increase, limit = model.ppl / base - 1, options.max_ppl_increase
+        if limit is not None and not increase <= limit:
+            failures.append(f"{model.path}: perplexity {model.ppl:.3f} is {increase:+.2%} from {base:.3f}, expected at most {limit:+.2%}")
         if options.max_memory is not None and model.memory_bytes > options.max_memory:
             failures.append(f"{model.path}: {model.memory_bytes} bytes of weights in memory, expected at most {options.max_memory}")
     return failures
@@ -146,7 +166,7 @@ def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping
 def run(options: ReportOptions, progress: Progress = silent) -> Report:
     """Measure base and artifacts on the same text, write ``report.json`` and ``report.md`` when ``out`` is given, apply the gates."""
     text, source = _text(options)
-    reference = _baseline_ppl(options.baseline) if options.baseline else {}
+    reference = _baseline(options) if options.baseline else None
     models = [_measure(path, text, options, progress) for path in (options.base, *options.artifacts)]
     base = models[0]
     rows = tuple(
@@ -183,7 +203,12 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
     report = Report(
         command="report",
         data=data,
-        facts=(("text", source), ("perplexity", base.convention), ("memory and speed", "weights as served in bfloat16; decoding one sequence"), *((("written", ", ".join(written)),) if written else ())),
+        facts=(
+            ("text", source),
+            ("perplexity", base.convention),
+            ("memory and speed", "weights as served in bfloat16; decoding one sequence"),
+            *((("written", ", ".join(written)),) if written else ()),
+        ),
         tables=(Table("Memory and perplexity", ("model", "method", "disk MB", "memory MB", "ms/token", "perplexity", "increase"), rows),),
         failed="; ".join(failures) or None,
     )

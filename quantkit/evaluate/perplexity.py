@@ -114,7 +114,7 @@ def perplexity(
 
 def _scored_rows(group: Sequence[tuple[list[int], int]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Row of the hidden states that predicts each scored token, and that token."""
-    rows, targets, base = [], [], 0
+    rows, targets, base = list[int](), list[int](), 0
     for (part, first), length in zip(group, lengths, strict=True):
         rows += range(base + first - 1, base + length - 1)
         targets += part[first:]

@@ -47,7 +47,9 @@ class UnpackingLinear:
         return torch.nn.functional.linear(x, self.weight())
 
 
-def load_linear(geometry: Geometry, parts: Mapping[str, Tensor], *, dtype: torch.dtype, device: str = "cpu", parity: bool = False) -> LinearOp:
+def load_linear(
+    geometry: Geometry, parts: Mapping[str, Tensor], *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
+) -> LinearOp:
     """The linear that runs ``parts`` (one stored linear) in ``dtype`` on ``device``.
 
     On a CPU in bfloat16 a 4-bit layout runs on torch's int4 kernel; everywhere else, and with ``parity``, it is

@@ -74,7 +74,8 @@ _DENSE_ROWS = 128
 class Int4CpuLinear:
     """A 4-bit linear on torch's CPU int4 kernel, bfloat16 activations; the caller adds ``bias``.
 
-    About 0.56 bytes a weight at group 64, held once. Built from codes ``[N, K]``; N is padded to the kernel's block of 64 with zero rows. Group sizes 32, 64, 128, 256.
+    About 0.56 bytes a weight at group 64, held once. Built from codes ``[N, K]``; N is padded to the kernel's block of 64 with
+    zero rows. Group sizes 32, 64, 128, 256.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> None:

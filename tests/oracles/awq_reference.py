@@ -11,7 +11,7 @@ OUT holds, per NAME, what was stored (qweight, qzeros, scales, bias), the weight
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,13 +80,20 @@ def by_case(tensors: Mapping[str, Tensor]) -> dict[str, Tensors]:
     return cases
 
 
+TASKS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensors]] = {
+    "pack": pack,
+    "quantize": quantize,
+    "dequantize": lambda parts: {"weight": dequantize(parts)},
+}
+
+
 def main(task: str, *paths: str) -> None:
     if task == "golden":
         metadata = {"source": f"autoawq {version('autoawq')}, WQLinear_GEMM and dequantize_gemm"}
         Path(paths[0]).write_bytes(save(golden(), metadata))
         return
     source, out = paths
-    work = {"pack": pack, "quantize": quantize, "dequantize": lambda parts: {"weight": dequantize(parts)}}[task]
+    work = TASKS[task]
     made = {case: work(given) for case, given in by_case(load_file(source)).items()}
     save_file({f"{case}.{name}": value.contiguous() for case, parts in made.items() for name, value in parts.items()}, out)
 
