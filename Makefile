@@ -51,8 +51,8 @@ format: venv
 oracle: venv
 	@$(MAKE) -C tests/oracles PYTHON=$(abspath $(BIN)/python)
 
-bench: venv
-	$(BIN)/python benchmarks/quality.py --out benchmarks/results
+bench: venv  # BASE=DIR, an unquantized checkpoint
+	$(BIN)/python benchmarks/quality.py $(BASE) --out benchmarks/results
 
 docs: venv
 	$(BIN)/python -m pytest -q tests/cli -m "not slow"

@@ -95,6 +95,39 @@ def test_scale_search_takes_what_running_the_layer_would_take() -> None:
         assert min(errors) < errors[0], "a search that cannot help would prove nothing"
 
 
+def test_the_scale_of_o_is_shared_by_the_query_heads_of_a_kv_head() -> None:
+    spec, block, stats, inputs, _ = block_of("llama")
+    group = next(group for group in spec.architecture.scale_groups if group.prev == "v")
+    scale, ratio = Awq(AwqOptions())._search_scale(group, block.linears, stats, dict.fromkeys(spec.linears, W4), spec)
+    kv, per_kv = spec.dims["kv_heads"].size, spec.dims["heads"].size // spec.dims["kv_heads"].size
+    heads = scale.reshape(kv, per_kv, spec.head_dim)
+    assert per_kv == 2 and torch.equal(heads, heads[:, :1].expand_as(heads))
+    mean = inputs["o"].abs().mean(0).reshape(kv, per_kv, -1).mean(1).reshape(-1)
+    errors = []
+    for point in range(20):
+        shared = candidate_scale(mean, point / 20).reshape(kv, 1, -1).expand(kv, per_kv, -1).reshape(-1)
+        error = block.linears["o"] - plain_round(block.linears["o"] * shared, 8) / shared
+        errors.append(float((inputs["o"] @ error.T).square().sum()))
+    assert errors[round(ratio * 20)] == pytest.approx(min(errors), rel=1e-3)
+    assert ratio > 0 and float(scale.std()) > 0
+
+
+def test_the_error_it_states_is_that_of_running_the_scaled_layer() -> None:
+    """And so the clipping is judged on the inputs that the scaled layer will see, not on those before scaling."""
+    spec, block, stats, inputs, _ = block_of("llama")
+    fit = Awq(AwqOptions()).fit(block, stats, dict.fromkeys(spec.linears, W4), spec)
+    for norm, role in (("pre_attention", "v"), ("pre_ffn", "gate")):
+        scale = block.norms[norm] / fit.norms[norm]
+        assert float((scale - 1).abs().max()) > 0.01
+        weight = dequantized(fit, role)
+        before, after = inputs[role] @ block.linears[role].T, (inputs[role] / scale) @ weight.T
+        if role == "v":  # its rows were divided for o
+            rows = ((after * before).sum(0) / (before * before).sum(0)).unsqueeze(0)
+            after = after / rows
+        found = float((after - before).norm() / before.norm())
+        assert fit.facts[role]["output_error"] == pytest.approx(found, rel=1e-3 if role == "gate" else 0.2)
+
+
 def test_clip_search_takes_the_best_of_each_group_on_its_own_inputs() -> None:
     spec, block, stats, inputs, _ = block_of("llama")
     del spec

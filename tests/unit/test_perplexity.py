@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,14 @@ from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_decoder
 
 IDS = torch.randint(0, 131, (53,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
