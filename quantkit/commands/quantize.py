@@ -31,6 +31,8 @@ DEFAULT_LAYOUT = {"rtn": "awq", "awq": "awq"}
 DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
 COMPUTE_BYTES = 4
 """Calibration runs in float32."""
+PORTABLE_GROUPS = frozenset({32, 64, 128})
+"""AWQ group sizes that transformers, vLLM and SGLang all run (``formats.md`` 13)."""
 GGUF_FLOAT_DTYPE = "F16"
 """What the unquantized tensors of a GGUF source are written as: its blocks have no dtype of their own."""
 
@@ -214,6 +216,8 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     recipe = effective_recipe(options)
     chosen = method(recipe.method)
     quantizer = chosen.factory(recipe.options)
+    if not quantizer.needs:
+        _refuse_calibration(options, recipe.method)
     check_recipe(recipe, chosen.layouts)
     checkpoint = open_checkpoint(options.path)
     spec = spec_for(checkpoint.config)
@@ -233,6 +237,14 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     calibration = _calibration(recipe, checkpoint, device, progress) if quantizer.needs else None
     model, files = _write(job, quantizer, quantization_config, calibration, device, progress)
     return _report(job, model, files, calibration, time.monotonic() - started)
+
+
+def _refuse_calibration(options: QuantizeOptions, name: str) -> None:
+    """Raise InputError when calibration was asked for and would be ignored. A recipe's own section may serve other methods."""
+    given = {"--calib": options.calib, "--samples": options.samples, "--seq-len": options.seq_len}
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(option, f"was given, and method {name} uses no calibration", f"no {option}, or a method such as awq")
 
 
 def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: Progress) -> CalibrationTokens:
@@ -336,6 +348,10 @@ def _warnings(job: _Job, model: QuantizedModel, calibration: CalibrationTokens |
     from quantkit.quantizers.pipeline import FLOAT16_ALARM
 
     warnings = mixed_siblings(job.spec, job.assignment)
+    others = sorted({s.group_size for s in job.assignment.values() if s.layout == "awq"} - PORTABLE_GROUPS)
+    if others:
+        portable = ", ".join(map(str, sorted(PORTABLE_GROUPS)))
+        warnings.append(f"group size {others[0]} runs here; other runtimes load AWQ only with groups of {portable}")
     if calibration is not None and calibration.source == "builtin":
         warnings.append("calibrated on the built-in English text; text of your own domain is better (--calib FILE)")
     if model.peak_activation is not None and model.peak_activation > FLOAT16_ALARM:

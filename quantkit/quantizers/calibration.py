@@ -118,6 +118,10 @@ def peak_of(values: Tensor) -> float:
     return float(torch.maximum(high, -low))
 
 
+GRAM_PANEL = 256
+"""Columns of a Gram matrix that are summed at a time."""
+
+
 class StatsCollector:
     """Sums the statistics of a block's inputs, tile by tile in a fixed order."""
 
@@ -137,14 +141,18 @@ class StatsCollector:
             k = tile.shape[1]
             self._gram[role], self._abs[role] = tile.new_zeros(k, k), tile.new_zeros(k)
             self._tokens[role], self._peak[role] = 0, 0.0
-        self._gram[role].addmm_(tile.T, tile)
+        gram = self._gram[role]
+        for first in range(0, tile.shape[1], GRAM_PANEL):  # X^T X is symmetric: the other half is mirrored when it is asked for
+            panel = slice(first, first + GRAM_PANEL)
+            gram[panel, first:].addmm_(tile[:, panel].T, tile[:, first:])
         self._abs[role] += tile.abs().sum(0)
         self._tokens[role] += tile.shape[0]
         self._peak[role] = max(self._peak[role], peak_of(tile))
 
     def stats(self) -> dict[str, InputStats]:
         """The statistics by linear role; roles that share an input share the object."""
-        own = {role: InputStats(self._gram[role], self._abs[role], self._tokens[role], self._peak[role]) for role in self._gram}
+        grams = {role: gram.triu() + gram.triu(1).T for role, gram in self._gram.items()}
+        own = {role: InputStats(gram, self._abs[role], self._tokens[role], self._peak[role]) for role, gram in grams.items()}
         return {role: own[first] for role, first in self._roles.items()}
 
 

@@ -151,10 +151,11 @@ def test_windows_begin_with_bos_where_the_tokenizer_puts_one() -> None:
     assert text_tokens(_Words(1, True), "builtin", 2, 9).tokens[:, 0].tolist() == [1, 1]  # type: ignore[arg-type]
 
 
-def test_roles_that_read_one_input_share_its_statistics() -> None:
+def test_roles_that_read_one_input_share_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = input_roles(spec_for(config_of("llama")))
     assert roles == {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
     collector = StatsCollector(roles)
+    monkeypatch.setattr("quantkit.quantizers.calibration.GRAM_PANEL", 4)  # so that six columns are two panels
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     for start in range(0, 40, 16):
         for role in roles:
@@ -162,6 +163,7 @@ def test_roles_that_read_one_input_share_its_statistics() -> None:
     stats = collector.stats()
     assert stats["v"] is stats["q"] and stats["up"] is stats["gate"]
     assert torch.allclose(stats["v"].gram, x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats["v"].gram, stats["v"].gram.T)
     assert torch.allclose(stats["v"].abs_sum, x.abs().sum(0))
     assert stats["v"].tokens == 40
     assert stats["v"].peak == float(x.abs().max())

@@ -49,6 +49,8 @@ def options(out: Path, **fields: Any) -> QuantizeOptions:
     defaults: dict[str, Any] = {"path": str(MODELS / "llama"), "group_size": 64, "samples": 4, "seq_len": 64, "device": "cpu"}
     if "recipe" not in fields and "method" not in fields:
         defaults["method"] = "awq"
+    if fields.get("method") == "rtn":  # which refuses what it would not use
+        del defaults["samples"], defaults["seq_len"]
     return QuantizeOptions(out=out, **{**defaults, **fields})
 
 
@@ -150,7 +152,8 @@ def test_symmetric_zeros_are_eight_on_disk(tmp_path: Path, small: Path, method: 
 
 
 def test_a_group_of_minus_one_is_one_scale_per_row(tmp_path: Path, small: Path, quick: Path) -> None:
-    run(tmp_path / "out", path=str(small), recipe=quick, group_size=-1)
+    done = run(tmp_path / "out", path=str(small), recipe=quick, group_size=-1)
+    assert any("group size -1 runs here; other runtimes" in warning for warning in done.warnings)
     assert tensors_of(tmp_path / "out")["model.layers.0.mlp.down_proj.scales"].shape == (1, 256)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == -1
     assert verify(tmp_path / "out", deep=True).defects == []
@@ -315,6 +318,8 @@ def test_a_disk_too_small_for_artifact_and_resume_point_is_said_first(tmp_path: 
         ({"seq_len": 2000}, "--seq-len: is 2000, expected at most 1024"),
         ({"override": ("down_proj:group_size=32",)}, "holds one bit width and group size"),
         ({"override": ("down_proj:bits=8",)}, "8 bits in the awq format"),
+        ({"method": "rtn", "calib": "builtin"}, "--calib: was given, and method rtn uses no calibration"),
+        ({"method": "rtn", "samples": 4}, "--samples: was given, and method rtn"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(tmp_path: Path, small: Path, fields: dict[str, Any], message: str) -> None:
