@@ -17,14 +17,7 @@ from pathlib import Path
 
 from quantkit import __version__
 
-SETTINGS = (
-    ("rtn", "64", "--asym"),
-    ("awq", "64", "--asym"),
-    ("rtn", "64", "--sym"),
-    ("awq", "64", "--sym"),
-    ("rtn", "32", "--asym"),
-    ("awq", "32", "--asym"),
-)
+SETTINGS = (("rtn", "64", "--asym"), ("awq", "64", "--asym"), ("rtn", "64", "--sym"), ("awq", "64", "--sym"))
 
 
 def quantkit(*arguments: str | Path) -> None:

@@ -194,6 +194,7 @@ class ProcessComm:
             _use_loopback()
         self.rank, self.size = rank, size
         self._dist = dist
+        self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
         with self._watched("start"):
             files = dist.FileStore(str(store), size)  # type: ignore[attr-defined, unused-ignore]
             files.set_timeout(timedelta(seconds=timeout))
@@ -212,7 +213,7 @@ class ProcessComm:
         out = x.new_empty(self.size, *x.shape)
         if out.numel():
             with self._watched(what):
-                self._dist.all_gather_into_tensor(_bytes(out), _bytes(x.contiguous()))
+                self._all_gather(_bytes(out), _bytes(x.contiguous()))
         return out
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
@@ -138,9 +138,16 @@ def _line(label: str, text: str, style: str) -> None:
     if colour:
         from rich.text import Text
 
-        _console(sys.stderr).print(Text.assemble((mark, style), text if label else (text, style)), soft_wrap=True)
+        with suppress(OSError):
+            _console(sys.stderr).print(Text.assemble((mark, style), text if label else (text, style)), soft_wrap=True)
     else:
-        sys.stderr.write(f"{mark}{text}\n")
+        _tell(f"{mark}{text}\n")
+
+
+def _tell(text: str) -> None:
+    """Write to stderr. Where it takes nothing (a full disk, a pipe that no one reads) the exit code still says what happened."""
+    with suppress(OSError):
+        sys.stderr.write(text)
         sys.stderr.flush()
 
 
@@ -216,6 +223,5 @@ class _StageLines:
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self._stage or done >= total or now - self._last >= LINE_SECONDS:
-            sys.stderr.write(f"{printable(stage)} {done}/{total}\n")
-            sys.stderr.flush()
+            _tell(f"{printable(stage)} {done}/{total}\n")
             self._stage, self._last = stage, now

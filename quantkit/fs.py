@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from quantkit.errors import InputError, MachineError
+from quantkit.errors import InputError, MachineError, QuantkitError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -38,19 +38,23 @@ _DISK_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is
 _BAD_PATH = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
+def refusal(error: OSError, path: str | Path, doing: str) -> QuantkitError:
+    """``error`` as the one-line error it deserves: a bad path is the user's, everything else the machine's."""
+    if error.errno in _DISK_FULL:
+        hint = "free some space and run again; with --resume where the command has it"
+        return MachineError(str(path), f"{_DISK_FULL[error.errno]}, cannot {doing}", "room to write", hint)
+    reason = f"cannot {doing} ({error.strerror or error})"
+    if error.errno in _BAD_PATH:
+        return InputError(str(path), reason, "a path that can be used")
+    return MachineError(str(path), reason)
+
+
 @contextmanager
 def _refusals(path: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError into the one-line error it deserves: a bad path is the user's, everything else the machine's."""
     try:
         yield
     except OSError as exc:
-        if exc.errno in _DISK_FULL:
-            hint = "free some space and run again; with --resume where the command has it"
-            raise MachineError(str(path), f"{_DISK_FULL[exc.errno]}, cannot {doing}", "room to write", hint) from exc
-        reason = f"cannot {doing} ({exc.strerror or exc})"
-        if exc.errno in _BAD_PATH:
-            raise InputError(str(path), reason, "a path that can be used") from exc
-        raise MachineError(str(path), reason) from exc
+        raise refusal(exc, path, doing) from exc
 
 
 def confined(root: Path, name: str, where: str) -> Path:
@@ -193,10 +197,15 @@ def _write_all(fd: int, data: memoryview, path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader or a crash sees the old content or the new, never a part of it."""
     temporary = path.with_name(TEMPORARY.format(name=path.name))
-    with HashingFile(temporary) as file:
-        file.write(data)
-    with _refusals(path, "put it in place"):
-        os.rename(temporary, path)
+    try:
+        with HashingFile(temporary) as file:
+            file.write(data)
+        with _refusals(path, "put it in place"):
+            os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
     fsync_dir(path.parent)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Cell = str | int | float | None
@@ -41,6 +43,11 @@ class Report:
     """Why the command's check said no (exit 1), or None."""
     text: str | None = None
     """A file or a script that a person asked to see, printed as it is."""
+
+
+def next_step(*words: str | Path) -> str:
+    """``quantkit`` and ``words`` as a line that a shell takes as it stands, whatever characters the paths among them have."""
+    return shlex.join(["quantkit", *map(str, words)])
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,6 @@ and ``SHA256SUMS``. This module knows ranges and bytes; it never computes with a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.artifact import INDEX, MANIFEST, SUMS, encode_json, encode_sums, parse_sums
 from quantkit.checkpoint.reader import Checkpoint, TensorRef, read_manifest
 from quantkit.errors import CheckFailed, InputError
 from quantkit.formats.jsonfile import parse_object
@@ -34,7 +34,6 @@ CHUNK_BYTES = 64 << 20
 """The most of one tensor that is in memory at a time."""
 PAGE = 4096
 SMALL_FILE_LIMIT = 256 << 20
-MANIFEST, SUMS, INDEX = "quantkit.json", "SHA256SUMS", "model.safetensors.index.json"
 PARENT, HEADER = "parent.", ".header"
 KEPT_FACTS = ("method", "recipe", "source", "environment", "totals")
 
@@ -84,15 +83,6 @@ def _partial(out: Path, source: Path, overwrite: bool, need_bytes: int) -> Itera
             raise
 
 
-def _write_sums(partial: Path, hashes: Mapping[str, str]) -> None:
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-    fs.write_bytes(partial / "SHA256SUMS", text.encode())
-
-
-def _dumps(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """What ``shard_checkpoint`` wrote: the plan, and the tensor bytes of each rank."""
@@ -116,6 +106,9 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     heads = [encode_header(_entries(pieces), {"format": "pt"}, align=PAGE) for pieces in ranks]
     sizes = tuple(sum(piece.nbytes for piece in pieces) for pieces in ranks)
     restored, kept = _kept_files(checkpoint)
+    taken = sorted(restored & {*(rank_file(rank, tp) for rank in range(tp)), *(name for name in kept if name not in restored)})
+    if taken:
+        raise InputError(f"{checkpoint.root}: {taken[0]}", "has the name of a file that shard writes", "another name")
     need = sum(sizes) + sum(map(len, heads)) + sum(map(len, kept.values()))
     with _partial(out, checkpoint.root, overwrite, need) as partial:
         hashes = _write_ranks(checkpoint, ranks, heads, partial, progress)
@@ -134,8 +127,8 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
             },
             **{key: value for key, value in (read_manifest(checkpoint.root) or {}).items() if key in KEPT_FACTS},
         }
-        hashes[MANIFEST] = _write_small(partial, MANIFEST, _dumps(manifest))
-        _write_sums(partial, hashes)
+        hashes[MANIFEST] = _write_small(partial, MANIFEST, encode_json(manifest))
+        _write_small(partial, SUMS, encode_sums(hashes))
     return Sharded(plan, sizes)
 
 
@@ -184,17 +177,6 @@ def _read_small(root: Path, name: str, where: str) -> bytes:
     return fs.read_bytes(fs.confined(root, name, where), SMALL_FILE_LIMIT)
 
 
-def _parse_sums(data: bytes, where: str) -> dict[str, str]:
-    """``SHA256SUMS`` as name -> hex digest. Raises InputError for a line of another form."""
-    sums = {}
-    for line in data.decode("utf-8", "replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name:
-            raise InputError(where, f"line {line[:80]!r}", "64 hex digits, two spaces and a name")
-        sums[name] = digest
-    return sums
-
-
 def _kept_files(checkpoint: Checkpoint) -> tuple[set[str], dict[str, bytes]]:
     """The names of the parent's small files, and they and the weight headers by the name they get beside the rank files.
 
@@ -206,7 +188,7 @@ def _kept_files(checkpoint: Checkpoint) -> tuple[set[str], dict[str, bytes]]:
     names = {"config.json", *checkpoint.extra_files()}
     prefixed = {name for name in (MANIFEST, SUMS, INDEX) if (root / name).is_file()}
     if SUMS in prefixed:
-        names |= set(_parse_sums(_read_small(root, SUMS, SUMS), SUMS)) - set(weights) - prefixed
+        names |= set(parse_sums(_read_small(root, SUMS, str(root)), str(root / SUMS))) - set(weights) - prefixed
     kept = {name: _read_small(root, name, str(root)) for name in names}
     kept |= {PARENT + name: _read_small(root, name, str(root)) for name in prefixed}
     for name, path in weights.items():
@@ -227,6 +209,10 @@ class _Shards:
     """Weight file of the parent -> its first bytes, up to the data, and what they say."""
     files: Mapping[str, str]
     """Other file of the parent -> its name here."""
+    headers: tuple[str, ...]
+    """The files here that hold the headers of the parent's weight files."""
+    sums_sha256: object
+    """What the manifest says is the sha256 of the parent's SHA256SUMS."""
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -271,7 +257,8 @@ def _open_shards(path: Path) -> _Shards:
     names = [name for _, header in parents.values() for name in header.entries]
     if len(names) != len(set(names)):
         raise InputError(where, "names a tensor in two files of the parent", "each tensor once")
-    shards = _Shards(path, config, spec, {}, plan, parents, files)
+    assert isinstance(parent, dict)
+    shards = _Shards(path, config, spec, {}, plan, parents, files, tuple(weights.values()), parent.get("sums_sha256"))
     assignment = assignment_from_config(config, spec.all_linears(), shards.tensors)
     plan.check(spec, assignment, dtype="BF16", where=where)
     return replace(shards, assignment=assignment)
@@ -309,11 +296,9 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
     """
     shards = _open_shards(path)
     ranks = [shards.rank(rank) for rank in range(shards.plan.tp)]
-    parent_sums = None
-    if SUMS in shards.files:
-        parent_sums = _parse_sums(_read_small(path, shards.files[SUMS], str(path)), str(path / shards.files[SUMS]))
-    else:
-        _check_own_sums(path, shards.plan.tp)
+    parent_sums = _parent_sums(shards)
+    if parent_sums is None or not {*shards.parents, *shards.files} - {SUMS} <= set(parent_sums):
+        _check_own_sums(shards)
     need = sum(len(raw) + sum(entry.nbytes for entry in header.entries.values()) for raw, header in shards.parents.values())
     by_name = {piece.name: [(pieces[i], source) for pieces, source in ranks] for i, piece in enumerate(ranks[0][0])}
     total, hashes = len(by_name), dict[str, str]()
@@ -335,17 +320,31 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
             if hashes.get(name) != digest:
                 raise CheckFailed(name, "was not restored as the parent recorded it", digest, "the shards or their parent were changed")
         if parent_sums is None:
-            _write_sums(partial, hashes)
+            _write_small(partial, SUMS, encode_sums(hashes))
         else:
             _write_small(partial, SUMS, _read_small(path, shards.files[SUMS], str(path)))
     return Unsharded(hashes, parent_sums is not None)
 
 
-def _check_own_sums(path: Path, tp: int) -> None:
-    sums = _parse_sums(_read_small(path, SUMS, str(path)), str(path / SUMS))
-    for name in (rank_file(rank, tp) for rank in range(tp)):
+def _parent_sums(shards: _Shards) -> dict[str, str] | None:
+    """The parent's SHA256SUMS; None when it had none. Raises CheckFailed when it is not the one that the manifest recorded."""
+    stored = shards.files.get(SUMS)
+    if stored is None:
+        return None
+    data, where = _read_small(shards.root, stored, str(shards.root)), str(shards.root / stored)
+    if _digest(data) != shards.sums_sha256:
+        raise CheckFailed(where, "was changed", f"sha256 {shards.sums_sha256!s:.64} as in {MANIFEST}", "shard the parent again")
+    return parse_sums(data, where)
+
+
+def _check_own_sums(shards: _Shards) -> None:
+    """Every file that is put together again against the shard directory's own SHA256SUMS. Raises CheckFailed."""
+    path = shards.root
+    sums = parse_sums(_read_small(path, SUMS, str(path)), str(path / SUMS))
+    ranks = [rank_file(rank, shards.plan.tp) for rank in range(shards.plan.tp)]
+    for name in (*ranks, *shards.headers, *sorted(shards.files.values())):
         if fs.sha256_file(fs.confined(path, name, str(path))) != sums.get(name):
-            raise CheckFailed(str(path / name), "is not what SHA256SUMS says", str(sums.get(name)))
+            raise CheckFailed(str(path / name), f"is not what {SUMS} says", f"sha256 {sums.get(name)}", "shard the parent again")
 
 
 def _assembled(entry: TensorEntry, parts: list[tuple[RankSlice, Checkpoint]]) -> Iterator[NDArray[Any]]:

@@ -18,7 +18,7 @@ from quantkit.scheme import Assignment
 
 
 class Stored(Protocol):
-    """What slicing needs to know of a tensor of the parent."""
+    """A tensor as its header describes it."""
 
     @property
     def dtype(self) -> str: ...

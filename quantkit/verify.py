@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from quantkit import fs
 from quantkit.arch.spec import ModelSpec
@@ -23,6 +23,7 @@ from quantkit.plan import HEAD, block_geometries, linear_geometry
 from quantkit.progress import Progress, silent
 from quantkit.scheme import Assignment, assignment_from_config, assignment_to_json
 from quantkit.shard import open_rank, rank_file, read_plan
+from quantkit.slices import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,16 +64,6 @@ class Verification:
     checks: dict[str, str] = field(default_factory=dict)
     defects: list[Defect] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-class Stored(Protocol):
-    """What the tensor check needs to know of a stored tensor."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

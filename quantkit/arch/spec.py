@@ -165,9 +165,9 @@ def _ids(value: Any, vocab: int) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any], theta: float, config: Mapping[str, Any]) -> Rope:
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    kind = {"su": "longrope", None: "default"}.get(kind, kind)
-    if kind not in ROPE_KINDS:
+    kind = raw.get("rope_type", raw.get("type"))
+    kind = "default" if kind is None else "longrope" if kind == "su" else kind
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise InputError("config.json: rope scaling", f"kind {kind!r}", f"one of {', '.join(sorted(ROPE_KINDS))}")
     partial = raw.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
@@ -176,14 +176,17 @@ def _rope(raw: Mapping[str, Any], theta: float, config: Mapping[str, Any]) -> Ro
     original = config.get("original_max_position_embeddings")
     if original is not None:  # beside rope_parameters it wins, as in transformers
         parameters["original_max_position_embeddings"] = original
-    return Rope(theta=float(raw.get("rope_theta", theta)), kind=kind, parameters=MappingProxyType(parameters))
+    return Rope(theta=_number(raw, "rope_theta", float, 1.0, 1e12, theta), kind=kind, parameters=MappingProxyType(parameters))
 
 
 def _ropes(config: Mapping[str, Any], layer_types: tuple[str, ...]) -> tuple[Rope, ...]:
     theta = _number(config, "rope_theta", float, 1.0, 1e12, 10000.0)
     raw = config.get("rope_parameters")
     if raw is None:
-        full = _rope(config.get("rope_scaling") or {}, theta, config)
+        scaling = config.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            raise InputError("config.json: rope_scaling", f"is {type(scaling).__name__}", "an object")
+        full = _rope(scaling, theta, config)
         local = _rope({}, _number(config, "rope_local_base_freq", float, 1.0, 1e12, theta), config)
         split = "rope_local_base_freq" in config
         return tuple(local if split and kind == "sliding_attention" else full for kind in layer_types)

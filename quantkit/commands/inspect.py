@@ -18,7 +18,7 @@ from quantkit.formats.gguf import BY_NAME
 from quantkit.formats.jsonfile import read_object
 from quantkit.geometry import DTYPE_BYTES
 from quantkit.progress import Progress, silent
-from quantkit.report import Report, Table
+from quantkit.report import Report, Table, next_step
 from quantkit.scheme import Assignment, assignment_from_config
 from quantkit.shard import open_rank
 from quantkit.text.tokenizer import LIMITS, SENTENCEPIECE, TEMPLATE_FILE, TEMPLATE_JSON, TOKENIZER, TOKENIZER_CONFIG
@@ -78,7 +78,8 @@ def run(options: InspectOptions, progress: Progress = silent) -> Report:
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec | None:
     """The model, or None when the table does not have its architecture; what is wrong in one that it has is an error."""
-    return spec_for(config) if config.get("model_type") in BY_MODEL_TYPE else None
+    model_type = config.get("model_type")
+    return spec_for(config) if isinstance(model_type, str) and model_type in BY_MODEL_TYPE else None
 
 
 def _parameters(spec: ModelSpec) -> int:
@@ -286,10 +287,10 @@ def _next_steps(path: str, facts: _Facts) -> tuple[str, ...]:
     if facts.spec is None:
         return ()
     if facts.kind == "GGUF file":
-        return (f"quantkit convert {path} OUT",)
+        return (next_step("convert", path, "OUT"),)
     if facts.config.get("quantization_config"):
-        return (f"quantkit verify {path} --deep", f"quantkit shard {path} SHARDS --tp 2")
-    return (f"quantkit quantize {path} OUT --method awq", f"quantkit plan {path} --tp 2")
+        return (next_step("verify", path, "--deep"), next_step("shard", path, "SHARDS", "--tp", "2"))
+    return (next_step("quantize", path, "OUT", "--method", "awq"), next_step("plan", path, "--tp", "2"))
 
 
 def _inspect_shards(options: InspectOptions, root: Path, manifest: Mapping[str, Any]) -> Report:
@@ -322,4 +323,4 @@ def _inspect_shards(options: InspectOptions, root: Path, manifest: Mapping[str, 
         tables.append(Table("Tensors", ("rank", "name", "dtype", "shape", "bytes"), rows))
         data["tensors"] = _tensor_data(tensors)
     lines = (*_lines(options.path, facts), *mode_facts(plan))
-    return Report(command="inspect", data=data, facts=lines, tables=tuple(tables), next_steps=(f"quantkit serve {options.path}",))
+    return Report(command="inspect", data=data, facts=lines, tables=tuple(tables), next_steps=(next_step("serve", options.path),))

@@ -23,7 +23,7 @@ from quantkit.plan import (
     rank_memory,
 )
 from quantkit.progress import Progress, silent
-from quantkit.report import Cell, Report, Table
+from quantkit.report import Cell, Report, Table, next_step
 from quantkit.scheme import KEEP, Assignment, LinearScheme, assignment_from_config, assignment_to_json
 
 UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
@@ -79,6 +79,8 @@ class _Model:
     assignment: Assignment
     dtype: str
     dtype_source: str
+    kind: str | None
+    """Of the checkpoint: hf or gguf; None when there is only a configuration."""
 
 
 def _bare_config(path: Path) -> dict[str, Any] | None:
@@ -106,16 +108,16 @@ def _read(options: PlanOptions) -> _Model:
         spec = spec_for(config)
         kept = _kept(spec, config)
         names: set[str] = {f"{name}.qweight" for name in spec.all_linears() if name not in kept}
-        stored = None
+        stored = kind = None
     else:
         checkpoint = open_checkpoint(options.path)
         config, spec, names = dict(checkpoint.config), spec_for(checkpoint.config), set(checkpoint.tensors)
-        table = f"{spec.architecture.embedding}.weight"
-        stored = checkpoint.dtype(table) if checkpoint.kind == "hf" and table in checkpoint.tensors else None
+        kind, table = checkpoint.kind, f"{spec.architecture.embedding}.weight"
+        stored = checkpoint.dtype(table) if kind == "hf" and table in checkpoint.tensors else None
     declared = FLOAT_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))
     dtype = stored or declared or "BF16"
     source = "the embedding's" if stored else "config.json" if declared else "assumed"
-    return _Model(spec, assignment_from_config(config, spec.all_linears(), names), dtype, source)
+    return _Model(spec, assignment_from_config(config, spec.all_linears(), names), dtype, source, kind)
 
 
 def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
@@ -128,6 +130,8 @@ def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
     layout = METHOD_LAYOUTS[options.method]
     if options.bits != 4:
         raise InputError("--bits", f"{options.bits} bits in the {layout} layout", "4")
+    if options.group_size < 1 and options.group_size != -1:
+        raise InputError("--group-size", f"is {options.group_size}", "-1 (one group per row) or a positive number")
     scheme = LinearScheme(options.method, layout, options.bits, options.group_size)
     return {name: KEEP if name == model.spec.architecture.head else scheme for name in model.assignment}
 
@@ -145,7 +149,8 @@ def mode_facts(plan: ParallelPlan) -> tuple[tuple[str, str], ...]:
     facts = []
     copies = sum(len(r) for r in plan.ranges["kv_heads"]) - plan.dims["kv_heads"].size
     if copies:
-        facts.append(("KV heads", f"{plan.dims['kv_heads'].size}, with {copies} copies so that every rank's query heads have theirs"))
+        more = f"{copies} {'copy' if copies == 1 else 'copies'}"
+        facts.append(("KV heads", f"{plan.dims['kv_heads'].size}, with {more} so that every rank's query heads have theirs"))
     gathered = sorted(role for role, mode in plan.modes.items() if mode == "gather")
     if gathered:
         facts.append(("gathered", f"{', '.join(gathered)}: fewer or other granules than ranks, so cut on the output"))
@@ -225,6 +230,18 @@ def _memory_table(memory: tuple[RankMemory, ...], length: int) -> Table:
     return Table("Memory per rank", ("rank", "linears", "vocabulary", "norms", "weights", "KV bytes/token", f"KV, {length} tokens"), rows)
 
 
+def _next_steps(options: PlanOptions, model: _Model) -> tuple[str, ...]:
+    """What brings the plan about; nothing where there are no weights yet."""
+    if model.kind is None:
+        return ()
+    if options.method is not None:
+        how = ("--method", options.method, "--group-size", str(options.group_size))
+        return (next_step("quantize", options.path, "OUT", *how), next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
+    if model.kind == "gguf":
+        return (next_step("convert", options.path, "OUT"), next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
+    return (next_step("shard", options.path, "SHARDS", "--tp", str(options.tp)),)
+
+
 def run(options: PlanOptions, progress: Progress = silent) -> Report:
     """Plan ``options.path`` on ``options.tp`` ranks; the check fails when it does not fit ``gpu_memory``.
 
@@ -262,4 +279,11 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
         _memory_table(memory, length),
         _verdicts(plan, obstacles),
     )
-    return Report(command="plan", data=data, facts=_facts(model, assignment, plan, fit), tables=tables, failed=failed)
+    return Report(
+        command="plan",
+        data=data,
+        facts=_facts(model, assignment, plan, fit),
+        tables=tables,
+        next_steps=_next_steps(options, model),
+        failed=failed,
+    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit import fs
 from quantkit.errors import InputError
 from quantkit.recipe import Recipe, bundled_recipes, load_recipe, parse_recipe, read_recipe_text
-from quantkit.report import Report, Table
+from quantkit.report import Report, Table, next_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def validate(options: ValidateOptions) -> Report:
         command="recipe validate",
         data={"file": str(path), "valid": True, "recipe": recipe.model_dump(mode="json")},
         facts=(("recipe", str(path)), ("valid", "yes"), ("method", _summary(recipe)), ("format", recipe.format or chosen.layouts[0])),
-        next_steps=(f"quantkit quantize MODEL OUT --recipe {shlex.quote(options.path)}",),
+        next_steps=(next_step("quantize", "MODEL", "OUT", "--recipe", options.path),),
     )
 
 
@@ -117,10 +116,12 @@ def init(options: InitOptions) -> Report:
     text = _template(options.method, bool(quantizer.needs))
     recipe = parse_recipe(text, str(options.out))
     fs.write_bytes(options.out, text.encode())
-    written = shlex.quote(str(options.out))
     return Report(
         command="recipe init",
         data={"out": str(options.out), "recipe": recipe.model_dump(mode="json")},
         facts=(("written", str(options.out)), ("method", _summary(recipe))),
-        next_steps=(f"quantkit recipe validate {written}", f"quantkit quantize MODEL OUT --recipe {written}"),
+        next_steps=(
+            next_step("recipe", "validate", options.out),
+            next_step("quantize", "MODEL", "OUT", "--recipe", options.out),
+        ),
     )

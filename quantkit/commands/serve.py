@@ -142,7 +142,6 @@ async def _watch(server: uvicorn.Server, engine: Engine, ready: str) -> None:
         LOG.info(ready)
     while not server.should_exit:
         if engine.failure is not None:
-            LOG.error("%s", engine.failure.line)
             await asyncio.sleep(LINGER)
             server.should_exit = True
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.commands.plan import mode_facts, ranges_table
 from quantkit.progress import Progress, silent
-from quantkit.report import Report
+from quantkit.report import Report, next_step
 from quantkit.shard import rank_file, shard_checkpoint
 
 
@@ -32,5 +32,5 @@ def run(options: ShardOptions, progress: Progress = silent) -> Report:
         data={"out": str(options.out), "tp": options.tp, "plan": done.plan.to_json(), "rank_bytes": sizes},
         facts=(("written", str(options.out)), *mode_facts(done.plan)),
         tables=(ranges_table(done.plan, done.rank_bytes),),
-        next_steps=(f"quantkit serve {options.out}", f"quantkit verify {options.out}"),
+        next_steps=(next_step("serve", options.out), next_step("verify", options.out)),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.progress import Progress, silent
-from quantkit.report import Report, Table
+from quantkit.report import Report, Table, next_step
 from quantkit.shard import unshard
 
 
@@ -28,5 +28,5 @@ def run(options: UnshardOptions, progress: Progress = silent) -> Report:
         data={"out": str(options.out), "files": dict(done.files), "proven": done.proven},
         facts=(("written", str(options.out)), ("checked", proof)),
         tables=(Table("Files", ("file", "sha256"), tuple(sorted(done.files.items()))),),
-        next_steps=(f"quantkit verify {options.out}",),
+        next_steps=(next_step("verify", options.out),),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from quantkit import fs
 from quantkit.errors import InputError
 
 JSON_LIMIT = 64 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -20,9 +22,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(data: bytes, where: str, expected: str = "a JSON object") -> dict[str, Any]:
-    """The object that ``data`` (UTF-8) holds. Raises InputError, blaming ``where``, for anything else or a name that is there twice."""
+    """The object that ``data`` (UTF-8) holds.
+
+    Raises InputError, blaming ``where``, for anything else, a name that is there twice, or half a surrogate pair.
+    """
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        if _SURROGATE.search(data):
+            json.dumps(found, ensure_ascii=False).encode()  # half a pair is no character: no file, name or line could hold it
     except (ValueError, RecursionError) as exc:
         raise InputError(where, f"is not JSON ({exc!s:.100})", expected) from exc
     if not isinstance(found, dict):

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
@@ -22,9 +20,11 @@ from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
 from quantkit.progress import Progress, silent
+from quantkit.runtime.devices import default_dtype, place_for
 from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
 from quantkit.runtime.scheduler import Limits, Schedule, Scheduler
+from quantkit.runtime.stops import StopText
 from quantkit.runtime.wire import Begin, RankJob, Step
 from quantkit.scheme import assignment_from_config
 from quantkit.shard import open_rank
@@ -36,7 +36,6 @@ STEP_TOKENS = 1024
 """Tokens of one pass: longer prompts are computed in pieces, between which the others go on."""
 IDLE_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
-DEVICES = ("auto", "cpu", "cuda")
 
 
 class QueueFull(QuantkitError):
@@ -78,39 +77,6 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steps: int
-
-
-class StopText:
-    """Text up to the string among ``stops`` that is complete first, however the text is cut into pieces.
-
-    What may turn out to be the start of one is held back.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._held = tuple(stops), ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop string was found right behind it."""
-        if not self._stops:
-            return text, False
-        self._held += text
-        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            certain, self._held = self._held[: min(found)[1]], ""
-            return certain, True
-        keep = max(self._overlap(stop) for stop in self._stops)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
-        return certain, False
-
-    def finish(self) -> str:
-        """What was held back, when no more comes."""
-        return self._held
-
-    def _overlap(self, stop: str) -> int:
-        """The most characters at the end of the text that begin ``stop``."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
 @dataclass(slots=True)
@@ -371,8 +337,8 @@ def start_engine(
     spec = spec_for(checkpoint.config)
     longest = _longest(spec, max_model_len)
     tokenizer = load_tokenizer(root)
-    place = _device(device, ranks)
-    name = dtype or _default_dtype(place, parity)
+    place = place_for(device, ranks)
+    name = dtype or default_dtype(place, parity)
     float_dtype(name)
     job = RankJob(str(root), sharded, ranks, name, place, parity, timeout)
     executor: Executor = LocalExecutor(job, progress) if ranks == 1 else ProcessExecutor(job, progress)
@@ -406,26 +372,6 @@ def _longest(spec: ModelSpec, asked: int | None) -> int:
     if asked < 2 or (asked > spec.max_positions and not stretches):
         raise InputError("--max-model-len", f"is {asked}", f"2 to {spec.max_positions}, which the model was made for")
     return asked
-
-
-def _device(device: str, ranks: int) -> str:
-    """ "cpu" or "cuda". Raises MachineError when there are fewer GPUs than ranks."""
-    if device not in DEVICES:
-        raise InputError("--device", f"is {device!r}", f"one of {', '.join(DEVICES)}")
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < ranks:
-        raise MachineError(
-            "--device cuda", f"{ranks} ranks, {count} GPUs here", "a GPU for each rank", f"--tp {count}" if count else "--device cpu"
-        )
-    return "cuda"
-
-
-def _default_dtype(device: str, parity: bool) -> str:
-    if parity:
-        return "float32"
-    return "float16" if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bfloat16"
 
 
 def _kv_room(executor: Executor, longest: int, asked: bool, max_num_seqs: int) -> tuple[int, int]:

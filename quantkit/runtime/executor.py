@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,16 +20,18 @@ from typing import IO, Protocol
 import torch
 
 import quantkit
-from quantkit import fs
 from quantkit.comm import Solo
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.progress import Progress, silent
 from quantkit.runtime.sampler import Sampled
+from quantkit.runtime.threads import thread_variables
 from quantkit.runtime.wire import Frames, Message, RankFacts, RankJob, Step, error_from_json, frame, sampled_from_json, step_to_json
 from quantkit.runtime.worker import Runner, load_rank, rank_facts
 
 SILENT_SECONDS = 10.0
 """A rank that says nothing for this long hangs: it says that it is alive every second, whatever it computes."""
+START_SECONDS = 120.0
+"""A rank that has not said its first word this long after its start hangs: until then it only imports torch."""
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """How long the other ranks have, when one fails, to say what it was: the first to notice is seldom the one to blame."""
@@ -90,8 +91,9 @@ class _Rank:
     connection: socket.socket
     frames: Frames
     stderr: bytearray = field(default_factory=bytearray)
-    heard: float | None = None
-    """When it last said anything; None until its first word."""
+    heard: float = field(default_factory=time.monotonic)
+    """When it last said anything, or was started."""
+    spoke: bool = False
     ready: RankFacts | None = None
     error: QuantkitError | None = None
     gone: bool = False
@@ -117,8 +119,8 @@ class _Rank:
 class ProcessExecutor:
     """``job.tp`` rank processes on this host.
 
-    Ranks meet in a file in a private directory; each has a socket of its own for commands. All are ended when one is
-    lost, when this is closed, and when this process dies, however it does.
+    Ranks meet in a file without a name, in memory, that only they have open; each has a socket of its own for commands. All
+    are ended when one is lost, when this is closed, and when this process dies, however it does; then nothing is left.
     """
 
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
@@ -129,7 +131,6 @@ class ProcessExecutor:
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._done = threading.Event()
-        self._store = Path(tempfile.mkdtemp(prefix="quantkit-"))  # only this user can enter
         self._looked = time.monotonic()
         try:
             self._spawn()
@@ -144,8 +145,12 @@ class ProcessExecutor:
 
         def keep() -> None:
             try:
-                for number in range(self._job.tp):
-                    self._ranks.append(self._start(number))
+                store = os.memfd_create("quantkit-ranks")
+                try:
+                    for number in range(self._job.tp):
+                        self._ranks.append(self._start(number, store))
+                finally:
+                    os.close(store)
             except OSError as exc:
                 failed.append(exc)
             started.set()
@@ -156,19 +161,18 @@ class ProcessExecutor:
         if failed:
             raise MachineError("ranks", f"cannot be started ({failed[0].strerror})", f"{self._job.tp} processes") from failed[0]
 
-    def _start(self, number: int) -> _Rank:
+    def _start(self, number: int, store: int) -> _Rank:
         ours, theirs = socket.socketpair()
         root = str(Path(quantkit.__file__).parent.parent)
-        threads = max(1, len(os.sched_getaffinity(0)) // self._job.tp)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "quantkit.runtime.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), store],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "PYTHONPATH": paths, **thread_variables(self._job.tp)},
                 process_group=0,  # the terminal's Ctrl-C is for us
             )
         rank = _Rank(number, process, ours, Frames(f"rank {number}"))
@@ -177,7 +181,7 @@ class ProcessExecutor:
         ours.settimeout(SILENT_SECONDS)  # of sends; what comes in is read when it is there
         self._selector.register(ours, selectors.EVENT_READ, rank)
         self._selector.register(process.stderr, selectors.EVENT_READ, rank)
-        start = {"job": asdict(self._job), "rank": number, "threads": threads, "store": str(self._store / "store"), "parent": os.getpid()}
+        start = {"job": asdict(self._job), "rank": number, "store": f"/proc/self/fd/{store}", "parent": os.getpid()}
         self._send(rank, frame(start))
         return rank
 
@@ -224,15 +228,16 @@ class ProcessExecutor:
         now = time.monotonic()
         if now - self._looked > SILENT_SECONDS / 2:  # it was we who slept: judge nobody by it
             for rank in self._ranks:
-                rank.heard = now if rank.heard is not None else None
+                rank.heard = now
         self._looked = now
         self._listen(wait)
         now = time.monotonic()
         for rank in self._ranks:
             if rank.error is not None or rank.gone or rank.process.poll() is not None:
                 self._fail(self._cause())
-            if rank.heard is not None and now - rank.heard > SILENT_SECONDS:
-                self._fail(RuntimeDied(rank.name, f"has said nothing for {SILENT_SECONDS:.0f} s", "a rank that runs"))
+            patience = SILENT_SECONDS if rank.spoke else START_SECONDS
+            if now - rank.heard > patience:
+                self._fail(RuntimeDied(rank.name, f"has said nothing for {patience:.0f} s", "a rank that runs"))
 
     def _listen(self, wait: float) -> None:
         with self._lock:
@@ -256,7 +261,7 @@ class ProcessExecutor:
             rank.gone = True
             self._selector.unregister(rank.connection)
             return
-        rank.heard = time.monotonic()
+        rank.heard, rank.spoke = time.monotonic(), True
         for message in rank.frames.feed(data):
             if "ready" in message:
                 rank.ready = RankFacts(**message["ready"])
@@ -306,7 +311,6 @@ class ProcessExecutor:
                 _end(rank)
             self._done.set()
             self._selector.close()
-            fs.remove_tree(self._store)
 
 
 def _end(rank: _Rank) -> None:

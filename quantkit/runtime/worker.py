@@ -216,7 +216,6 @@ def _die_with(parent: int) -> None:
 def _serve(channel: _Channel, start: Message) -> None:
     """Load, then answer steps until told to close."""
     job, rank = RankJob(**start["job"]), int(start["rank"])
-    torch.set_num_threads(int(start["threads"]))
     device = "cpu"
     if job.device == "cuda":
         device = f"cuda:{rank}"

@@ -32,6 +32,7 @@ from quantkit.server.protocol import (
     ChatRequest,
     CompletionRequest,
     chat_turns,
+    check_length,
     invalid,
     parse_chat,
     parse_completion,
@@ -58,10 +59,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, and the text that an echo of them begins with."""
+    """Token ids, the text that an echo of them begins with, and how many tokens may follow."""
 
     ids: list[int]
     echo: str
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +217,23 @@ class _Endpoints:
         prompts = []
         for prompt in asked.prompt:
             if isinstance(prompt, str):
-                prompts.append(Prompt(tokenizer.encode(prompt, special=True), prompt if asked.echo else ""))
+                prompts.append(self._prompt(asked, prompt, prompt if asked.echo else ""))
                 continue
             if min(prompt) < 0 or max(prompt) >= vocabulary:
                 raise invalid("prompt", f"has a token that the model does not have, expected 0 to {vocabulary - 1}")
-            prompts.append(Prompt(prompt, tokenizer.decode(prompt, special=True) if asked.echo else ""))
+            limit = token_limit(asked, len(prompt), self._engine.max_model_len)
+            prompts.append(Prompt(prompt, tokenizer.decode(prompt, special=True) if asked.echo else "", limit))
         return asked, prompts
+
+    def _prompt(self, asked: CompletionRequest | ChatRequest, text: str, echo: str = "") -> Prompt:
+        """``text`` as tokens. Raises ApiError when they are none or too many, before another text of the request is read."""
+        chat, context = isinstance(asked, ChatRequest), self._engine.max_model_len
+        param = "messages" if chat else "prompt"
+        check_length(text, context, param)
+        ids = self._engine.tokenizer.encode(text, special=not chat)
+        if not ids:
+            raise invalid(param, "holds no token")
+        return Prompt(ids, echo, token_limit(asked, len(ids), context))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request)
@@ -231,8 +244,7 @@ class _Endpoints:
         """The template alone decides on BOS, as it did when the model was trained: none is added to what it wrote."""
         asked = parse_chat(body)
         self.check_model(asked.model)
-        tokenizer = self._engine.tokenizer
-        return asked, Prompt(tokenizer.encode(render_chat(tokenizer, chat_turns(asked)), special=False), "")
+        return asked, self._prompt(asked, render_chat(self._engine.tokenizer, chat_turns(asked)))
 
     async def _answer(
         self,
@@ -246,12 +258,9 @@ class _Endpoints:
         jobs: list[Job] = []
         choices: list[Choice] = []
         for prompt in prompts:
-            if not prompt.ids:
-                raise invalid("messages" if dialect is CHAT else "prompt", "holds no token")
-            limit = token_limit(asked, len(prompt.ids), self._engine.max_model_len)
             for number in range(asked.n):
                 choices.append(Choice(len(choices), prompt.echo))
-                jobs.append(Job(prompt.ids, sampling(asked, limit, number)))
+                jobs.append(Job(prompt.ids, sampling(asked, prompt.limit, number)))
         if len(jobs) > self._engine.capacity:  # waiting would not help
             what = f"asks for {len(jobs)} completions, this server takes at most {self._engine.capacity} at once"
             raise invalid("n" if asked.n > 1 else "prompt", what)

@@ -18,6 +18,10 @@ from quantkit.text.chat import PART_SEPARATOR
 MAX_CHOICES = 128
 """Completions that one request may ask for: prompts times ``n``."""
 MAX_STOPS = 4
+TOKEN_CHARACTERS = 128
+"""The longest tokens of known vocabularies, runs of spaces, have this many characters."""
+MAX_NAME = 200
+"""Characters of a field's name that an error repeats."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in ``/v1/completions``; fewer when the context has less room."""
 SEED_RANGE = 1 << 63
@@ -39,6 +43,7 @@ class ApiError(Exception):
 
 def invalid(param: str | None, message: str, code: str = "invalid_value", status: int = 400) -> ApiError:
     """The error of a request that its sender must change; ``param`` names the field."""
+    param = param and param[:MAX_NAME]
     return ApiError(status, f"{param}: {message}" if param else message, type_="invalid_request_error", param=param, code=code)
 
 
@@ -262,6 +267,14 @@ def parse_chat(body: bytes) -> ChatRequest:
 def chat_turns(request: ChatRequest) -> list[dict[str, str]]:
     """The messages as a chat template takes them."""
     return [message.model_dump(exclude_none=True) for message in request.messages]
+
+
+def check_length(text: str, context: int, param: str) -> None:
+    """Raise ApiError (400) for a text that is too long for ``context`` whatever its tokens are: counting those takes a minute of CPU."""
+    most = TOKEN_CHARACTERS * context
+    if len(text) > most:
+        what = f"the prompt has {len(text)} characters, and the model's context of {context} tokens cannot hold more than {most}"
+        raise invalid(param, what, "context_length_exceeded")
 
 
 def token_limit(request: CompletionRequest | ChatRequest, prompt: int, context: int) -> int:

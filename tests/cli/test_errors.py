@@ -61,6 +61,7 @@ INPUT = {
     "recipe that exists": ["recipe", "init", "{tmp}/field.yaml"],
     "percentage or factor": ["report", "{model}", "{model}", "--max-ppl-increase", "5"],
     "no percentage": ["report", "{model}", "{model}", "--max-ppl-increase", "much"],
+    "plan for groups of zero": ["plan", "{model}", "--tp", "2", "--method", "awq", "--group-size", "0"],
     "no gpu memory": ["plan", "{model}", "--tp", "2", "--gpu-memory", "lots"],
 }
 
@@ -114,6 +115,8 @@ def test_error_text(case: str, places: dict[str, str], quantkit: Run, golden: Ca
         (RuntimeDied("x", "died"), 4),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 3),
         (OSError(errno.EMFILE, "Too many open files"), 3),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2),
+        (OSError(errno.EACCES, "Permission denied", b"/x"), 2),
         (MemoryError(), 3),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 3),
         (ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn.config"), 3),
@@ -193,3 +196,24 @@ def test_every_branch_of_the_exception_tree_has_its_own_code() -> None:
     branches = QuantkitError.__subclasses__()
     codes = [branch.exit_code for branch in branches if branch.__module__ == QuantkitError.__module__]
     assert sorted(codes) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan --tp 2", "verify", "convert OUT", "shard OUT --tp 2", "unshard OUT", "recipe validate"])
+def test_a_name_that_no_file_can_have_is_the_users(command: str, quantkit: Run, tmp_path: Path) -> None:
+    verbs = command.split()
+    at = 2 if verbs[0] == "recipe" else 1
+    line = [*verbs[:at], "n" * 300, *(str(tmp_path / "out") if word == "OUT" else word for word in verbs[at:])]
+    result = quantkit(*line)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: nnn")
+    assert ", expected " in result.err.splitlines()[0]
+
+
+def test_a_directory_that_may_not_be_searched(quantkit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    result = quantkit("inspect", tmp_path / "model")
+    assert result.code == 2
+    assert result.err == f"error: {tmp_path}/model: cannot look at it (Permission denied), expected a path that can be used\n"

@@ -7,6 +7,8 @@ import os
 import pty
 import re
 import signal
+import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -235,3 +237,46 @@ def test_signals(number: int, code: int, command: list[str], environment: dict[s
     assert "Traceback" not in err
     assert err.splitlines()[-1] in ("interrupted", "terminated")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("closed,code", [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full", 0), (">&- 2>/dev/full", 0)])
+def test_streams_that_are_closed_or_full_change_no_result(
+    command: list[str], environment: dict[str, str], models: Path, tmp_path: Path, closed: str, code: int
+) -> None:
+    line = shlex.join([*command, "convert", str(models / "llama"), str(tmp_path / "out"), "-v"])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], check=False, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == code, done
+    assert b"Traceback" not in done.stderr
+    line = shlex.join([*command, "verify", str(tmp_path / "out")])
+    done = subprocess.run(["sh", "-c", line], check=False, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0, done  # and nothing was written into a file that had taken a stream's place
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
+def test_an_error_that_no_one_reads_still_ends_in_its_code(command: list[str], environment: dict[str, str], closed: str) -> None:
+    line = shlex.join([*command, "inspect", "nowhere"])
+    assert subprocess.run(["sh", "-c", f"{line} {closed}"], check=False, env=environment, timeout=60).returncode == 2
+
+
+def test_next_steps_can_be_pasted_into_a_shell(quantkit: Run, models: Path, tmp_path: Path) -> None:
+    model, whole, cut, back = tmp_path / "a model; it's mine", tmp_path / "w $HOME", tmp_path / "c *", tmp_path / "b"
+    shutil.copytree(models / "llama", model)
+    shown = [
+        quantkit("inspect", model),
+        quantkit("plan", model, "--tp", "2"),
+        quantkit("plan", model, "--tp", "2", "--method", "awq", "--group-size", "64"),
+        quantkit("convert", model, whole),
+        quantkit("shard", whole, cut, "--tp", "2"),
+        quantkit("inspect", cut),
+        quantkit("unshard", cut, back),
+    ]
+    paths = {str(path) for path in (model, whole, cut, back)} | {f"{whole}-awq"}
+    for result in shown:
+        assert result.code == 0, result.err
+        lines = result.err.splitlines()
+        assert lines[0].startswith("next: quantkit ")
+        for line in lines:
+            words = shlex.split(line.removeprefix("next:"))
+            assert words[0] == "quantkit"
+            assert any(word in paths or word in ("OUT", "SHARDS") for word in words[2:])
+            assert not any(" " in word and word not in paths for word in words)

@@ -21,6 +21,8 @@ from quantkit.runtime.engine import Delta, Engine
 from quantkit.runtime.sampler import SamplingParams
 from quantkit.server.app import create_app
 from quantkit.server.edge import DRAINED_BODY, MAX_BODY
+from quantkit.server.protocol import TOKEN_CHARACTERS
+from quantkit.text.tokenizer import Tokenizer
 
 NAME = "tiny/llama"
 PROMPT = "The quick brown fox jumps over"
@@ -236,6 +238,42 @@ def test_too_long_a_prompt_is_refused_with_the_numbers(client: openai.OpenAI, en
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(messages=[{"role": "user", "content": "word " * 3000}], **GREEDY)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+
+
+def test_a_prompt_that_no_tokens_could_make_fit_is_refused_uncounted(scene: tuple[Any, str]) -> None:
+    """Megabytes are not tokenized to say so, and what follows the first prompt that is too long is not looked at."""
+    engine, url = scene
+    counted: list[int] = []
+
+    class Counting:
+        """The engine's tokenizer, which tells the lengths of what it encodes."""
+
+        def __init__(self, real: Tokenizer) -> None:
+            self._real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+        def encode(self, text: str, *, special: bool) -> list[int]:
+            counted.append(len(text))
+            return self._real.encode(text, special=special)
+
+    engine.tokenizer = Counting(engine.tokenizer)
+    most = TOKEN_CHARACTERS * engine.max_model_len
+    with client_of(url) as client:
+        for prompt in ("a b " * most, ["a", "b" * (most + 1)], ["a b " * engine.max_model_len, "b"]):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.completions.create(prompt=prompt, **GREEDY)
+            assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(messages=[{"role": "user", "content": "a" * most}], **GREEDY)
+        assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+    assert counted == [1, 4 * engine.max_model_len] and engine.submitted == []
+
+
+def test_an_error_repeats_no_more_of_a_name_than_one_can_read(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "a", "x" * 100_000: 1})
+    assert answer.status_code == 400 and len(answer.content) < 1000 and "xxx" in answer.json()["error"]["param"]
 
 
 def test_bad_tokens_and_empty_prompts_are_refused(client: openai.OpenAI) -> None:

@@ -25,9 +25,10 @@ from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_decoder
 from quantkit.plan import make_plan
 from quantkit.runtime import worker
-from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, StopText, start_engine
+from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, start_engine
 from quantkit.runtime.sampler import Sampled, TokenLogprob
 from quantkit.runtime.scheduler import Chunk
+from quantkit.runtime.stops import StopText
 from quantkit.runtime.wire import (
     Begin,
     Frames,
@@ -202,7 +203,7 @@ def test_greedy_text_is_that_of_the_bare_decoder_on_any_ranks_alone_and_together
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_packed_models_on_ranks(family: str) -> None:
     """Random AWQ words; 3 KV heads for 2 ranks and 4: uneven cuts, copies, a rank without a KV head's memory to itself."""
-    checkpoint = awq_checkpoint(config_of(family) | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16)
+    checkpoint: Any = awq_checkpoint(config_of(family) | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16)
     prompt = [5, 17, 99, 3, 42]
     want = without_cache(load_decoder(checkpoint, dtype=torch.float32, parity=True), prompt, 12)
     for tp in (2, 4):
@@ -372,7 +373,11 @@ def test_refusals_of_requests(llama: Checkpoint) -> None:
         assert not said
         assert Client(engine, [0] * 15, SamplingParams(4, ignore_eos=True)).answer().tokens
         gate = threading.Event()
-        clients = [engine.submit([1], SamplingParams(8, ignore_eos=True), lambda _: gate.wait(30) and None) for _ in range(3)]
+
+        def stuck(_: Delta | QuantkitError) -> None:
+            gate.wait(30)
+
+        clients = [engine.submit([1], SamplingParams(8, ignore_eos=True), stuck) for _ in range(3)]
         with pytest.raises(QueueFull) as caught:
             engine.submit([1], SamplingParams(8), said.append)
         assert caught.value.exit_code == 3
@@ -419,7 +424,7 @@ def test_close_ends_what_runs_with_an_error(llama: Checkpoint) -> None:
 
 def test_logits_that_are_no_numbers_end_the_request() -> None:
     checkpoint = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96}, 16)
-    checkpoint.values["model.norm.weight"].fill_(float("nan"))  # type: ignore[attr-defined]
+    checkpoint.values["model.norm.weight"].fill_(float("nan"))
     engine = engine_on(GroupExecutor(checkpoint, 1), MODELS / "llama", checkpoint, max_model_len=32, kv_tokens=32)
     try:
         for temperature in (0.0, 1.0):

@@ -133,7 +133,7 @@ def test_write_bytes_leaves_the_old_content_when_it_fails(tmp_path: Path, monkey
     with monkeypatch.context() as patch, pytest.raises(MachineError):
         patch.setattr(os, "write", failing(errno.ENOSPC))
         fs.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
     fs.write_bytes(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
 

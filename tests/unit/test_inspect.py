@@ -220,3 +220,26 @@ def test_torch_is_not_imported() -> None:
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'jinja2') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "facts,names",
+    [
+        ({"model_type": ["llama"]}, None),
+        ({"rope_scaling": {"rope_type": {"a": 1}}}, "rope scaling"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": "much"}}, "rope_theta"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e400}}, "rope_theta"),
+    ],
+)
+def test_facts_of_another_kind_are_refused_or_unknown(tmp_path: Path, facts: dict[str, Any], names: str | None) -> None:
+    config = json.loads((TINY / "config.json").read_bytes())
+    root = copied(tmp_path)
+    if "rope_scaling" in facts:
+        config.pop("rope_parameters", None)
+    (root / "config.json").write_text(json.dumps({**config, **facts}))
+    if names is None:
+        assert inspect(root).data["architecture"] is None
+    else:
+        with pytest.raises(InputError, match=names):
+            inspect(root)

@@ -337,3 +337,44 @@ def test_without_the_parents_sums_the_shards_own_are_checked(tmp_path: Path) -> 
     file.write_bytes(data)
     with pytest.raises(CheckFailed, match="is not what SHA256SUMS says"):
         unshard(shards, tmp_path / "back", overwrite=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"0" * 64 + b"  config.json\n"])
+def test_parent_sums_that_were_changed_prove_nothing(tmp_path: Path, content: bytes) -> None:
+    shards = cut(synthetic(tmp_path / "art", TINY, 32), tmp_path / "shards", 2)
+    (shards / "parent.SHA256SUMS").write_bytes(content)
+    with pytest.raises(CheckFailed, match="parent.SHA256SUMS: was changed"):
+        unshard(shards, tmp_path / "back", overwrite=False)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "parent.model.safetensors.header", "rank-1-of-2.safetensors"])
+def test_without_the_parents_sums_every_file_is_checked(tmp_path: Path, name: str) -> None:
+    shards = cut(synthetic(tmp_path / "art", TINY, None, sums=False), tmp_path / "shards", 2)
+    data = bytearray((shards / name).read_bytes())
+    data[-1] = ord("\n") if data[-1] == ord(" ") else data[-1] ^ 1 if name.startswith("rank") else ord(" ")
+    (shards / name).write_bytes(data + (b"\n" if name == "config.json" else b""))
+    with pytest.raises(CheckFailed, match="is not what SHA256SUMS says"):
+        unshard(shards, tmp_path / "back", overwrite=False)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_file_of_the_parent_that_its_sums_do_not_list_is_checked_too(tmp_path: Path) -> None:
+    source = synthetic(tmp_path / "art", TINY, 32)
+    (source / "LICENSE").write_text("as you like")
+    shards = cut(source, tmp_path / "shards", 2)
+    (shards / "LICENSE").write_text("as I like")
+    with pytest.raises(CheckFailed, match="LICENSE: is not what SHA256SUMS says"):
+        unshard(shards, tmp_path / "back", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["rank-1-of-2.safetensors", "parent.quantkit.json", "parent.model.safetensors.header"])
+def test_a_file_of_the_parent_never_takes_the_place_of_one_of_ours(tmp_path: Path, name: str) -> None:
+    source = synthetic(tmp_path / "art", TINY, 32)
+    (source / "quantkit.json").write_text("{}")
+    (source / name).write_bytes(b"mine")
+    with (source / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{hashlib.sha256(b'mine').hexdigest()}  {name}\n")
+    with pytest.raises(InputError, match="has the name of a file that shard writes"):
+        cut(source, tmp_path / "shards", 2)
+    assert not (tmp_path / "shards").exists()

@@ -1,0 +1,30 @@
+"""Where a model runs and in which dtype, as far as the user leaves it open."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.errors import InputError, MachineError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def place_for(device: str, ranks: int) -> str:
+    """ "cpu" or "cuda". Raises MachineError when there are fewer GPUs than ranks."""
+    if device not in DEVICES:
+        raise InputError("--device", f"is {device!r}", f"one of {', '.join(DEVICES)}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < ranks:
+        raise MachineError(
+            "--device cuda", f"{ranks} ranks, {count} GPUs here", "a GPU for each rank", f"--tp {count}" if count else "--device cpu"
+        )
+    return "cuda"
+
+
+def default_dtype(device: str, parity: bool) -> str:
+    """What activations are computed in where nobody says: bfloat16, or float16 on a GPU without it; float32 with ``parity``."""
+    if parity:
+        return "float32"
+    return "float16" if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bfloat16"
