@@ -35,8 +35,9 @@ venv: $(VENV)/.installed
 demo: venv
 	@$(BIN)/python benchmarks/demo.py --out $(OUT)
 
+# Workers share the cores: threads that spin while they wait would burn what the other worker needs (runtime/threads.py).
 test: venv
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not gpu and not multigpu and not oracle"
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not gpu and not multigpu and not oracle"
 
 lint: venv
 	$(BIN)/ruff check .

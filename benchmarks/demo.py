@@ -108,7 +108,7 @@ def main() -> None:
     say(1, "A GGUF file becomes a Hugging Face checkpoint")
     seconds["convert"] = quantkit("convert", MODEL, base, "--overwrite")
     say(2, "The checkpoint becomes 4-bit AWQ, and, to compare, 4-bit by plain rounding")
-    seconds["quantize awq"] = quantkit("quantize", base, awq, "--method", "awq", "--group-size", "64", "--overwrite")
+    seconds["quantize awq"] = quantkit("quantize", base, awq, "--method", "awq", "--group-size", "64", "--samples", "64", "--overwrite")
     seconds["quantize rtn"] = quantkit("quantize", base, rtn, "--method", "rtn", "--group-size", "64", "--overwrite")
     seconds["verify"] = quantkit("verify", awq, "--deep")
     say(3, f"The artifact is cut for {options.tp} ranks: 9 heads and 3 KV heads, so unevenly")
