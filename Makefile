@@ -55,8 +55,9 @@ oracle: venv
 bench: venv  # BASE=DIR, an unquantized checkpoint
 	$(BIN)/python benchmarks/quality.py $(BASE) --out benchmarks/results
 
+# Every command that the documents and the help show is parsed, and the golden help texts are compared.
 docs: venv
-	$(BIN)/python -m pytest -q tests/cli -m "not slow"
+	$(BIN)/python -m pytest -q tests/cli/test_documents.py tests/cli/test_help.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -105,10 +105,7 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     ranks = [list(rank_slices(spec, assignment, plan, rank, checkpoint.tensors)) for rank in range(tp)]
     heads = [encode_header(_entries(pieces), {"format": "pt"}, align=PAGE) for pieces in ranks]
     sizes = tuple(sum(piece.nbytes for piece in pieces) for pieces in ranks)
-    restored, kept = _kept_files(checkpoint)
-    taken = sorted(restored & {*(rank_file(rank, tp) for rank in range(tp)), *(name for name in kept if name not in restored)})
-    if taken:
-        raise InputError(f"{checkpoint.root}: {taken[0]}", "has the name of a file that shard writes", "another name")
+    restored, kept = _kept_files(checkpoint, tp)
     need = sum(sizes) + sum(map(len, heads)) + sum(map(len, kept.values()))
     with _partial(out, checkpoint.root, overwrite, need) as partial:
         hashes = _write_ranks(checkpoint, ranks, heads, partial, progress)
@@ -177,7 +174,7 @@ def _read_small(root: Path, name: str, where: str) -> bytes:
     return fs.read_bytes(fs.confined(root, name, where), SMALL_FILE_LIMIT)
 
 
-def _kept_files(checkpoint: Checkpoint) -> tuple[set[str], dict[str, bytes]]:
+def _kept_files(checkpoint: Checkpoint, tp: int) -> tuple[set[str], dict[str, bytes]]:
     """The names of the parent's small files, and they and the weight headers by the name they get beside the rank files.
 
     What would be mistaken for the shards' own (manifest, sums, index) is prefixed; weight headers are kept as they are
@@ -189,6 +186,9 @@ def _kept_files(checkpoint: Checkpoint) -> tuple[set[str], dict[str, bytes]]:
     prefixed = {name for name in (MANIFEST, SUMS, INDEX) if (root / name).is_file()}
     if SUMS in prefixed:
         names |= set(parse_sums(_read_small(root, SUMS, str(root)), str(root / SUMS))) - set(weights) - prefixed
+    ours = {PARENT + name for name in prefixed} | {PARENT + name + HEADER for name in weights} | {rank_file(rank, tp) for rank in range(tp)}
+    if taken := sorted(ours & names):
+        raise InputError(f"{root}: {taken[0]}", "has the name of a file that shard writes", "another name")
     kept = {name: _read_small(root, name, str(root)) for name in names}
     kept |= {PARENT + name: _read_small(root, name, str(root)) for name in prefixed}
     for name, path in weights.items():

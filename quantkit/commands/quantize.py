@@ -18,7 +18,7 @@ from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, LAYOUTS
 from quantkit.progress import Progress, silent
 from quantkit.recipe import Calibration, Override, Recipe, checked_recipe, load_recipe, parse_override
-from quantkit.report import Report, Table
+from quantkit.report import Report, Table, next_step
 from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, awq_config, resolve
 from quantkit.verify import expected_tensors, mixed_siblings, tensor_defects
 
@@ -396,9 +396,9 @@ def _report(job: _Job, model: QuantizedModel, files: list[str], calibration: Cal
         tables=(Table("Summary", ("", ""), rows),),
         warnings=warnings,
         next_steps=(
-            f"quantkit verify {options.out} --deep",
-            f"quantkit report {options.path} {options.out}",
-            f"quantkit serve {options.out}",
+            next_step("verify", options.out, "--deep"),
+            next_step("report", options.path, options.out),
+            next_step("serve", options.out),
         ),
     )
 

@@ -143,10 +143,15 @@ def _baseline(options: ReportOptions) -> dict[str, float]:
         found = {str(model["method"]): float(model["ppl"]) for model in data["models"]}
     except (ValueError, KeyError, TypeError) as exc:
         raise InputError(str(options.baseline), "is not a quantkit report", "the report.json of an earlier run") from exc
+    for method, ppl in found.items():
+        if not 1 <= ppl < math.inf:  # a perplexity that no model has would let every artifact through, or none
+            raise InputError(str(options.baseline), f"says that the perplexity of {method!r:.100} is {ppl}", "a number from 1 on")
     for artifact in options.artifacts:
         method = _label(open_checkpoint(artifact))
         if method not in found:
-            raise InputError(str(options.baseline), f"has no {method}, as {artifact} is", f"one of {', '.join(found)}")
+            raise InputError(
+                str(options.baseline), f"has no {method}, as {artifact} is", f"one of {', '.join(found)}" if found else "a report of it"
+            )
     return found
 
 
@@ -157,7 +162,9 @@ def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping
         base = models[0].ppl if reference is None else reference[model.method]
         increase, limit = model.ppl / base - 1, options.max_ppl_increase
         if limit is not None and not increase <= limit:
-            failures.append(f"{model.path}: perplexity {model.ppl:.3f} is {increase:+.2%} from {base:.3f}, expected at most {limit:+.2%}")
+            failures.append(
+                f"{model.path}: perplexity {model.ppl:.3f} is {increase:+.2%} from {base:.3f}, expected at most +{100 * limit:g}%"
+            )
         if options.max_memory is not None and model.memory_bytes > options.max_memory:
             failures.append(f"{model.path}: {model.memory_bytes} bytes of weights in memory, expected at most {options.max_memory}")
     return failures
@@ -167,6 +174,8 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
     """Measure base and artifacts on the same text, write ``report.json`` and ``report.md`` when ``out`` is given, apply the gates."""
     text, source = _text(options)
     reference = _baseline(options) if options.baseline else None
+    for path in (options.base, *options.artifacts):
+        open_checkpoint(path)  # a slip in the last of them must not cost the measuring of the first
     models = [_measure(path, text, options, progress) for path in (options.base, *options.artifacts)]
     base = models[0]
     rows = tuple(

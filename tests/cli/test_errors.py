@@ -198,7 +198,9 @@ def test_every_branch_of_the_exception_tree_has_its_own_code() -> None:
     assert sorted(codes) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan --tp 2", "verify", "convert OUT", "shard OUT --tp 2", "unshard OUT", "recipe validate"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "plan --tp 2", "verify", "convert OUT", "shard OUT --tp 2", "unshard OUT", "recipe validate"]
+)
 def test_a_name_that_no_file_can_have_is_the_users(command: str, quantkit: Run, tmp_path: Path) -> None:
     verbs = command.split()
     at = 2 if verbs[0] == "recipe" else 1

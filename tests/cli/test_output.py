@@ -6,9 +6,9 @@ import json
 import os
 import pty
 import re
-import signal
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path

@@ -92,3 +92,25 @@ def test_a_text_of_the_users(report: Callable[..., Any], tmp_path: Path) -> None
     assert "stride 64" in done.data["convention"]
     with pytest.raises(InputError, match=r"nothing\.txt"):
         report(text=tmp_path / "nothing.txt")
+
+
+@pytest.mark.parametrize("ppl", [0, -3.0, 0.5, "nan", "inf"])
+def test_a_baseline_of_no_perplexity_is_refused(report: Callable[..., Any], tmp_path: Path, ppl: Any) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"models": [{"method": "rtn 4-bit g128", "ppl": ppl}]}))
+    with pytest.raises(InputError, match=r"says that the perplexity of .* is .*, expected a number from 1 on"):
+        report(baseline=path, max_ppl_increase=0.05)
+
+
+def test_a_slip_in_the_last_path_is_found_before_anything_is_measured(artifact: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(InputError, match="no such file or directory"):
+        run(
+            ReportOptions(base=str(LLAMA), artifacts=(str(artifact), str(tmp_path / "nowhere")), window=256, tokens=4096),
+            lambda stage, done, total: stages.append(stage),
+        )
+    assert stages == []
+
+
+def test_the_gate_says_its_limit_as_it_was_given(report: Callable[..., Any]) -> None:
+    assert report(max_ppl_increase=0.00001).failed.endswith("expected at most +0.001%")

