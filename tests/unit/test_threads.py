@@ -54,24 +54,25 @@ def test_ranks_share_the_cores_and_the_user_may_ask_for_less(monkeypatch: pytest
         assert thread_variables(2, own) == {"OMP_NUM_THREADS": "4"}
 
 
-SERVE = """
+COMMAND = """
 import sys
-from quantkit.commands.serve import ServeOptions, run
-from quantkit.errors import InputError
+from quantkit.cli import run
 assert "torch" not in sys.modules
-try:
-    run(ServeOptions(sys.argv[1], port=0))
-except InputError:
-    assert "torch" in sys.modules
+assert run(sys.argv[1:]) == 2
+assert "torch" in sys.modules
 """
 
 
-def test_the_server_decides_before_torch_is_loaded(tmp_path: Path) -> None:
+def test_the_command_line_decides_before_torch_is_loaded(tmp_path: Path) -> None:
     """OpenMP tells what it goes by."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_", "GOMP_"))}
     environment["OMP_DISPLAY_ENV"] = "verbose"
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path / "absent")], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", COMMAND, "serve", str(tmp_path / "absent"), "--port", "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     told = dict(re.findall(r"(G?OMP_\w+) = '(\w+)'", done.stderr))
     assert told["GOMP_SPINCOUNT"] == "1000" and told["OMP_NUM_THREADS"] == str(cores())
