@@ -80,7 +80,7 @@ def tiny_model() -> bytes:
 
 
 @contextmanager
-def modest(seconds: float = 5.0, nbytes: int = 8 << 20) -> Iterator[None]:
+def modest(seconds: float = 15.0, nbytes: int = 8 << 20) -> Iterator[None]:
     """Fail when what runs inside takes long or needs much memory."""
     tracemalloc.start()
     started = time.perf_counter()

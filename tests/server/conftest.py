@@ -87,7 +87,7 @@ def scripted(model: Path) -> ScriptedEngine:
 def wait_for() -> Callable[..., None]:
     """``wait_for(condition)`` returns once the condition holds, and fails the test after some seconds."""
 
-    def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    def wait(condition: Callable[[], object], seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"not within {seconds} s"

@@ -308,7 +308,7 @@ def test_a_client_that_leaves_frees_its_tokens(url: str, client: openai.OpenAI, 
         client.with_options(timeout=0.3).completions.create(**long)
     before = engine.stats().generated_tokens
     wait_for(lambda: engine.stats().running == 0)
-    assert before - engine.stats().generated_tokens < 900
+    assert engine.stats().generated_tokens - before < 900
     assert httpx.get(f"{url}/health").json()["running"] == 0
 
 
@@ -329,7 +329,7 @@ def test_health_and_version(url: str, engine: Engine) -> None:
 
 
 def raw(url: str, path: str, fields: dict[str, Any], **more: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/{path}", json={"model": NAME, **fields}, timeout=10, **more)
+    return httpx.post(f"{url}/v1/{path}", json={"model": NAME, **fields}, timeout=30, **more)
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def test_more_choices_than_ever_fit_are_refused(scene: tuple[Any, str]) -> None:
 def test_death_in_the_middle_of_a_stream_is_its_last_event(scene: tuple[Any, str]) -> None:
     engine, url = scene
     body = {"model": NAME, "messages": HELLO, "stream": True, "n": 2}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=10) as stream:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as stream:
         lines = (line for line in stream.iter_lines() if line)
         assert [json.loads(next(lines)[6:])["choices"][0]["index"] for _ in range(2)] == [0, 1]
         engine.say(1, Delta("Hel", (5,), (), None))
@@ -419,7 +419,7 @@ def test_tokenizing_for_one_client_does_not_stop_the_others(scene: tuple[Any, st
     thread = threading.Thread(target=lambda: answers.append(raw(url, "completions", {"prompt": "word " * 100})))
     thread.start()
     assert reached.wait(10)
-    assert httpx.get(f"{url}/health", timeout=5).status_code == 200
+    assert httpx.get(f"{url}/health", timeout=10).status_code == 200
     go_on.set()
     thread.join()
     assert answers[0].json()["error"]["code"] == "context_length_exceeded"
@@ -428,7 +428,7 @@ def test_tokenizing_for_one_client_does_not_stop_the_others(scene: tuple[Any, st
 def send(url: str, head: str, body: bytes = b"") -> socket.socket:
     """A connection on which a request has been sent by hand."""
     host = urlsplit(url)
-    connection = socket.create_connection((host.hostname or "", host.port or 0), timeout=10)
+    connection = socket.create_connection((host.hostname or "", host.port or 0), timeout=30)
     connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
     return connection
 
@@ -457,7 +457,7 @@ def test_a_client_that_leaves_within_its_body_costs_nothing(scene: tuple[Any, st
 def test_a_finished_choice_is_not_cancelled(scene: tuple[Any, str]) -> None:
     engine, url = scene
     body = {"model": NAME, "prompt": "Hi", "stream": True, "n": 2}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=10) as stream:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
         engine.say(1, Delta("a", (5, 6), (), "stop"))
         engine.say(2, Delta("b", (7,), (), "length"))
         events = [line[6:] for line in stream.iter_lines() if line]

@@ -81,7 +81,7 @@ def test_two_ranks_say_what_one_says_and_a_killed_rank_is_noticed(one_rank: str)
         seeded = SamplingParams(16, seed=5, ignore_eos=True)
         assert ask(engine, "The capital", seeded) == ask(engine, "The capital", seeded) != one_rank
         os.kill(pids(engine)[1], signal.SIGKILL)
-        wait_for(lambda: engine.failure is not None, 8)
+        wait_for(lambda: engine.failure is not None, 20)
         assert engine.failure is not None
         assert engine.failure.line == "rank 1: was killed by SIGKILL, expected every rank alive"  # and not a warning that it wrote once
         with pytest.raises(RuntimeDied, match="rank 1"):
@@ -106,7 +106,7 @@ def test_a_shard_directory_brings_its_ranks_and_a_hung_rank_is_noticed(
         start = time.monotonic()
         with pytest.raises(RuntimeDied, match="rank 1: has said nothing for 3 s"):
             ask(engine, "The capital")
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 20
         assert not any(map(alive, pids(engine)))
     finally:
         engine.close()
@@ -144,7 +144,7 @@ def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
         assert len(ranks) == 2 and all(alive(int(pid)) for pid in ranks)
         parent.kill()
         parent.wait()
-        wait_for(lambda: not any(alive(int(pid)) for pid in ranks), 5)
+        wait_for(lambda: not any(alive(int(pid)) for pid in ranks), 15)
         assert list(tmp_path.iterdir()) == []
     finally:
         parent.kill()
@@ -191,7 +191,7 @@ def test_two_gpus_say_what_the_cpu_says_and_a_killed_rank_is_noticed(one_rank: s
     try:
         assert ask(engine, "The capital") == one_rank
         os.kill(pids(engine)[1], signal.SIGKILL)
-        wait_for(lambda: engine.failure is not None, 8)
+        wait_for(lambda: engine.failure is not None, 20)
         assert not any(map(alive, pids(engine)))
     finally:
         engine.close()

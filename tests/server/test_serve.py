@@ -54,7 +54,7 @@ class Server:
             self.process.send_signal(number)
         code = self.process.wait(seconds)
         assert self.process.stdout is not None
-        _, left = psutil.wait_procs(family, timeout=2)
+        _, left = psutil.wait_procs(family, timeout=10)
         assert left == []
         return code, self.process.stdout.read()
 
@@ -184,7 +184,7 @@ def test_a_killed_rank_is_503_then_exit_4(model: Path) -> None:
             client.chat.completions.create(**GREEDY)
         assert caught.value.status_code == 503
         code, out = server.end()
-        assert time.monotonic() - died < 10
+        assert time.monotonic() - died < 20
     assert (code, out) == (4, "")
     assert server.log[1:] == [
         "error: rank 1: was killed by SIGKILL, expected every rank alive",
