@@ -14,6 +14,7 @@ from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.commands.plan import METHOD_LAYOUTS
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, LAYOUTS
 from quantkit.progress import Progress, silent
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from quantkit.quantizers.calibration import CalibrationTokens
     from quantkit.quantizers.pipeline import QuantizedModel
 
-DEFAULT_LAYOUT = {"rtn": "awq", "awq": "awq"}
 DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
 COMPUTE_BYTES = 4
 """Calibration runs in float32."""
@@ -84,7 +84,7 @@ def effective_recipe(options: QuantizeOptions, max_positions: int | None = None)
         "bits": options.bits if options.bits is not None else (base.bits if base else 4),
         "group_size": options.group_size if options.group_size is not None else (base.group_size if base else 128),
         "sym": options.sym if options.sym is not None else (base.sym if base else False),
-        "format": options.format or (base.format if base else None) or DEFAULT_LAYOUT.get(method),
+        "format": options.format or (base.format if base else None) or METHOD_LAYOUTS.get(method),
         "calibration": {
             "source": "builtin" if source is None else source,
             "samples": DEFAULT_SAMPLES if samples is None else samples,
