@@ -1,18 +1,19 @@
-"""Any readable checkpoint -> a Hugging Face directory of safetensors, a block at a time, with every rounding measured.
+"""Any readable checkpoint -> a Hugging Face directory of floats, with every rounding measured; an integer artifact -> another format.
 
-Knows stored dtypes and layouts; knows no architecture: a block is what its tensors' names say. The conversion is a function of
-its inputs, so a run that was killed is simply continued.
+Both go a block at a time, and a block is what its tensors' names say. A conversion is a function of its inputs, so a run that
+was killed is simply continued.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,10 @@ from quantkit import __version__
 from quantkit.checkpoint.artifact import ArtifactWriter, PublishedArtifact, StoredTensor
 from quantkit.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, LAYOUTS
+from quantkit.geometry import DTYPE_BYTES, Geometry
 from quantkit.progress import Progress, silent
-from quantkit.scheme import KEEP, LinearScheme, assignment_from_config
+from quantkit.scheme import assignment_to_json
+from quantkit.transcode import QuantizedLinear, dense_weight, exact_conversion, quantized_linears, transcoded
 
 DTYPES: Mapping[str, str] = MappingProxyType({"float16": "F16", "bfloat16": "BF16", "float32": "F32"})
 """``--dtype`` -> the safetensors dtype."""
@@ -34,6 +36,7 @@ GGUF_DTYPE = "F16"
 CHUNK_ELEMENTS = 4 << 20
 """Values that are rounded and compared at a time."""
 OUTER_UNIT = "outer"
+T = TypeVar("T")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
 
 
@@ -81,13 +84,13 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One tensor to write: ``name`` in ``dtype``; with ``scheme`` it is the dense weight of a packed linear."""
+    """One tensor to write: ``name`` in ``dtype``; with ``linear`` it is the dense weight of a quantized one."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     label: str
-    scheme: LinearScheme | None = None
+    linear: QuantizedLinear | None = None
 
     @property
     def nbytes(self) -> int:
@@ -150,41 +153,36 @@ def convert_to_hf(
 
 def _units(checkpoint: Checkpoint, dtype: str | None) -> dict[str, list[_Job]]:
     """The tensors to write by the unit that they are committed in: what is outside the blocks first, then block by block."""
-    grouped: dict[int, list[_Job]] = {}
-    for job in _jobs(checkpoint, dtype):
-        found = _LAYER.search(job.name)
-        grouped.setdefault(int(found[1]) if found else -1, []).append(job)
+    return _by_block(_jobs(checkpoint, dtype), lambda job: job.name)
+
+
+def _by_block(items: Iterable[T], name: Callable[[T], str]) -> dict[str, list[T]]:
+    grouped: dict[int, list[T]] = {}
+    for item in items:
+        found = _LAYER.search(name(item))
+        grouped.setdefault(int(found[1]) if found else -1, []).append(item)
     return {OUTER_UNIT if layer < 0 else f"block-{layer:05d}": grouped[layer] for layer in sorted(grouped)}
 
 
 def _jobs(checkpoint: Checkpoint, dtype: str | None) -> Iterator[_Job]:
-    modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
-    schemes = {m: s for m, s in assignment_from_config(checkpoint.config, modules, checkpoint.tensors).items() if s != KEEP}
+    linears = quantized_linears(checkpoint)
+    owners = {name: linear for linear in linears.values() for name in linear.parts}
+    declared = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    dense = DTYPES.get(dtype or str(declared), "F16")
+    done: set[str] = set()
     for name, ref in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if module in schemes and suffix in ("qweight", "qzeros", "scales"):
-            if suffix == "qweight":
-                yield _packed_job(checkpoint, module, schemes[module], dtype)
+        linear = owners.get(name)
+        if linear is not None:
+            if linear.path not in done:
+                n, k = linear.geometry.n, linear.geometry.k
+                yield _Job(f"{linear.path}.weight", (k, n) if linear.transposed else (n, k), dense, linear.label, linear)
+            done.add(linear.path)
             continue
         own = checkpoint.dtype(name)
         if own not in DTYPE_BYTES:
             raise InputError(name, f"is stored as {own}", f"one of {', '.join(DTYPE_BYTES)}")
         target = own if own not in FLOATS else dtype or (GGUF_DTYPE if checkpoint.kind == "gguf" else None)
         yield _Job(name, ref.shape, DTYPES.get(str(target), target or own), ref.dtype)
-
-
-def _packed_job(checkpoint: Checkpoint, module: str, scheme: LinearScheme, dtype: str | None) -> _Job:
-    """The dense weight of a packed linear. Raises InputError unless its parts have the shapes of its layout."""
-    k, words = (*checkpoint.tensors[f"{module}.qweight"].shape, 0, 0)[:2]
-    geometry = LAYOUTS[scheme.layout](words * 8, k, dtype="F16", group_size=scheme.group_size)
-    for part in geometry.parts:
-        ref = checkpoint.tensors.get(f"{module}.{part.suffix}")
-        if ref is None or ref.shape != geometry.shape(part) or ref.dtype != part.dtype:
-            found = "is missing" if ref is None else f"is {ref.dtype} {list(ref.shape)}"
-            raise InputError(f"{module}.{part.suffix}", found, f"{part.dtype} {list(geometry.shape(part))}")
-    declared = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    target = DTYPES.get(dtype or str(declared), "F16")
-    return _Job(f"{module}.weight", (geometry.n, geometry.k), target, f"{scheme.layout}, {scheme.bits} bits", scheme)
 
 
 def _commit(writer: ArtifactWriter, checkpoint: Checkpoint, unit: str, jobs: list[_Job]) -> None:
@@ -230,8 +228,8 @@ def _tensor(checkpoint: Checkpoint, job: _Job) -> tuple[StoredTensor, Change]:
 
 def _chunks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[str, NDArray[Any]]]:
     """The values of one tensor in order, some rows at a time, and the dtype that they are in."""
-    if job.scheme is not None:
-        yield "F32", _dense(checkpoint, job, job.scheme)
+    if job.linear is not None:
+        yield "F32", dense_weight(checkpoint, job.linear)
         return
     own = checkpoint.dtype(job.name)
     if not job.shape or own == job.dtype:
@@ -241,20 +239,6 @@ def _chunks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[str, NDArray[An
     for start in range(0, job.shape[0], rows):
         inner = [slice(0, size) for size in job.shape[1:]]
         yield own, checkpoint.read(job.name, (slice(start, min(start + rows, job.shape[0])), *inner))
-
-
-def _dense(checkpoint: Checkpoint, job: _Job, scheme: LinearScheme) -> NDArray[np.float32]:
-    """The weight ``[N, K]`` that a packed linear multiplies by."""
-    from quantkit.layouts.registry import codec
-    from quantkit.ops.dtypes import as_tensor
-
-    module = job.name.removesuffix(".weight")
-    n, k = job.shape
-    geometry = LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size)
-    names = {part.suffix: f"{module}.{part.suffix}" for part in geometry.parts}
-    parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, name in names.items()}
-    dense: NDArray[np.float32] = codec(scheme.layout).dequant(parts, geometry).numpy()
-    return dense
 
 
 def _floats(values: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -307,3 +291,72 @@ def _config(checkpoint: Checkpoint, dtype: str | None, units: Mapping[str, list[
     if written is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": written}
     return config
+
+
+@dataclass(frozen=True, slots=True)
+class Transcoded:
+    """What was written. ``counts``: how linears were stored ("awq, 4 bits") -> how many of them."""
+
+    published: PublishedArtifact
+    counts: Mapping[str, int]
+    symmetric: bool
+    fingerprint: str
+    resumed_units: int
+
+    @property
+    def linears(self) -> int:
+        return sum(self.counts.values())
+
+
+def convert_exactly(
+    checkpoint: Checkpoint, out: Path, *, to: str, max_shard_size: int, overwrite: bool, progress: Progress = silent
+) -> Transcoded:
+    """Write the integers of ``checkpoint`` to the directory ``out`` in the format ``to`` (a key of ``transcode.TARGETS``).
+
+    Everything else is copied byte for byte. An unfinished conversion of the same source is continued. Raises InputError for a
+    source that ``to`` cannot hold exactly, or an ``out`` that exists; MachineError when the disk is full.
+    """
+    if max_shard_size <= 0:
+        raise InputError("--max-shard-size", f"is {max_shard_size}", "a positive number of bytes")
+    target = exact_conversion(checkpoint, to)
+    owners = {name: path for path, (linear, _) in target.linears.items() for name in linear.parts}
+    # A linear counts where its first part lies; every other tensor is written where it is.
+    units = _by_block(dict.fromkeys(owners.get(name, name) for name in checkpoint.tensors), lambda item: f"{item}.")
+    fingerprint = checkpoint.fingerprint()
+    identity = {"command": "convert", "quantkit": __version__, "source": fingerprint, "to": to}
+    copied = sum(ref.nbytes for name, ref in checkpoint.tensors.items() if name not in owners)
+    need = copied + sum(geometry.total_bytes for _, geometry in target.linears.values())
+    counts = Counter(linear.label for linear, _ in target.linears.values())
+    with ArtifactWriter(
+        out, identity=identity, overwrite=overwrite, resume=not overwrite, need_bytes=need, source=checkpoint.root
+    ) as writer:
+        committed = writer.committed
+        for done, (unit, items) in enumerate(units.items(), 1):
+            if unit not in committed:
+                writer.commit(unit, _moved(checkpoint, items, target.linears), facts={})
+            progress("convert", done, len(units))
+        manifest = {
+            "kind": "artifact",
+            "method": "convert",
+            "source": {"fingerprint": fingerprint, "kind": checkpoint.kind},
+            "assignment": assignment_to_json(target.assignment),
+            "conversion": {"exact": True, "to": to, "linears": len(target.linears)},
+        }
+        published = writer.publish(
+            config={**checkpoint.config, "quantization_config": dict(target.quantization_config)},
+            files=checkpoint.extra_files(),
+            manifest=manifest,
+            max_shard_size=max_shard_size,
+        )
+    symmetric = all(geometry.scheme.sym for _, geometry in target.linears.values())
+    return Transcoded(published, counts, symmetric, fingerprint, len(committed))
+
+
+def _moved(checkpoint: Checkpoint, items: Iterable[str], linears: Mapping[str, tuple[QuantizedLinear, Geometry]]) -> Iterator[StoredTensor]:
+    """Tensors as they are, and linears (by path) in the layout that they get."""
+    for item in items:
+        if item in linears:
+            yield from transcoded(checkpoint, *linears[item])
+        else:
+            ref = checkpoint.tensors[item]
+            yield StoredTensor(item, ref.dtype, ref.shape, checkpoint.read(item).reshape(-1).view(np.uint8).data)

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Self
 from quantkit.errors import InputError, MachineError, QuantkitError
 
 if TYPE_CHECKING:
+    import numpy as np
     from _typeshed import ReadableBuffer
+    from numpy.typing import NDArray
 
 CHUNK_BYTES = 8 << 20
 """The most that is copied or hashed at a time."""
@@ -207,6 +209,17 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.unlink(temporary)
         raise
     fsync_dir(path.parent)
+
+
+def scratch_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
+    """A new file of ``nbytes`` bytes, mapped into memory for reading and writing. It is no part of any result and is never synced."""
+    import numpy as np
+
+    with _refusals(path, "make a scratch file"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))  # a full disk is an error here, not a signal at some later write
+            return np.memmap(file, dtype=np.uint8, mode="r+", shape=(nbytes,))
 
 
 def append(path: Path, data: bytes, *, at: int) -> int:

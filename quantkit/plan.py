@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 from quantkit.arch.spec import Dim, ModelSpec
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, LAYOUTS, Geometry
+from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, geometry_of, plain
 from quantkit.scheme import Assignment, LinearScheme
 
 VOCAB_GRANULE = 64
@@ -23,7 +23,9 @@ VOCAB_GRANULE = 64
 TILE = 16
 """Where a dim allows it, granules are grown to this many elements: matrix kernels work on tiles of 16."""
 MAX_TP = 1024
-COLUMN, ROW, GATHER = "column", "row", "gather"
+FFN_DIMS = ("ffn", "expert_ffn", "shared_ffn")
+"""Dims between two linears of a block, whatever else it has: dealt to the ranks in granules that serve both sides."""
+COLUMN, ROW, GATHER, COPY = "column", "row", "gather", "copy"
 EMBEDDING, HEAD = "embedding", "head"
 
 
@@ -33,7 +35,7 @@ class ParallelPlan:
 
     ``dims`` are the model's, with vocab padded; ``vocab`` is its true size. ``ranges`` count in units of the dim (heads,
     channels, rows). ``roles`` gives each role's (out, in) dims. ``modes``: "column" cuts N, the output stays cut; "row"
-    cuts K, outputs are summed; "gather" gathers the input, cuts N by "hidden", and gathers the output.
+    cuts K, outputs are summed; "gather" gathers the input, cuts N by "hidden", and gathers the output; "copy" is whole on every rank.
     """
 
     tp: int
@@ -56,6 +58,8 @@ class ParallelPlan:
         """The elements of N and of K of linear ``role`` (or "embedding", "head") that ``rank`` stores."""
         out, inp = self.roles[role]
         n, k = range(self.dims[out].elements), range(self.dims[inp].elements)
+        if self.modes[role] == COPY:
+            return n, k
         if self.modes[role] == ROW:
             return n, self.elements(inp, rank)
         return self.elements(out, rank), k
@@ -121,11 +125,11 @@ def _plan_roles(spec: ModelSpec) -> dict[str, tuple[str, str]]:
 def _check_cover(plan: ParallelPlan, where: str) -> None:
     if not 1 <= plan.tp <= MAX_TP:
         raise InputError(where, f"tp is {plan.tp}", f"1 to {MAX_TP}")
-    used = {plan.roles[role][1] if mode == ROW else plan.roles[role][0] for role, mode in plan.modes.items() if role in plan.roles}
-    if set(plan.modes) != set(plan.roles) or not set(plan.modes.values()) <= {COLUMN, ROW, GATHER}:
-        raise InputError(
-            where, "has a linear without a mode, or an unknown mode", f"{COLUMN}, {ROW} or {GATHER} for each of {sorted(plan.roles)}"
-        )
+    cut = {role: mode for role, mode in plan.modes.items() if role in plan.roles and mode != COPY}
+    used = {plan.roles[role][1] if mode == ROW else plan.roles[role][0] for role, mode in cut.items()}
+    if set(plan.modes) != set(plan.roles) or not set(plan.modes.values()) <= {COLUMN, ROW, GATHER, COPY}:
+        known = f"{COLUMN}, {ROW}, {GATHER} or {COPY}"
+        raise InputError(where, "has a linear without a mode, or an unknown mode", f"{known} for each of {sorted(plan.roles)}")
     if {dim for pair in plan.roles.values() for dim in pair} - set(plan.dims) or not used <= set(plan.ranges) <= set(plan.dims):
         raise InputError(where, "has a dim without a size or without ranges", "both for every dim that is cut")
     if not 0 <= plan.dims["vocab"].size - plan.vocab < VOCAB_GRANULE:
@@ -169,20 +173,27 @@ def _deal(units: int, ranks: int, unit: int = 1, first: int = 0) -> tuple[range,
 
 def linear_geometry(path: str, n: int, k: int, scheme: LinearScheme, *, dtype: str, bias: bool) -> Geometry:
     """The geometry of the linear at ``path``, whole. Raises InputError naming it, the numbers and the remedy."""
-    if scheme.layout not in LAYOUTS:
-        raise InputError(path, f"layout {scheme.layout!r}", f"one of {', '.join(LAYOUTS)}")
     try:
-        return LAYOUTS[scheme.layout](n, k, dtype=dtype, bias=bias, group_size=scheme.group_size)
+        return geometry_of(scheme, n, k, dtype=dtype, bias=bias)
     except InputError as exc:
         fits = [g for g in (128, 64, 32) if k % g == 0]
-        hint = f"--group-size {fits[0]} divides {k}" if fits and n % 8 == 0 else f"keep it in floats: --override '{path}:keep'"
+        grouped = scheme.group_size > 0 and k % scheme.group_size != 0
+        hint = f"--group-size {fits[0]} divides {k}" if fits and grouped else f"keep it in floats: --override '{path}:keep'"
         raise InputError(path, exc.what, exc.expected, hint) from exc
+
+
+def role_scheme(spec: ModelSpec, role: str, scheme: LinearScheme) -> LinearScheme:
+    """``scheme``, or how the architecture stores this linear when it stays in floats."""
+    if scheme.layout == "plain" and spec.linears[role].transposed:
+        return replace(scheme, layout="transposed")
+    return scheme
 
 
 def block_geometries(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Iterable[tuple[str, str, Geometry]]:
     """(role, module path, whole geometry) of every linear of every block, in order; ``dtype`` of floats kept as they are.
 
-    Raises InputError for a linear that the assignment lacks or whose shape its layout cannot hold.
+    Of a fused projection each part is a linear of its own here. Raises InputError for a linear that the assignment lacks or
+    whose shape its layout cannot hold.
     """
     known: dict[tuple[str, LinearScheme], Geometry] = {}
     for layer in range(spec.layers):
@@ -191,9 +202,28 @@ def block_geometries(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> 
                 raise InputError(path, "the assignment does not say how it is stored", "a scheme for every linear")
             key = role, assignment[path]
             if key not in known:
-                n, k = spec.linear_shape(role)
-                known[key] = linear_geometry(path, n, k, assignment[path], dtype=dtype, bias=bool(spec.linears[role].bias))
+                scheme, (n, k) = role_scheme(spec, role, assignment[path]), spec.linear_shape(role)
+                known[key] = linear_geometry(path, n, k, scheme, dtype=dtype, bias=bool(spec.linears[role].bias))
             yield role, path, known[key]
+
+
+def stored_geometry(spec: ModelSpec, role: str, path: str, scheme: LinearScheme, *, dtype: str) -> Geometry:
+    """The geometry of what is stored at ``path``: the linear ``role``, with all that it is fused with.
+
+    Raises InputError as ``linear_geometry`` does.
+    """
+    n, k = spec.stored_shape(role)
+    return linear_geometry(path, n, k, role_scheme(spec, role, scheme), dtype=dtype, bias=bool(spec.linears[role].bias))
+
+
+def stored_geometries(
+    spec: ModelSpec, assignment: Assignment, layer: int, *, dtype: str
+) -> Iterable[tuple[tuple[str, ...], str, Geometry]]:
+    """(roles, module path, whole geometry) of every stored linear of a block: more than one role where they are fused."""
+    for path, roles in spec.block_modules(layer).items():
+        if path not in assignment:
+            raise InputError(path, "the assignment does not say how it is stored", "a scheme for every linear")
+        yield roles, path, stored_geometry(spec, roles[0], path, assignment[path], dtype=dtype)
 
 
 def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geometry:
@@ -202,7 +232,7 @@ def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geo
     name = spec.architecture.head
     if name not in assignment:
         raise InputError(name, "the assignment does not say how it is stored", "a scheme for every linear")
-    if assignment[name].layout != "plain" and rows != spec.dims["vocab"].size:
+    if assignment[name].layout not in FLOAT_LAYOUTS and rows != spec.dims["vocab"].size:
         raise InputError(
             name,
             f"is quantized, and its {spec.dims['vocab'].size} rows are no multiple of {VOCAB_GRANULE}",
@@ -246,6 +276,7 @@ def make_plan(spec: ModelSpec, assignment: Assignment, tp: int, *, dtype: str) -
 
     dims = _plan_dims(spec)
     modes = dict.fromkeys(roles, COLUMN)
+    modes |= {role: COPY for role, linear in spec.linears.items() if not linear.quantize}
     ranges = {"vocab": _deal(dims["vocab"].size // VOCAB_GRANULE, tp, VOCAB_GRANULE)}
     heads, kv_heads = dims["heads"], dims["kv_heads"]
     q_unit = _units_on(granule("N", producers("heads")), heads.width)
@@ -253,16 +284,16 @@ def make_plan(spec: ModelSpec, assignment: Assignment, tp: int, *, dtype: str) -
     o_granule = granule("K", consumers("heads"))
     ranges["heads"] = _deal_heads(spec, tp, q_unit, kv_unit, _units_on(o_granule, heads.width))
     ranges["kv_heads"] = tuple(_kv_of(owned, heads.size // kv_heads.size) for owned in ranges["heads"])
-    down_granule = granule("K", consumers("ffn"))
-    ffn_n = granule("N", producers("ffn"))
-    whole = _unit(dims["ffn"].size, math.lcm(ffn_n, down_granule), tp)
-    cut_ffn_k = dims["ffn"].size // whole >= tp
-    unit = whole if cut_ffn_k else _unit(dims["ffn"].size, ffn_n, tp)
-    ranges["ffn"] = _deal(dims["ffn"].size // unit, tp, unit)
     on_granule = all(owned.start * heads.width % o_granule == 0 for owned in ranges["heads"] if owned)
     cut_heads_k = on_granule and heads.elements // o_granule >= tp
     modes |= dict.fromkeys(consumers("heads"), ROW if tp == 1 or cut_heads_k else GATHER)
-    modes |= dict.fromkeys(consumers("ffn"), ROW if tp == 1 or cut_ffn_k else GATHER)
+    for name in (dim for dim in FFN_DIMS if producers(dim)):
+        down_granule, ffn_n = granule("K", consumers(name)), granule("N", producers(name))
+        whole = _unit(dims[name].size, math.lcm(ffn_n, down_granule), tp)
+        cut_k = dims[name].size // whole >= tp
+        unit = whole if cut_k else _unit(dims[name].size, ffn_n, tp)
+        ranges[name] = _deal(dims[name].size // unit, tp, unit)
+        modes |= dict.fromkeys(consumers(name), ROW if tp == 1 or cut_k else GATHER)
     gathered = [role for role, mode in modes.items() if mode == GATHER]
     if gathered:
         unit = _unit(dims["hidden"].size, granule("N", gathered), tp)
@@ -336,7 +367,7 @@ def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, 
     """Bytes per rank by geometry, with kept tensors in ``dtype`` and the KV cache in ``kv_dtype`` (safetensors names)."""
     widths = {"hidden": spec.dims["hidden"].elements, "head": spec.head_dim}
     norm_elements = spec.layers * sum(widths[norm.width] for norm in spec.norms.values()) + widths["hidden"]
-    embedding = LAYOUTS["plain"](plan.dims["vocab"].size, widths["hidden"], dtype=dtype)
+    embedding = plain(plan.dims["vocab"].size, widths["hidden"], dtype=dtype)
     tables = [embedding] if spec.tied else [embedding, head_geometry(spec, assignment, dtype=dtype)]
     counts: dict[tuple[str, Geometry], int] = {}
     for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):
@@ -379,9 +410,11 @@ def equal_split_obstacles(spec: ModelSpec, assignment: Assignment, tp: int, *, d
         found[EMBEDDING, name] = Obstacle(name, f"{rows} vocabulary rows / {tp} ranks is not whole", _divisors(rows))
     for layer in range(spec.layers):
         for role, path in spec.block_linears(layer).items():
+            if not spec.linears[role].quantize:
+                continue  # on every rank
             n, k = spec.linear_shape(role)
             try:
-                geometry = linear_geometry(path, n, k, assignment[path], dtype=dtype, bias=False)
+                geometry = linear_geometry(path, n, k, role_scheme(spec, role, assignment[path]), dtype=dtype, bias=False)
             except InputError as exc:
                 found.setdefault((role, exc.what), Obstacle(path, exc.what, exc.hint or ""))
                 continue
@@ -402,6 +435,6 @@ def _divisors(size: int) -> str:
 def _remedy(dim: str, size: int, step: int, tp: int) -> str:
     group = next((g for g in (128, 64, 32) if g < step and size % (tp * g) == 0), None)
     smaller = f"--group-size {group}, or " if group else ""
-    if dim != "ffn":
+    if dim not in FFN_DIMS:
         return f"{smaller}a smaller --tp"
     return f"{smaller}pad intermediate_size to {math.ceil(size / (tp * step)) * tp * step} with zeros"

@@ -48,6 +48,7 @@ class Override(_Strict):
     """What is different for the linears whose module path ``pattern`` (a regular expression) is found in."""
 
     pattern: Annotated[StrictStr, Field(min_length=1, max_length=MAX_PATTERN)]
+    method: Name | None = None
     bits: Bits | None = None
     group_size: GroupSize | None = None
     sym: StrictBool | None = None
@@ -67,22 +68,22 @@ class Override(_Strict):
 
     @model_validator(mode="after")
     def _says_something(self) -> Override:
-        settings = [self.bits, self.group_size, self.sym]
+        settings = [self.method, self.bits, self.group_size, self.sym]
         if self.keep and any(value is not None for value in settings):
             raise ValueError("keep leaves a linear unquantized, so it goes with no other setting")
         if not self.keep and all(value is None for value in settings):
-            raise ValueError("changes nothing, expected bits, group_size, sym or keep")
+            raise ValueError("changes nothing, expected method, bits, group_size, sym or keep")
         return self
 
 
 class Recipe(_Strict):
-    """One quantization run, as data. ``options`` belongs to the method, which validates it."""
+    """One quantization run, as data. ``options`` belongs to the method, which validates it. None is the method's own default."""
 
     method: Name
-    bits: Bits = 4
-    group_size: GroupSize = 128
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
     """Weights per scale along the input, or -1 for one group per row."""
-    sym: StrictBool = False
+    sym: StrictBool | None = None
     format: Name | None = None
     """The layout on disk; None is the method's own."""
     calibration: Calibration = Calibration()
@@ -222,6 +223,8 @@ def parse_override(text: str) -> Override:
             raise InputError(where, f"sets {key!r} twice", "each setting once")
         if key == "keep" and not equals:
             values[key] = True
+        elif key == "method" and value:
+            values[key] = value
         elif key in ("bits", "group_size") and re.fullmatch(r"-?\d{1,9}", value):
             values[key] = int(value)
         elif key in ("sym", "keep") and value in ("true", "false"):

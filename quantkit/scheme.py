@@ -1,4 +1,4 @@
-"""Rules -> Assignment <-> quantization_config: which linear gets which method, bits, group and layout.
+"""Rules -> Assignment: which linear gets which method, bits, group and layout.
 
 Knows names and numbers, never data. An Assignment is resolved once and stored in the manifest.
 """
@@ -15,13 +15,26 @@ from quantkit.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class LinearScheme:
-    """How one linear is stored. ``layout`` is a key of ``geometry.LAYOUTS``; ``group_size`` -1 is one group per row."""
+    """How one linear is stored. ``layout`` is a key of ``geometry.LAYOUTS``.
+
+    ``group_size`` is weights per scale along the input: -1 one per row, 0 one per matrix; of ``bnb4`` it is the block length over
+    the flattened matrix, of ``fp8_block`` both sides of a block. ``scale_dtype`` is the safetensors dtype of stored scales.
+    """
 
     method: str
     layout: str
     bits: int = 4
     group_size: int = 128
     sym: bool = False
+    scale_dtype: str = "F16"
+    code: str = ""
+    """"nf4" or "fp4": the codebook of ``bnb4``."""
+    double_quant: bool = False
+    """The scales of ``bnb4`` are quantized themselves."""
+    act_order: bool = False
+    """Groups are scattered over the input (``g_idx``), as GPTQ's ``desc_act`` makes them."""
+    activations: str = ""
+    """"int8_token" or "fp8_token": the input is quantized per token when the linear runs; "int8_outlier" as LLM.int8 does."""
 
 
 KEEP = LinearScheme(method="keep", layout="plain", bits=16, group_size=-1, sym=True)
@@ -55,53 +68,6 @@ def resolve(rules: Iterable[Rule], linears: Iterable[str]) -> dict[str, LinearSc
         if not any(pattern.search(name) for name in names):
             raise InputError(f"rule {rule.pattern!r}", "matches no linear of the model", f"one of {', '.join(names[:3])}, ...")
     return {name: next((rule.scheme for pattern, rule in compiled if pattern.search(name)), KEEP) for name in names}
-
-
-def awq_config(assignment: Assignment) -> dict[str, Any]:
-    """The ``quantization_config`` of an AutoAWQ artifact (``formats.md`` 3.5).
-
-    Raises InputError when the quantized linears do not share one bit width and group size: the format has one of each.
-    """
-    quantized = {name: s for name, s in assignment.items() if s.layout == "awq"}
-    shapes = {(s.bits, s.group_size) for s in quantized.values()}
-    if len(shapes) != 1:
-        raise InputError("quantization_config", f"the AWQ format holds one bit width and group size, found {sorted(shapes)}", "one of each")
-    bits, group_size = shapes.pop()
-    kept = sorted(name for name, s in assignment.items() if s.layout == "plain")
-    return {
-        "quant_method": "awq",
-        "bits": bits,
-        "group_size": group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": kept or None,
-    }
-
-
-def assignment_from_config(config: Mapping[str, Any], linears: Iterable[str], tensors: Iterable[str]) -> dict[str, LinearScheme]:
-    """Read back how a checkpoint on disk stores its linears, from ``config.json`` and the tensor names.
-
-    Raises InputError for a quantization method or version that quantkit does not read.
-    """
-    names, present = list(linears), set(tensors)
-    quant = config.get("quantization_config")
-    if not quant:
-        return dict.fromkeys(names, KEEP)
-    if not isinstance(quant, Mapping):
-        raise InputError("config.json: quantization_config", f"is {type(quant).__name__}", "an object")
-    method = quant.get("quant_method")
-    if method != "awq":
-        raise InputError("config.json: quantization_config", f"quant_method {method!r}", "awq")
-    version = str(quant.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise InputError("config.json: quantization_config", f"AWQ version {version!r}", "gemm")
-    bits, group = quant.get("bits", quant.get("w_bit", 4)), quant.get("group_size", quant.get("q_group_size", 128))
-    if bits != 4 or not isinstance(group, int) or (group != -1 and group <= 0):
-        raise InputError(
-            "config.json: quantization_config", f"bits {bits!r}, group_size {group!r}", "bits 4 and a positive group size or -1"
-        )
-    awq = LinearScheme(method="awq", layout="awq", bits=4, group_size=group)
-    return {name: awq if f"{name}.qweight" in present else KEEP for name in names}
 
 
 def assignment_to_json(assignment: Assignment) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,8 @@ from quantkit.formats.jsonfile import parse_object
 from quantkit.formats.safetensors import Header, TensorEntry, encode_header, parse_header, read_header
 from quantkit.plan import ParallelPlan, make_plan
 from quantkit.progress import Progress, silent
-from quantkit.scheme import Assignment, assignment_from_config, assignment_to_json
+from quantkit.quant_config import assignment_from_config
+from quantkit.scheme import Assignment, assignment_to_json
 from quantkit.slices import RankSlice, rank_slices
 
 CHUNK_BYTES = 64 << 20
@@ -46,7 +47,7 @@ def rank_file(rank: int, tp: int) -> str:
 def _entries(slices: Iterable[RankSlice]) -> list[TensorEntry]:
     found, end = [], 0
     for piece in slices:
-        found.append(TensorEntry(piece.name, piece.dtype, piece.shape, end, end + piece.nbytes))
+        found.append(TensorEntry(piece.stored_as, piece.dtype, piece.shape, end, end + piece.nbytes))
         end += piece.nbytes
     return found
 
@@ -99,6 +100,10 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     where = checkpoint.root.name
     if checkpoint.kind != "hf":
         raise InputError(where, "is a GGUF file", "a checkpoint directory", "quantkit convert makes one")
+    in_files = {name for path in {ref.file for ref in checkpoint.tensors.values()} for name in read_header(path).entries}
+    if renamed := sorted(set(checkpoint.tensors) - in_files):
+        what = f"holds {renamed[0]} under another name or stacked with others"
+        raise InputError(where, what, "a tensor for each linear", "quantkit convert --to hf writes it so")
     spec = spec_for(checkpoint.config)
     assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
     plan = make_plan(spec, assignment, tp, dtype="BF16")
@@ -140,9 +145,10 @@ def _write_ranks(
             file.write(head)
         for done, pieces in enumerate(zip(*ranks, strict=True)):
             ref = checkpoint.tensors[pieces[0].name]
-            for chunk_start, chunk_stop in _chunks(ref.shape[0] if ref.shape else 1, ref.nbytes):
-                index = (slice(chunk_start, chunk_stop), *(slice(0, size) for size in ref.shape[1:])) if ref.shape else ()
-                chunk = checkpoint.read(ref.name, index)
+            shape = ref.shape if pieces[0].view is None else pieces[0].view
+            for chunk_start, chunk_stop in _chunks(shape[0] if shape else 1, ref.nbytes):
+                index = (slice(chunk_start, chunk_stop), *(slice(0, size) for size in shape[1:])) if shape else ()
+                chunk = checkpoint.read(ref.name, index, shape)
                 for file, piece in zip(files, pieces, strict=True):
                     file.write(_bytes(chunk[_inside(piece.index, chunk_start, chunk_stop)]))
             for file, piece in zip(files, pieces, strict=True):
@@ -269,15 +275,15 @@ def read_plan(path: Path) -> ParallelPlan:
     return _open_shards(path).plan
 
 
-def open_rank(path: Path, rank: int) -> tuple[Checkpoint, ParallelPlan]:
-    """The tensors of one rank, already cut, and the stored plan they were cut by.
+def open_rank(path: Path, rank: int) -> tuple[Checkpoint, ParallelPlan, Assignment]:
+    """The tensors of one rank, already cut, the stored plan they were cut by, and how the parent stores its linears.
 
     Raises InputError when ``path`` is no shard directory, or the rank's file is not what its plan says.
     """
     shards = _open_shards(path)
     if not 0 <= rank < shards.plan.tp:
         raise InputError(str(path), f"has no rank {rank}", f"0 to {shards.plan.tp - 1}")
-    return shards.rank(rank)[1], shards.plan
+    return shards.rank(rank)[1], shards.plan, shards.assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +306,10 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
     if parent_sums is None or not {*shards.parents, *shards.files} - {SUMS} <= set(parent_sums):
         _check_own_sums(shards)
     need = sum(len(raw) + sum(entry.nbytes for entry in header.entries.values()) for raw, header in shards.parents.values())
-    by_name = {piece.name: [(pieces[i], source) for pieces, source in ranks] for i, piece in enumerate(ranks[0][0])}
+    by_name: dict[str, list[tuple[RankSlice, Checkpoint]]] = {}
+    for pieces, source in ranks:
+        for piece in pieces:
+            by_name.setdefault(piece.name, []).append((piece, source))
     total, hashes = len(by_name), dict[str, str]()
     with _partial(out, path, overwrite, need) as partial:
         done = 0
@@ -349,7 +358,8 @@ def _check_own_sums(shards: _Shards) -> None:
 
 def _assembled(entry: TensorEntry, parts: list[tuple[RankSlice, Checkpoint]]) -> Iterator[NDArray[Any]]:
     """The rows of a parent's tensor in chunks, put together from its ranks; copies must be equal bit for bit."""
-    for start, stop in _chunks(entry.shape[0] if entry.shape else 1, entry.nbytes) if entry.nbytes else ():
+    shape = entry.shape if parts[0][0].view is None else parts[0][0].view
+    for start, stop in _chunks(shape[0] if shape else 1, entry.nbytes) if entry.nbytes else ():
         chunk: NDArray[Any] | None = None
         covered, seen = 0, set[tuple[tuple[int, int], ...]]()
         for piece, source in parts:
@@ -361,9 +371,9 @@ def _assembled(entry: TensorEntry, parts: list[tuple[RankSlice, Checkpoint]]) ->
                 local = (slice(first, first + inside[0].stop - inside[0].start), *(slice(0, s.stop - s.start) for s in inside[1:]))
             else:
                 local = ()
-            values = source.read(entry.name, local)
+            values = source.read(piece.stored_as, local)
             if chunk is None:
-                chunk = np.empty((stop - start, *entry.shape[1:]) if entry.shape else (), dtype=values.dtype)
+                chunk = np.empty((stop - start, *shape[1:]) if shape else (), dtype=values.dtype)
             key = tuple((s.start, s.stop) for s in inside)
             if key in seen:
                 if _bytes(chunk[inside]) != _bytes(values):

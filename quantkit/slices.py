@@ -12,8 +12,8 @@ from typing import Protocol
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES
-from quantkit.plan import HEAD, ParallelPlan, block_geometries, head_geometry
+from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, Part
+from quantkit.plan import HEAD, ParallelPlan, head_geometry, stored_geometries
 from quantkit.scheme import Assignment
 
 
@@ -29,12 +29,22 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankSlice:
-    """One tensor of one rank: ``index`` of the parent's tensor ``name``, then ``pad_rows`` rows of zeros."""
+    """One tensor of one rank: ``index`` of the parent's tensor ``name``, then ``pad_rows`` rows of zeros.
+
+    ``view`` is the shape under which ``index`` is meant when the parent stores it flattened. ``stored_as`` is the name in the
+    rank's file: another one where the parent fuses linears that are cut separately.
+    """
 
     name: str
     dtype: str
     index: tuple[slice, ...]
     pad_rows: int = 0
+    view: tuple[int, ...] | None = None
+    stored_as: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.stored_as:
+            object.__setattr__(self, "stored_as", self.name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,16 +56,29 @@ class RankSlice:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
+def fused_name(path: str, suffix: str, role: str, alone: bool) -> str:
+    """The name in a rank's file of one part of the linear ``role``, which lies at ``path`` ``alone`` or fused with others."""
+    return f"{path}.{suffix}" if alone else f"{path}.{suffix}@{role}"
+
+
+def part_index(geometry: Geometry, part: Part, stored: Stored, n: range, k: range) -> tuple[tuple[slice, ...], tuple[int, ...] | None]:
+    """Which slices of a stored part hold ``n`` and ``k``, and the view that they are of where the part lies flattened."""
+    if part.free:
+        return tuple(slice(0, size) for size in stored.shape), None
+    return geometry.slices(part, n, k), None if part.flat is None else geometry.shape(part)
+
+
 def _whole(name: str, stored: Stored) -> RankSlice:
     return RankSlice(name, stored.dtype, tuple(slice(0, size) for size in stored.shape))
 
 
-def _found(tensors: Mapping[str, Stored], name: str, shape: tuple[int, ...], dtype: str | None = None) -> Stored:
+def _found(tensors: Mapping[str, Stored], name: str, shape: tuple[int, ...] | None, dtype: str | None = None) -> Stored:
     if name not in tensors:
-        raise InputError(name, "is missing from the checkpoint", f"a tensor of shape {list(shape)}")
+        raise InputError(name, "is missing from the checkpoint", f"a tensor of shape {list(shape)}" if shape is not None else "a tensor")
     stored = tensors[name]
-    if tuple(stored.shape) != shape or (dtype is not None and stored.dtype != dtype):
-        raise InputError(name, f"is {stored.dtype} {list(stored.shape)}", f"{dtype or stored.dtype} {list(shape)} from config.json")
+    if (shape is not None and tuple(stored.shape) != shape) or (dtype is not None and stored.dtype != dtype):
+        want = "" if shape is None else f" {list(shape)} from config.json"
+        raise InputError(name, f"is {stored.dtype} {list(stored.shape)}", f"{dtype or stored.dtype}{want}")
     if stored.dtype not in DTYPE_BYTES:
         raise InputError(name, f"has type {stored.dtype}", "a safetensors dtype", "quantkit convert makes a checkpoint that can be sharded")
     return stored
@@ -83,33 +106,48 @@ def rank_slices(
         known.add(piece.name)
         return piece
 
-    def norm(module: str, width: str) -> RankSlice:
+    def norm(module: str, width: str) -> Iterator[RankSlice]:
         size = spec.head_dim if width == "head" else spec.dims["hidden"].elements
-        name = f"{module}.weight"
-        return out(_whole(name, _found(tensors, name, (size,))))
+        for suffix in spec.norm_parts:
+            name = f"{module}.{suffix}"
+            yield out(_whole(name, _found(tensors, name, (size,))))
 
     yield out(_vocab_slice(f"{arch.embedding}.weight", plan, rank, tensors))
-    linears = list(block_geometries(spec, assignment, dtype="BF16"))  # of kept tensors the file's own dtype counts
+    if spec.position_table is not None:
+        name = f"{spec.position_table}.weight"
+        yield out(_whole(name, _found(tensors, name, (spec.max_positions, spec.dims["hidden"].elements))))
     for layer in range(spec.layers):
         for item in spec.norms.values():
-            yield norm(spec.tensor(layer, item.name), item.width)
-        for role, path, geometry in linears[layer * len(spec.linears) : (layer + 1) * len(spec.linears)]:
-            n, k = plan.cut(role, rank)
-            for part in geometry.parts:
-                name, kept = f"{path}.{part.suffix}", part.suffix == "bias" or geometry.layout == "plain"
-                stored = _found(tensors, name, geometry.shape(part), None if kept else part.dtype)
-                yield out(RankSlice(name, stored.dtype, geometry.slices(part, n, k)))
-    yield norm(arch.final_norm, "hidden")
-    if not spec.tied and assignment[arch.head].layout != "plain":
+            yield from norm(spec.tensor(layer, item.name), item.width)
+        for roles, path, geometry in stored_geometries(
+            spec, assignment, layer, dtype="BF16"
+        ):  # of kept tensors the file's own dtype counts
+            for role in roles:
+                n, k = plan.cut(role, rank)
+                first = spec.rows(role).start
+                rows = range(n.start + first, n.stop + first)
+                for part in geometry.parts:
+                    name = f"{path}.{part.suffix}"
+                    shape = None if part.free else geometry.stored_shape(part)
+                    stored = _found(tensors, name, shape, None if part.kept else part.dtype)
+                    index, view = part_index(geometry, part, stored, rows, k)
+                    piece = RankSlice(name, stored.dtype, index, 0, view, fused_name(path, part.suffix, role, len(roles) == 1))
+                    yield out(piece)
+    yield from norm(arch.final_norm, "hidden")
+    if not spec.tied and assignment[arch.head].layout not in FLOAT_LAYOUTS:
         geometry = head_geometry(spec, assignment, dtype="BF16")
         for part in geometry.parts:
             name = f"{arch.head}.{part.suffix}"
-            stored = _found(tensors, name, geometry.shape(part), part.dtype)
-            yield out(RankSlice(name, stored.dtype, geometry.slices(part, *plan.cut(HEAD, rank))))
+            stored = _found(tensors, name, None if part.free else geometry.stored_shape(part), part.dtype)
+            index, view = part_index(geometry, part, stored, *plan.cut(HEAD, rank))
+            yield out(RankSlice(name, stored.dtype, index, 0, view))
     elif not spec.tied or f"{arch.head}.weight" in tensors:
         yield out(_vocab_slice(f"{arch.head}.weight", plan, rank, tensors))
     modules = {*spec.all_linears(), arch.head, arch.embedding}
     for name in sorted(set(tensors) - known):
+        if spec.ignores(name):
+            yield _whole(name, _found(tensors, name, None))
+            continue
         if name.rpartition(".")[0] in modules or len(tensors[name].shape) > 1:
             raise InputError(name, "is not a tensor of this architecture", f"the tensors of {arch.name} as config.json describes them")
         yield _whole(name, _found(tensors, name, tuple(tensors[name].shape)))

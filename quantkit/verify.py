@@ -18,20 +18,20 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import INDEX, MANIFEST, MANIFEST_SCHEMA, SUMS, SUMS_LIMIT, parse_sums
 from quantkit.checkpoint.reader import EXTRA_FILES, Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError
-from quantkit.geometry import LAYOUTS, Geometry
-from quantkit.plan import HEAD, block_geometries, linear_geometry
+from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
+from quantkit.plan import HEAD, linear_geometry, stored_geometries
 from quantkit.progress import Progress, silent
-from quantkit.scheme import Assignment, assignment_from_config, assignment_to_json
+from quantkit.quant_config import assignment_from_config, is_kept, leaves_out
+from quantkit.scheme import Assignment, assignment_to_json
 from quantkit.shard import open_rank, rank_file, read_plan
-from quantkit.slices import Stored
+from quantkit.slices import Stored, fused_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.layouts.base import GroupedInt
+    from quantkit.layouts.base import Codebook, GroupedInt, Scaled
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
 LOADED = (*EXTRA_FILES, "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py")
 """A file of these names that no hash vouches for could change what a loader makes of the directory; any other is harmless."""
 F16_MAX, F16_NORMAL = 65504.0, 2.0**-14
@@ -68,19 +68,28 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A tensor as the model needs it. ``optional``: it may be absent."""
+    """A tensor as the model needs it; ``shape`` None: its length depends on its content. ``optional``: it may be absent."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtypes: frozenset[str]
     optional: bool = False
 
 
-def _geometries(spec: ModelSpec, assignment: Assignment) -> list[tuple[str, str, Geometry]]:
-    """(role, module path, whole geometry) of every linear, a head of its own included. Raises InputError as a layout does."""
-    found = list(block_geometries(spec, assignment, dtype="BF16"))
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A stored linear: its roles (several when it is fused), module path and whole geometry."""
+
+    roles: tuple[str, ...]
+    path: str
+    geometry: Geometry
+
+
+def _linears(spec: ModelSpec, assignment: Assignment) -> list[_Stored]:
+    """Every stored linear, a head of its own included. Raises InputError as a layout does."""
+    found = [_Stored(*item) for layer in range(spec.layers) for item in stored_geometries(spec, assignment, layer, dtype="BF16")]
     if not spec.tied:
         name, vocab, hidden = spec.architecture.head, spec.dims["vocab"].elements, spec.dims["hidden"].elements
-        found.append((HEAD, name, linear_geometry(name, vocab, hidden, assignment[name], dtype="BF16", bias=False)))
+        found.append(_Stored((HEAD,), name, linear_geometry(name, vocab, hidden, assignment[name], dtype="BF16", bias=False)))
     return found
 
 
@@ -90,32 +99,38 @@ def expected_tensors(spec: ModelSpec, assignment: Assignment) -> dict[str, Expec
     hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
     widths = {"hidden": hidden, "head": spec.head_dim}
     found[f"{arch.embedding}.weight"] = Expected((vocab, hidden), FLOATS)
-    for _, path, geometry in _geometries(spec, assignment):
-        for part in geometry.parts:
+    if spec.position_table is not None:
+        found[f"{spec.position_table}.weight"] = Expected((spec.max_positions, hidden), FLOATS)
+    for linear in _linears(spec, assignment):
+        for part in linear.geometry.parts:
             # What is kept in floats may be of any float dtype: BF16 above stands for all of them.
-            floats = geometry.layout == "plain" or part.suffix == "bias"
-            found[f"{path}.{part.suffix}"] = Expected(geometry.shape(part), FLOATS if floats else frozenset({part.dtype}))
-    for layer in range(spec.layers):
-        for norm in spec.norms.values():
-            found[spec.tensor(layer, norm.name) + ".weight"] = Expected((widths[norm.width],), FLOATS)
-    found[f"{arch.final_norm}.weight"] = Expected((hidden,), FLOATS)
+            shape = None if part.free else linear.geometry.stored_shape(part)
+            found[f"{linear.path}.{part.suffix}"] = Expected(shape, FLOATS if part.kept else frozenset({part.dtype}))
+    for suffix in spec.norm_parts:
+        for layer in range(spec.layers):
+            for norm in spec.norms.values():
+                found[f"{spec.tensor(layer, norm.name)}.{suffix}"] = Expected((widths[norm.width],), FLOATS)
+        found[f"{arch.final_norm}.{suffix}"] = Expected((hidden,), FLOATS)
     if spec.tied:
         found[f"{arch.head}.weight"] = Expected((vocab, hidden), FLOATS, optional=True)
     return found
 
 
-def tensor_defects(stored: Mapping[str, Stored], expected: Mapping[str, Expected], dtype: Callable[[str], str]) -> Iterator[Defect]:
+def tensor_defects(
+    spec: ModelSpec, stored: Mapping[str, Stored], expected: Mapping[str, Expected], dtype: Callable[[str], str]
+) -> Iterator[Defect]:
     """What is missing, not of this model, or of another shape or dtype; ``dtype`` gives that of a stored tensor."""
     for name, want in expected.items():
         if name not in stored:
             if not want.optional:
-                yield Defect("tensors", name, "is missing", f"{' or '.join(sorted(want.dtypes))} {list(want.shape)}")
-        elif tuple(stored[name].shape) != want.shape:
+                shape = "" if want.shape is None else f" {list(want.shape)}"
+                yield Defect("tensors", name, "is missing", f"{' or '.join(sorted(want.dtypes))}{shape}")
+        elif want.shape is not None and tuple(stored[name].shape) != want.shape:
             yield Defect("tensors", name, f"has shape {list(stored[name].shape)}", f"{list(want.shape)} from config.json")
         elif dtype(name) not in want.dtypes:
             yield Defect("tensors", name, f"is {dtype(name)}", " or ".join(sorted(want.dtypes)))
     for name in sorted(set(stored) - set(expected)):
-        if not name.endswith(IGNORED_SUFFIX):
+        if not spec.ignores(name):
             yield Defect("tensors", name, "is no tensor of this model as config.json describes it", "only tensors that the model uses")
 
 
@@ -142,7 +157,7 @@ def verify(path: str | Path, *, deep: bool, progress: Progress = silent) -> Veri
     if manifest is not None:
         _check_manifest(manifest, checkpoint, spec, assignment, found)
     if deep and fits:
-        packed = {path: geometry for _, path, geometry in _geometries(spec, assignment) if geometry.layout != "plain"}
+        packed = {item.path: item.geometry for item in _linears(spec, assignment) if item.geometry.layout not in FLOAT_LAYOUTS}
         _check_values(checkpoint, packed, _symmetric(manifest), "", found, progress)
     return found
 
@@ -182,7 +197,7 @@ def _check_tensors(checkpoint: Checkpoint, spec: ModelSpec, assignment: Assignme
         found.defects.append(Defect("tensors", exc.where, exc.what, exc.expected))
         found.checks["tensors"] = "no layout fits config.json"
         return False
-    found.defects += tensor_defects(checkpoint.tensors, expected, checkpoint.dtype)
+    found.defects += tensor_defects(spec, checkpoint.tensors, expected, checkpoint.dtype)
     found.checks["tensors"] = f"{len(checkpoint.tensors)} names, dtypes and shapes"
     if checkpoint.kind != "hf":
         return True
@@ -200,27 +215,21 @@ def _check_config(checkpoint: Checkpoint, spec: ModelSpec, assignment: Assignmen
     if not quant:
         return
     found.checks["config"] = f"quant_method {quant.get('quant_method')}"
-    kept = quant.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        where = "config.json: quantization_config.modules_to_not_convert"
-        found.defects.append(Defect("config", where, f"is {kept!r:.100}", "a list of module names"))
-        return
-    if quant.get("zero_point", True) is not True:
+    if quant.get("quant_method") == "awq" and quant.get("zero_point", True) is not True:
         found.defects.append(
             Defect("config", "config.json: quantization_config.zero_point", "is not true", "true: the layout stores zeros")
         )
-    if not any(scheme.layout != "plain" for scheme in assignment.values()):
+    if not any(not is_kept(scheme) for scheme in assignment.values()):
         found.defects.append(Defect("config", "config.json: quantization_config", "is there, and no linear is quantized", "packed linears"))
     for layer in range(spec.layers):
-        paths = spec.block_linears(layer)
-        for path in paths.values():
-            listed = any(entry in path for entry in kept)
-            if listed != (assignment[path].layout == "plain"):
-                what = (
-                    "is packed, and modules_to_not_convert names it"
-                    if listed
-                    else "is not packed, and modules_to_not_convert does not name it"
-                )
+        for path, roles in spec.block_modules(layer).items():
+            try:
+                listed = leaves_out(quant, path)
+            except InputError as exc:
+                found.defects.append(Defect("config", exc.where, exc.what, exc.expected))
+                return
+            if listed != is_kept(assignment[path]) and spec.linears[roles[0]].quantize:
+                what = "is packed, and the config leaves it out" if listed else "is not packed, and the config does not leave it out"
                 found.defects.append(Defect("config", path, what, "config.json and files that agree"))
     found.warnings += mixed_siblings(spec, assignment)
 
@@ -229,13 +238,12 @@ def mixed_siblings(spec: ModelSpec, assignment: Assignment) -> list[str]:
     """A warning for each kind of fused linears of which some are quantized and some are not."""
     warnings = []
     for roles in FUSED:
-        mixed = [
-            layer
-            for layer in range(spec.layers)
-            if len({assignment[path].layout for role, path in spec.block_linears(layer).items() if role in roles}) > 1
+        layouts = [
+            {path: assignment[path].layout for role, path in spec.block_linears(n).items() if role in roles} for n in range(spec.layers)
         ]
+        mixed = [layer for layer, found in enumerate(layouts) if len(set(found.values())) > 1]
         if mixed:
-            names = "/".join(spec.linears[role].name.rpartition(".")[2] for role in roles)
+            names = "/".join(path.rpartition(".")[2] for path in layouts[mixed[0]])
             warnings.append(f"block {mixed[0]}: some of {names} are quantized and some are not; vLLM and SGLang fuse them and refuse that")
     return warnings
 
@@ -264,12 +272,16 @@ def _check_manifest(
             defect("assignment", f"{'lacks' if name in actual else 'has'} {name!r:.200}", "the linears of config.json")
             continue
         # A checkpoint does not say which method made it, nor whether it is symmetric: values do.
-        for key in ("layout", "bits", "group_size"):
+        # Manifests of earlier versions do not state the dtype of scales.
+        for key in ("layout", "bits", "group_size", *(("scale_dtype",) if "scale_dtype" in stated[name] else ())):
             if stated[name].get(key) != actual[name][key]:
                 defect("assignment", f"{name}: {key} is {stated[name].get(key)!r:.50}", f"{actual[name][key]!r} as in the files")
     totals = manifest.get("totals")
     if isinstance(totals, dict):
-        weights, packed = _quantized_size(spec, assignment)
+        try:
+            weights, packed = _quantized_size(spec, assignment)
+        except InputError:
+            return  # reported with the tensors
         for key, value in (("bytes_after", found.tensor_bytes), ("quantized_weights", weights), ("quantized_bytes", packed)):
             if key in totals and totals[key] != value:
                 defect(f"totals.{key}", f"is {totals[key]!r:.50}", f"{value} as in the files")
@@ -278,12 +290,10 @@ def _check_manifest(
 def _quantized_size(spec: ModelSpec, assignment: Assignment) -> tuple[int, int]:
     """Weights of the packed block linears, and their bytes without biases."""
     weights = nbytes = 0
-    for layer in range(spec.layers):
-        for role, path in spec.block_linears(layer).items():
-            scheme, (n, k) = assignment[path], spec.linear_shape(role)
-            if scheme.layout == "plain" or (scheme.group_size != -1 and k % scheme.group_size) or n % 8:
-                continue
-            weights, nbytes = weights + n * k, nbytes + LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size).total_bytes
+    for item in _linears(spec, assignment):
+        if item.geometry.layout not in FLOAT_LAYOUTS and item.roles != (HEAD,):
+            n, k = item.geometry.whole
+            weights, nbytes = weights + n * k, nbytes + geometry_of(item.geometry.scheme, n, k, dtype="F16").total_bytes
     return weights, nbytes
 
 
@@ -303,7 +313,7 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
     found.checks["ranks"] = f"{plan.tp} files against the stored plan"
     for rank in range(plan.tp):
         try:
-            checkpoint, _ = open_rank(root, rank)
+            checkpoint, _, assignment = open_rank(root, rank)
         except InputError as exc:
             found.defects.append(Defect("ranks", exc.where, exc.what, exc.expected))
             continue
@@ -311,18 +321,30 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
         found.tensor_bytes += sum(ref.nbytes for ref in checkpoint.tensors.values())
         if deep:
             spec = spec_for(checkpoint.config)
-            assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
-            linears = [item for item in _geometries(spec, assignment) if item[2].layout != "plain"]
-            packed = {path: geometry.cut(*plan.cut(role, rank)) for role, path, geometry in linears}
+            packed = {}
+            for item in _linears(spec, assignment):
+                for role in item.roles if item.geometry.layout not in FLOAT_LAYOUTS else ():
+                    n, k = plan.cut(role, rank)
+                    first = 0 if role == HEAD else spec.rows(role).start
+                    cut = item.geometry.cut(range(n.start + first, n.stop + first), k)
+                    packed[item.path if len(item.roles) == 1 else f"{item.path}@{role}"] = cut
             _check_values(checkpoint, packed, _symmetric(manifest), f"{rank_file(rank, plan.tp)}: ", found, progress)
     return found
+
+
+def _part_name(path: str, suffix: str) -> str:
+    """The tensor of one part; ``path`` may end in "@role", as parts of fused linears are named in a rank's file."""
+    module, _, role = path.partition("@")
+    return fused_name(module, suffix, role, not role)
 
 
 def _fits(checkpoint: Checkpoint, path: str, geometry: Geometry) -> bool:
     """Whether every part of the linear at ``path`` is stored as its layout says."""
     for part in geometry.parts:
-        ref = checkpoint.tensors.get(f"{path}.{part.suffix}")
-        if ref is None or ref.shape != geometry.shape(part) or (part.suffix != "bias" and ref.dtype != part.dtype):
+        ref = checkpoint.tensors.get(_part_name(path, part.suffix))
+        if ref is None or (not part.kept and ref.dtype != part.dtype):
+            return False
+        if not part.free and ref.shape != geometry.stored_shape(part):
             return False
     return True
 
@@ -331,26 +353,41 @@ def _check_values(
     checkpoint: Checkpoint, packed: Mapping[str, Geometry], symmetric: frozenset[str], prefix: str, found: Verification, progress: Progress
 ) -> None:
     """Unpack every linear of ``packed`` (module path -> geometry, or a rank's part of it), and look at every float."""
+    from quantkit.layouts.base import GroupedInt
     from quantkit.layouts.registry import codec
     from quantkit.ops.dtypes import as_bytes, as_tensor
 
     held: set[str] = set()
     for done, (path, geometry) in enumerate(packed.items()):
         progress("values", done, len(packed))
-        names = {part.suffix: f"{path}.{part.suffix}" for part in geometry.parts}
+        names = {part.suffix: _part_name(path, part.suffix) for part in geometry.parts}
         held |= {name for suffix, name in names.items() if suffix != "bias"}
         if not geometry.n or not geometry.k or not _fits(checkpoint, path, geometry):
             continue  # a rank that owns nothing; or reported with the tensors
-        parts = {suffix: as_tensor(checkpoint.read(name), checkpoint.dtype(name)) for suffix, name in names.items()}
-        result = codec(geometry.layout).unpack(parts, geometry)
-        again = codec(geometry.layout).pack(result)
-        for suffix, part in parts.items():
-            if as_bytes(again[suffix]) != as_bytes(part):
-                found.defects.append(
-                    Defect("values", f"{prefix}{path}.{suffix}", "does not pack again to the same bytes", "bytes of the layout")
-                )
-        _check_linear(prefix + path, result, path in symmetric, found)
+        parts = {}
+        for part in geometry.parts:
+            value = as_tensor(checkpoint.read(names[part.suffix]), checkpoint.dtype(names[part.suffix]))
+            parts[part.suffix] = value if part.free else value.reshape(geometry.shape(part))
+        try:
+            result = codec(geometry.layout).unpack(parts, geometry)
+        except InputError as exc:
+            found.defects.append(Defect("values", f"{prefix}{path}.{exc.where}", exc.what, exc.expected))
+            continue
         found.unpacked += 1
+        if not isinstance(result, GroupedInt):
+            _check_scales(prefix + path, result, geometry, found)
+            continue
+        defects = len(found.defects)
+        _check_linear(prefix + path, result, path.partition("@")[0] in symmetric, geometry, found)
+        if geometry.layout == "gptq":
+            _check_v1(prefix + path, result, geometry, found)
+        if len(found.defects) > defects:
+            continue
+        again = codec(geometry.layout).pack(result, geometry)
+        for suffix, stored in parts.items():
+            if as_bytes(again[suffix]) != as_bytes(stored):
+                where = f"{prefix}{path}.{suffix}"
+                found.defects.append(Defect("values", where, "does not pack again to the same bytes", "bytes of the layout"))
     progress("values", len(packed), len(packed))
     for name, ref in checkpoint.tensors.items():
         if name not in held and checkpoint.dtype(name) in FLOATS and ref.nbytes:
@@ -358,9 +395,37 @@ def _check_values(
     found.checks["values"] = f"{found.unpacked} packed linears unpacked, floats finite"
 
 
-def _check_linear(where: str, result: GroupedInt, sym: bool, found: Verification) -> None:
+def _check_scales(where: str, result: Codebook | Scaled, geometry: Geometry, found: Verification) -> None:
+    """The scales of a linear of 8 bits, or of a codebook: finite, and not negative unless they were quantized themselves."""
+    from quantkit.layouts.base import Codebook
+
+    scales = (result.absmax if isinstance(result, Codebook) else result.scales).float()
+    # Double quantization moves a scale by up to a step of its own, which takes one near 0 below it.
+    negative = (scales < 0) & (not geometry.scheme.double_quant)
+    bad = int((~scales.isfinite() | negative).sum())
+    if bad:
+        found.defects.append(Defect("values", where, f"{bad} scales are negative or not finite", "finite scales"))
+    values = result.codes if isinstance(result, Codebook) else result.values
+    if bool((values.float() == values.reshape(-1)[0].float()).all()):
+        found.defects.append(Defect("values", where, "every code is the same", "codes that differ"))
+
+
+def _check_v1(where: str, result: GroupedInt, geometry: Geometry, found: Verification) -> None:
+    """The label of the zero points (``formats.md`` 2.2): v1 stores one less, and no writer of v1 can store a zero point of 0."""
+    top, middle = 2**result.bits - 1, 2 ** (result.bits - 1)
+    over = int((result.zeros > top).sum())
+    if over:
+        found.warnings.append(f"{where}.qzeros: {over} stored fields are {top}, which v1 writers make of a zero point of 0 in two ways")
+    if geometry.scheme.sym and bool((result.zeros == middle + 1).all()):
+        what = f"every stored field is {middle}, as gptq_v2 stores symmetric zero points"
+        found.defects.append(Defect("values", f"{where}.qzeros", what, f"{middle - 1}, or checkpoint_format gptq_v2"))
+
+
+def _check_linear(where: str, result: GroupedInt, sym: bool, geometry: Geometry, found: Verification) -> None:
     """The values of one packed linear: ``codes [N, K]``, ``scales [N, G]``, ``zeros [N, G]``."""
     codes, scales, zeros = result.codes, result.scales.float(), result.zeros
+    import torch
+
     top, middle = 2**result.bits - 1, 2 ** (result.bits - 1)
 
     def defect(part: str, bad: Tensor, what: str, expected: str) -> None:
@@ -370,12 +435,25 @@ def _check_linear(where: str, result: GroupedInt, sym: bool, found: Verification
 
     defect(".scales", ~scales.isfinite(), "scales are not finite", "finite scales")
     defect(".scales", scales <= 0, "scales are not positive", "positive scales")
-    defect(".scales", scales == F16_MAX, f"scales are {F16_MAX:.0f}, the last float16", "scales that did not saturate")
-    defect(".qzeros", zeros > top, "zero points are out of range", f"0 to {top}")
+    defect(
+        ".scales",
+        (scales == F16_MAX) & (result.scales.dtype == torch.float16),
+        f"scales are {F16_MAX:.0f}, the last float16",
+        "scales that did not saturate",
+    )
+    if geometry.layout != "gptq":
+        defect(".qzeros", zeros > top, "zero points are out of range", f"0 to {top}")
+    if result.g_idx is not None and geometry.whole == (geometry.n, geometry.k):
+        uneven = torch.bincount(result.g_idx.long(), minlength=scales.shape[1]) != geometry.k // scales.shape[1]
+        defect(".g_idx", uneven, "groups are not used as often as they are long", f"{geometry.k // scales.shape[1]} inputs in each")
     if sym:
         defect(".qzeros", zeros != middle, f"zero points are not {middle}", f"{middle} everywhere: the manifest says symmetric")
     if result.bias is not None:
         defect(".bias", ~result.bias.isfinite(), "values are not finite", "a finite bias")
+    if result.g_idx is not None:
+        codes = codes[:, result.g_idx.argsort(stable=True)]
+    if codes.shape[1] % scales.shape[1]:
+        return  # a rank's share of scattered groups
     groups = codes.reshape(codes.shape[0], scales.shape[1], -1)  # [N, G, g]
     if bool((groups == zeros.unsqueeze(-1)).all()):
         found.defects.append(Defect("values", where, "every weight is zero", "a linear that does something"))

@@ -207,10 +207,19 @@ class ArtifactWriter:
                 return found.facts
         raise KeyError(unit)
 
-    def carry(self) -> bytes | None:
-        """The bytes that the last commit that had any carried to the next unit."""
+    def carry(self) -> Iterator[bytes] | None:
+        """The bytes that the last commit that had any carried to the next unit, in pieces."""
         last = self._last_carry()
-        return None if last is None else b"".join(fs.read_range(last[0], 0, last[1].size))
+        return None if last is None else fs.read_range(last[0], 0, last[1].size)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all committed tensors."""
+        return sum(entry.end - entry.begin for unit in self._units for entry in unit.tensors)
+
+    def scratch(self, name: str) -> Path:
+        """Where a file may lie that this run alone needs: it goes when the work is published or resumed."""
+        return self.partial / SPOOL / f"{name}.scratch"
 
     def commit(
         self, unit: str, tensors: Iterable[StoredTensor], *, facts: Mapping[str, Any], carry: bytes | memoryview | None = None

@@ -41,8 +41,8 @@ END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """A model stops at the end of text, of a turn and of a message."""
 LLAMA3_DEFAULTS = (8192, 4.0)
 """Original context and high-frequency factor of every published Llama 3, the low-frequency factor being 1."""
-QUERY_SCALED_BY_WIDTH = frozenset({("gemma3", 62)})
-"""Gemma 3 27B scales queries by hidden/heads, its sisters by the head; the format has no key for it, and readers count layers."""
+QUERY_SCALED_BY_WIDTH = frozenset({("gemma2", 46), ("gemma3", 62)})
+"""Gemma 2 and 3 27B scale queries by hidden/heads, their sisters by the head; the format has no key for it, and readers count layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +165,12 @@ def _stored_tensors(file: GgufFile, spec: ModelSpec, used: frozenset[str]) -> di
         block = BLOCK.format(layer=layer)
         for item in spec.norms.values():
             norm(block + item.gguf, spec.tensor(layer, item.name), spec.head_dim if item.width == "head" else hidden)
-        for role, linear in spec.linears.items():
-            interleaved = spec.head_dim if arch.gguf_rope_permuted and role in ("q", "k") else None
-            n, k = spec.linear_shape(role)
-            take(f"{block}{linear.gguf}.weight", f"{spec.tensor(layer, linear.name)}.weight", (n, k), interleaved)
+        for path, roles in spec.block_modules(layer).items():
+            linear, (n, k) = spec.linears[roles[0]], spec.stored_shape(roles[0])
+            interleaved = spec.head_dim if arch.gguf_rope_permuted and roles[0] in ("q", "k") else None
+            take(f"{block}{linear.gguf}.weight", f"{path}.weight", (n, k), interleaved)
             if linear.bias:
-                take(f"{block}{linear.gguf}.bias", f"{spec.tensor(layer, linear.name)}.bias", (n,), interleaved)
+                take(f"{block}{linear.gguf}.bias", f"{path}.bias", (n,), interleaved)
     norm(FINAL_NORM, arch.final_norm, hidden)
     if not spec.tied:
         take(f"{HEAD}.weight", f"{arch.head}.weight", (vocab, hidden))

@@ -12,7 +12,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import fs
+from quantkit.checkpoint.naming import named
 from quantkit.errors import InputError
 from quantkit.formats.index import read_index
 from quantkit.formats.jsonfile import read_object
@@ -89,7 +90,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's configuration and tensors by Hugging Face name. Made by ``open_checkpoint``.
+    """A model's configuration and tensors by the names of the architecture table. Made by ``open_checkpoint``.
 
     ``root`` is the directory, or the GGUF file itself; ``kind`` is "hf" or "gguf"; of a GGUF file ``config`` is derived.
     """
@@ -104,12 +105,16 @@ class Checkpoint:
         """The safetensors dtype of what ``read`` returns: of GGUF blocks, F32."""
         return self.gguf.dtype(name) if self.gguf is not None else self.tensors[name].dtype
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> NDArray[Any]:
+    def read(self, name: str, index: tuple[slice, ...] | None = None, view: tuple[int, ...] | None = None) -> NDArray[Any]:
         """A tensor, or ``index`` of it (plain ranges, one per axis), as numpy: BF16 and FP8 as their bits.
 
-        Raises InputError when the file has become shorter since it was opened.
+        ``view`` is another shape of as many values, which ``index`` is then of. Raises InputError when the file has become
+        shorter since it was opened.
         """
         ref = self.tensors[name]
+        if view is not None:
+            assert self.gguf is None and math.prod(view) == math.prod(ref.shape), (name, view)
+            ref = replace(ref, shape=view)
         whole = tuple(slice(0, size) for size in ref.shape)
         index = whole if index is None else index
         assert len(index) == len(ref.shape), (name, index)
@@ -235,9 +240,9 @@ def _open_directory(root: Path) -> Checkpoint:
         raise InputError(str(root), f"has no {CONFIG}", "a Hugging Face checkpoint directory", _gguf_hint(root))
     config = read_object(fs.confined(root, CONFIG, str(root)))
     if (root / WEIGHTS).exists():
-        return Checkpoint(root, "hf", config, _file_refs(fs.confined(root, WEIGHTS, str(root))))
+        return Checkpoint(root, "hf", config, named(config, _file_refs(fs.confined(root, WEIGHTS, str(root))), str(root)))
     if (root / INDEX).exists():
-        return Checkpoint(root, "hf", config, _indexed_refs(fs.confined(root, INDEX, str(root))))
+        return Checkpoint(root, "hf", config, named(config, _indexed_refs(fs.confined(root, INDEX, str(root))), str(root)))
     manifest = read_manifest(root)
     if manifest is not None and manifest.get("kind") == "shards":
         hint = f"quantkit unshard {shlex.quote(str(root))} OUT restores it"

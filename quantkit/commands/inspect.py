@@ -11,16 +11,18 @@ from typing import Any
 
 from quantkit import fs
 from quantkit.arch.spec import ModelSpec
-from quantkit.arch.table import BY_MODEL_TYPE, spec_for
+from quantkit.arch.table import architecture_of, spec_for
 from quantkit.checkpoint.reader import Checkpoint, TensorRef, open_checkpoint, read_manifest, resolve_path
 from quantkit.commands.plan import human, mode_facts, ranges_table
 from quantkit.formats.gguf import BY_NAME
 from quantkit.formats.jsonfile import read_object
-from quantkit.geometry import DTYPE_BYTES
+from quantkit.geometry import DTYPE_BYTES, geometry_of
 from quantkit.progress import Progress, silent
+from quantkit.quant_config import READABLE, assignment_from_config, is_kept
 from quantkit.report import Report, Table, next_step
-from quantkit.scheme import Assignment, assignment_from_config
+from quantkit.scheme import Assignment
 from quantkit.shard import open_rank
+from quantkit.slices import fused_name
 from quantkit.text.tokenizer import LIMITS, SENTENCEPIECE, TEMPLATE_FILE, TEMPLATE_JSON, TOKENIZER, TOKENIZER_CONFIG
 
 GGUF_TOKENIZER, GGUF_TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"
@@ -78,16 +80,19 @@ def run(options: InspectOptions, progress: Progress = silent) -> Report:
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec | None:
     """The model, or None when the table does not have its architecture; what is wrong in one that it has is an error."""
-    model_type = config.get("model_type")
-    return spec_for(config) if isinstance(model_type, str) and model_type in BY_MODEL_TYPE else None
+    return None if architecture_of(config) is None else spec_for(config)
 
 
 def _parameters(spec: ModelSpec) -> int:
     """Weights, biases and norms of a model; a tied head counts once."""
     hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
-    block = sum(n * k + n * bool(spec.linears[role].bias) for role in spec.linears for n, k in [spec.linear_shape(role)])
-    block += sum(spec.head_dim if norm.width == "head" else hidden for norm in spec.norms.values())
-    return spec.layers * block + hidden + vocab * hidden * (1 if spec.tied else 2)
+    norms = sum(spec.head_dim if norm.width == "head" else hidden for norm in spec.norms.values()) * len(spec.norm_parts)
+    blocks = 0
+    for layer in range(spec.layers):
+        shapes = [(spec.linear_shape(role), bool(spec.linears[role].bias)) for role in spec.block_linears(layer)]
+        blocks += norms + sum(n * k + n * bias for (n, k), bias in shapes)
+    table = 0 if spec.position_table is None else spec.max_positions * hidden
+    return blocks + hidden * len(spec.norm_parts) + table + vocab * hidden * (1 if spec.tied else 2)
 
 
 def _counted(checkpoint: Checkpoint) -> int:
@@ -110,7 +115,7 @@ def _inspect_checkpoint(options: InspectOptions, checkpoint: Checkpoint, manifes
         config=config,
         spec=spec,
         tensors=tuple(checkpoint.tensors.values()),
-        linears={} if spec is None else _linears(checkpoint, spec),
+        linears={} if spec is None else _linears(checkpoint.tensors, spec, _assignment(checkpoint, spec)),
         parameters=_counted(checkpoint) if spec is None else _parameters(spec),
         files=_files(checkpoint.root),
         tokenizer=tokenizer,
@@ -127,31 +132,38 @@ def _inspect_checkpoint(options: InspectOptions, checkpoint: Checkpoint, manifes
     )
 
 
-def _linears(checkpoint: Checkpoint, spec: ModelSpec) -> dict[_Stored, int]:
-    """How many linears are stored how; none for a quantization that quantkit does not read."""
-    names = spec.all_linears()
-    quant = checkpoint.config.get("quantization_config")
-    if isinstance(quant, dict) and quant.get("quant_method") != "awq":
-        return {}
-    assignment = assignment_from_config(checkpoint.config, names, checkpoint.tensors)
-    return dict(Counter(_stored(checkpoint.tensors, name, assignment) for name in names if _present(checkpoint, name)))
+def _linears(tensors: Mapping[str, TensorRef], spec: ModelSpec, assignment: Assignment) -> dict[_Stored, int]:
+    """How many linears are stored how: those that are there."""
+    roles = {path: names for layer in range(spec.layers) for path, names in spec.block_modules(layer).items()}
+    modules = {name.partition("@")[0].rpartition(".weight")[0] or name.partition("@")[0].rpartition(".")[0] for name in tensors}
+    found: list[_Stored] = []
+    for name, scheme in assignment.items():
+        if name not in modules:
+            continue
+        if is_kept(scheme):
+            ref = tensors.get(f"{name}.weight") or tensors[fused_name(name, "weight", roles[name][0], False)]
+            found.append(_float(ref.dtype))
+            continue
+        n, k = spec.stored_shape(roles[name][0]) if name in roles else (spec.dims["vocab"].elements, spec.dims["hidden"].elements)
+        bits = round(8 * geometry_of(scheme, n, k, dtype="F16").total_bytes / (n * k), 4)
+        label = scheme.code if scheme.layout == "bnb4" else f"{scheme.layout}, {scheme.bits} bits"
+        found.append(_Stored(label, bits, k if scheme.group_size == -1 else scheme.group_size))
+    return dict(Counter(found))
 
 
-def _present(checkpoint: Checkpoint, name: str) -> bool:
-    return f"{name}.weight" in checkpoint.tensors or f"{name}.qweight" in checkpoint.tensors
-
-
-def _stored(tensors: Mapping[str, TensorRef], name: str, assignment: Assignment) -> _Stored:
-    if f"{name}.qweight" in tensors:
-        parts = [tensors[f"{name}.{part}"] for part in sorted(PACKED_PARTS) if f"{name}.{part}" in tensors]
-        scheme, weights = assignment[name], 8 * math.prod(tensors[f"{name}.qweight"].shape)
-        group = tensors[f"{name}.qweight"].shape[0] if scheme.group_size == -1 else scheme.group_size
-        return _Stored(f"{scheme.layout}, {scheme.bits} bits", round(8 * sum(p.nbytes for p in parts) / max(weights, 1), 4), group)
-    dtype = tensors[f"{name}.weight"].dtype
+def _float(dtype: str) -> _Stored:
     if dtype in DTYPE_BYTES:
         return _Stored(dtype, 8.0 * DTYPE_BYTES[dtype], None)
     block = BY_NAME[dtype]
     return _Stored(dtype, 8 * block.nbytes / block.elements, block.elements)
+
+
+def _assignment(checkpoint: Checkpoint, spec: ModelSpec) -> Assignment:
+    """How linears are stored; none of them for a quantization that quantkit does not read."""
+    quant = checkpoint.config.get("quantization_config")
+    if isinstance(quant, dict) and quant.get("quant_method") not in READABLE:
+        return {}
+    return assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
 
 
 def _files(root: Path) -> tuple[Path, ...]:
@@ -295,18 +307,16 @@ def _next_steps(path: str, facts: _Facts) -> tuple[str, ...]:
 
 def _inspect_shards(options: InspectOptions, root: Path, manifest: Mapping[str, Any]) -> Report:
     """A shard directory: the plan, and what every rank holds."""
-    first, plan = open_rank(root, 0)
+    first, plan, assignment = open_rank(root, 0)
     ranks = [first, *(open_rank(root, rank)[0] for rank in range(1, plan.tp))]
     spec, (tokenizer, template) = spec_for(first.config), _text_files(root)
     tensors = tuple(ref for rank in ranks for ref in rank.tensors.values())
-    assignment = assignment_from_config(first.config, spec.all_linears(), first.tensors)
-    linears = Counter(_stored(first.tensors, name, assignment) for name in spec.all_linears() if _present(first, name))
     facts = _Facts(
         kind=f"shards for {plan.tp} ranks",
         config=first.config,
         spec=spec,
         tensors=tensors,
-        linears=dict(linears),
+        linears=_linears(first.tensors, spec, assignment),
         parameters=_parameters(spec),
         files=_files(root),
         tokenizer=tokenizer,

@@ -10,10 +10,10 @@ def run() -> Report:
     from quantkit.quantizers.base import methods
 
     found = methods().values()
-    rows = tuple((m.name, m.summary, ", ".join(m.layouts), m.origin) for m in found)
+    rows = tuple((m.name, m.summary, ", ".join(m.facts.formats), m.origin) for m in found)
     return Report(
         command="methods",
-        data={"methods": [{"name": m.name, "summary": m.summary, "layouts": list(m.layouts), "origin": m.origin} for m in found]},
-        tables=(Table("Methods", ("method", "summary", "layouts", "origin"), rows),),
+        data={"methods": [{"name": m.name, "summary": m.summary, "formats": list(m.facts.formats), "origin": m.origin} for m in found]},
+        tables=(Table("Methods", ("method", "summary", "formats", "origin"), rows),),
         next_steps=("quantkit recipe init --method METHOD my.yaml", "quantkit quantize MODEL OUT --method METHOD"),
     )

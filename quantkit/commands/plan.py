@@ -23,8 +23,9 @@ from quantkit.plan import (
     rank_memory,
 )
 from quantkit.progress import Progress, silent
+from quantkit.quant_config import METHODS, Stored, assignment_from_config, claimed_tensors, is_kept, make_scheme
 from quantkit.report import Cell, Report, Table, next_step
-from quantkit.scheme import KEEP, Assignment, LinearScheme, assignment_from_config, assignment_to_json
+from quantkit.scheme import KEEP, Assignment, assignment_to_json
 
 UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
     f"{letter}{tail}": base**power for power, letter in enumerate("KMGT", start=1) for tail, base in (("B", 1000), ("iB", 1024), ("", 1000))
@@ -33,8 +34,6 @@ RESERVE = 0.10
 """Part of a GPU's memory left to activations and the runtime itself: an estimate, and named so where it is shown."""
 CONFIG_LIMIT = 16 << 20
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-METHOD_LAYOUTS = {"rtn": "awq", "awq": "awq"}
-"""What ``quantize`` writes by default for each built-in method."""
 EQUAL_SPLIT = "equal split (vLLM, SGLang)"
 
 
@@ -48,8 +47,8 @@ class PlanOptions:
     path: str
     tp: int
     method: str | None = None
-    bits: int = 4
-    group_size: int = 128
+    bits: int | None = None
+    group_size: int | None = None
     gpu_memory: str | None = None
     max_model_len: int | None = None
 
@@ -95,29 +94,21 @@ def _bare_config(path: Path) -> dict[str, Any] | None:
     return read_object(path, CONFIG_LIMIT, "a config.json")
 
 
-def _kept(spec: ModelSpec, config: Mapping[str, Any]) -> set[str]:
-    """Linears that a bare ``quantization_config`` leaves in floats (``formats.md`` 3.5: entries match as substrings)."""
-    quant = config.get("quantization_config") or {}
-    patterns = [p for p in quant.get("modules_to_not_convert") or [] if isinstance(p, str)]
-    return {name for name in spec.all_linears() if name == spec.architecture.head or any(p in name for p in patterns)}
-
-
 def _read(options: PlanOptions) -> _Model:
     config = _bare_config(Path(options.path))
     if config is not None:
         spec = spec_for(config)
-        kept = _kept(spec, config)
-        names: set[str] = {f"{name}.qweight" for name in spec.all_linears() if name not in kept}
+        tensors: Mapping[str, Stored] = claimed_tensors(config, spec.all_linears(), spec.architecture.head)
         stored = kind = None
     else:
         checkpoint = open_checkpoint(options.path)
-        config, spec, names = dict(checkpoint.config), spec_for(checkpoint.config), set(checkpoint.tensors)
+        config, spec, tensors = dict(checkpoint.config), spec_for(checkpoint.config), checkpoint.tensors
         kind, table = checkpoint.kind, f"{spec.architecture.embedding}.weight"
         stored = checkpoint.dtype(table) if kind == "hf" and table in checkpoint.tensors else None
     declared = FLOAT_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))
     dtype = stored or declared or "BF16"
     source = "the embedding's" if stored else "config.json" if declared else "assumed"
-    return _Model(spec, assignment_from_config(config, spec.all_linears(), names), dtype, source, kind)
+    return _Model(spec, assignment_from_config(config, spec.all_linears(), tensors), dtype, source, kind)
 
 
 def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
@@ -125,20 +116,31 @@ def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:
         return model.assignment
     if any(scheme != KEEP for scheme in model.assignment.values()):
         raise InputError("--method", f"{options.path} is already quantized", "an unquantized model, or no --method")
-    if options.method not in METHOD_LAYOUTS:
-        raise InputError("--method", f"{options.method!r} has no layout to plan with", f"one of {', '.join(METHOD_LAYOUTS)}")
-    layout = METHOD_LAYOUTS[options.method]
-    if options.bits != 4:
-        raise InputError("--bits", f"{options.bits} bits in the {layout} layout", "4")
-    if options.group_size < 1 and options.group_size != -1:
-        raise InputError("--group-size", f"is {options.group_size}", "-1 (one group per row) or a positive number")
-    scheme = LinearScheme(options.method, layout, options.bits, options.group_size)
-    return {name: KEEP if name == model.spec.architecture.head else scheme for name in model.assignment}
+    if options.method not in METHODS:
+        raise InputError("--method", f"{options.method!r} has no layout to plan with", f"one of {', '.join(METHODS)}")
+    scheme = make_scheme(
+        options.method,
+        METHODS[options.method],
+        fmt=None,
+        bits=options.bits,
+        group_size=options.group_size,
+        sym=None,
+        options={},
+        dtype=model.dtype,
+        where={"bits": "--bits", "group_size": "--group-size", "format": "--format", "sym": "--sym"},
+    )
+    kept = {
+        path
+        for layer in range(model.spec.layers)
+        for role, path in model.spec.block_linears(layer).items()
+        if not model.spec.linears[role].quantize
+    }
+    return {name: KEEP if name in kept or name == model.spec.architecture.head else scheme for name in model.assignment}
 
 
 def ranges_table(plan: ParallelPlan, rank_bytes: tuple[int, ...]) -> Table:
     """Who owns what: one row per rank, each dim as ``start:stop`` in its units."""
-    dims = [dim for dim in ("heads", "kv_heads", "ffn", "hidden", "vocab") if dim in plan.ranges]
+    dims = [dim for dim in ("heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "hidden", "vocab") if dim in plan.ranges]
     owned = [[f"{plan.ranges[dim][rank].start}:{plan.ranges[dim][rank].stop}" for dim in dims] for rank in range(plan.tp)]
     rows: tuple[tuple[Cell, ...], ...] = tuple((rank, *texts, human(rank_bytes[rank])) for rank, texts in enumerate(owned))
     return Table("Ranges per rank", ("rank", *dims, "weights"), rows)
@@ -208,7 +210,7 @@ def _fit(memory: tuple[RankMemory, ...], limit: int, length: int) -> _Fit:
 
 def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None) -> tuple[tuple[str, str], ...]:
     name, layers = model.spec.architecture.name, model.spec.layers
-    layouts = sorted({f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in assignment.values() if s.layout != "plain"})
+    layouts = sorted({f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in assignment.values() if not is_kept(s)})
     facts = [
         ("model", f"{name}, {layers} layers, {plan.dims['heads'].size} heads, {plan.dims['kv_heads'].size} KV heads"),
         ("linears", "; ".join(layouts) or "unquantized"),

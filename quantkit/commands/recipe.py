@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantkit import fs
 from quantkit.errors import InputError
+from quantkit.quant_config import MethodFacts, format_of
 from quantkit.recipe import Recipe, bundled_recipes, load_recipe, parse_recipe, read_recipe_text
 from quantkit.report import Report, Table, next_step
 
@@ -35,8 +36,9 @@ class InitOptions:
 
 
 def _summary(recipe: Recipe) -> str:
-    symmetry = "symmetric" if recipe.sym else "asymmetric"
-    return f"{recipe.method}, {recipe.bits} bits, group {recipe.group_size}, {symmetry}"
+    said = {"bits": recipe.bits, "group": recipe.group_size, "format": recipe.format}
+    symmetry = () if recipe.sym is None else ("symmetric" if recipe.sym else "asymmetric",)
+    return ", ".join([recipe.method, *(f"{name} {value}" for name, value in said.items() if value is not None), *symmetry])
 
 
 def show(options: ShowOptions) -> Report:
@@ -57,28 +59,32 @@ def show(options: ShowOptions) -> Report:
 
 def validate(options: ValidateOptions) -> Report:
     """Check a recipe down to the options of its method. Raises InputError naming the file and the field."""
-    from quantkit.commands.quantize import QuantizeOptions, check_recipe, effective_recipe
-    from quantkit.quantizers.base import method
+    from quantkit.commands.assign import check_recipe
+    from quantkit.commands.quantize import QuantizeOptions, effective_recipe
+    from quantkit.quantizers.base import methods
 
     path, _ = read_recipe_text(options.path)
     recipe = effective_recipe(QuantizeOptions(path="", out=Path(), recipe=Path(options.path)))
     try:
-        chosen = method(recipe.method)
-        chosen.factory(recipe.options)
-        check_recipe(recipe, chosen.layouts)
+        known = methods()
+        if recipe.method not in known:
+            raise InputError("--method", f"{recipe.method!r} is unknown", f"one of {', '.join(known)}")
+        known[recipe.method].factory(recipe.options)
+        scheme = check_recipe(recipe, {name: found.facts for name, found in known.items()})
     except InputError as exc:
         raise InputError(f"{path}: {exc.where.removeprefix('--').replace('-', '_')}", exc.what, exc.expected, exc.hint) from exc
     return Report(
         command="recipe validate",
-        data={"file": str(path), "valid": True, "recipe": recipe.model_dump(mode="json")},
-        facts=(("recipe", str(path)), ("valid", "yes"), ("method", _summary(recipe)), ("format", recipe.format or chosen.layouts[0])),
+        data={"file": str(path), "valid": True, "recipe": recipe.model_dump(mode="json"), "format": format_of(scheme.layout)},
+        facts=(("recipe", str(path)), ("valid", "yes"), ("method", _summary(recipe)), ("format", format_of(scheme.layout))),
         next_steps=(next_step("quantize", "MODEL", "OUT", "--recipe", options.path),),
     )
 
 
-def _template(method: str, needs_calibration: bool) -> str:
+def _template(method: str, facts: MethodFacts, needs_calibration: bool) -> str:
     """A commented recipe that says every field with its default."""
-    defaults = Recipe(method=method)
+    group = "" if facts.group is None else f"group_size: {facts.group:<15} # weights per scale along the input; -1 is one group per row\n"
+    symmetry = "" if facts.sym is None else f"sym: {str(facts.sym).lower():<22} # true: every zero point is the middle of the range\n"
     calibration = """\
 calibration:
   source: builtin            # a text or JSONL file, self (sampled from the model) or builtin (English text; your own is better)
@@ -89,10 +95,8 @@ calibration:
 # A quantkit recipe. Check it:  quantkit recipe validate FILE
 # Use it:                       quantkit quantize MODEL OUT --recipe FILE
 method: {method}
-bits: {defaults.bits}
-group_size: {defaults.group_size}              # weights per scale along the input; -1 is one group per row
-sym: {str(defaults.sym).lower()}                   # true: every zero point is the middle of the range
-# format: awq                # the layout on disk; the method's own if not said
+bits: {facts.bits[0]}
+{group}{symmetry}# format: {facts.formats[0]:<18} # what is written: {", ".join(facts.formats)}
 {calibration if needs_calibration else ""}
 # The first override whose pattern (a regular expression) is found in a linear's name decides.
 overrides: []
@@ -110,10 +114,11 @@ def init(options: InitOptions) -> Report:
     """Write a recipe to start from. Raises InputError when ``out`` exists or there is no such method."""
     from quantkit.quantizers.base import method
 
-    quantizer = method(options.method).factory({})
+    chosen = method(options.method)
+    quantizer = chosen.factory({})
     if os.path.lexists(options.out):
         raise InputError(str(options.out), "exists", "a path that does not exist")
-    text = _template(options.method, bool(quantizer.needs))
+    text = _template(options.method, chosen.facts, bool(quantizer.needs))
     recipe = parse_recipe(text, str(options.out))
     fs.write_bytes(options.out, text.encode())
     return Report(

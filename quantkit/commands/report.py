@@ -16,6 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifes
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
 from quantkit.progress import Progress, silent
+from quantkit.quant_config import assignment_from_config, is_kept
 from quantkit.report import Report, Table, to_markdown
 from quantkit.text.builtin import builtin_text
 
@@ -62,7 +63,14 @@ def _label(checkpoint: Checkpoint) -> str:
     if not isinstance(quant, dict):
         return "GGUF" if checkpoint.kind == "gguf" else "unquantized"
     manifest = read_manifest(checkpoint.root) or {}
-    return f"{manifest.get('method') or quant.get('quant_method')} {quant.get('bits')}-bit g{quant.get('group_size')}"
+    name = str(manifest.get("method") or quant.get("quant_method"))
+    spec = spec_for(checkpoint.config)
+    schemes = [s for s in assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors).values() if not is_kept(s)]
+    if not schemes:
+        return name
+    bits, groups = sorted({s.bits for s in schemes}), sorted({s.group_size for s in schemes})
+    shown = "/".join("row" if g == -1 else str(g) for g in groups)
+    return f"{name} {'/'.join(map(str, bits))}-bit g{shown}"
 
 
 def _disk_bytes(checkpoint: Checkpoint) -> int:

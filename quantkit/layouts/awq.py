@@ -1,4 +1,4 @@
-"""AutoAWQ ``version: gemm``: 4-bit codes packed along N in an interleaved order (``formats.md`` 3.1)."""
+"""AutoAWQ: ``version: gemm``, 4-bit codes packed along N in an interleaved order, and the older ``gemv`` (``formats.md`` 3)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
-from quantkit.geometry import Geometry
+from quantkit.geometry import Geometry, gemv_columns
 from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.words import pack_rows, unpack_rows
+from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.ops.grouped import dequantize
 
 NIBBLE_OF_ELEMENT = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -29,18 +31,25 @@ def unpack_words(words: Tensor) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(-2)
 
 
+def _refuse_other(result: GroupedInt, layout: str) -> None:
+    """Raise InputError for what AWQ cannot hold: other than 4 bits, or scattered groups."""
+    if result.bits != 4:
+        raise InputError(f"layout {layout}", f"{result.bits} bits", "4")
+    if result.g_idx is not None:
+        raise InputError(f"layout {layout}", "groups scattered over the input (act-order)", "groups of consecutive inputs")
+
+
 class AwqCodec:
     """Codec of the AWQ gemm layout."""
 
     name = "awq"
 
-    def pack(self, result: GroupedInt) -> dict[str, Tensor]:
-        if result.bits != 4:
-            raise InputError("layout awq", f"{result.bits} bits", "4")
+    def pack(self, result: GroupedInt, geometry: Geometry) -> dict[str, Tensor]:
+        _refuse_other(result, self.name)
         parts = {
             "qweight": pack_words(result.codes.T.contiguous()),  # [K, N/8]
             "qzeros": pack_words(result.zeros.T.contiguous()),  # [G, N/8]
-            "scales": result.scales.T.contiguous().to(torch.float16),  # [G, N]
+            "scales": result.scales.T.contiguous().to(TORCH_DTYPES[geometry.scheme.scale_dtype]),  # [G, N]
         }
         return parts if result.bias is None else {**parts, "bias": result.bias}
 
@@ -49,6 +58,41 @@ class AwqCodec:
             codes=unpack_words(parts["qweight"]).T.contiguous(),
             scales=parts["scales"].T.contiguous(),
             zeros=unpack_words(parts["qzeros"]).T.contiguous(),
+            bits=4,
+            bias=parts.get("bias"),
+        )
+
+    def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
+        result = self.unpack(parts, geometry)
+        return dequantize(result.codes, result.scales, result.zeros, dtype)
+
+
+class AwqGemvCodec:
+    """Codec of the AWQ gemv layout: output-major, natural order, a padded group axis."""
+
+    name = "awq_gemv"
+
+    def pack(self, result: GroupedInt, geometry: Geometry) -> dict[str, Tensor]:
+        _refuse_other(result, self.name)
+        words, groups = gemv_columns(geometry.whole[1], geometry.scheme.group_size), result.scales.shape[1]
+        pad = (0, 8 * words - groups)
+        zeros = torch.nn.functional.pad(result.zeros, pad)
+        scales = torch.nn.functional.pad(result.scales, pad).to(TORCH_DTYPES[geometry.scheme.scale_dtype])
+        parts = {
+            "qweight": pack_rows(result.codes.T, 4).T.contiguous(),  # [N, K/8]
+            "qzeros": pack_rows(zeros.T, 4).T.contiguous(),  # [N, Z]
+            "scales": scales.contiguous(),  # [N, 8Z]
+        }
+        return parts if result.bias is None else {**parts, "bias": result.bias}
+
+    def unpack(self, parts: Mapping[str, Tensor], geometry: Geometry) -> GroupedInt:
+        first = geometry.origin[1] // geometry.scheme.group_size
+        groups = slice(first, first + geometry.k // geometry.scheme.group_size)
+        zeros = unpack_rows(parts["qzeros"].T, 4, parts["scales"].shape[1]).T
+        return GroupedInt(
+            codes=unpack_rows(parts["qweight"].T, 4, geometry.k).T.contiguous(),
+            scales=parts["scales"][:, groups].contiguous(),
+            zeros=zeros[:, groups].contiguous(),
             bits=4,
             bias=parts.get("bias"),
         )

@@ -1,15 +1,16 @@
-"""The plain layout: ``weight [N, K]`` and ``bias [N]`` in a float dtype."""
+"""Unquantized layouts: ``weight [N, K]``, or ``[K, N]`` as Conv1D stores it, and ``bias [N]`` in a float dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry
-from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.base import Neutral
 
 
 class PlainCodec:
@@ -17,14 +18,23 @@ class PlainCodec:
 
     name = "plain"
 
-    def pack(self, result: GroupedInt) -> dict[str, Tensor]:
-        raise InputError("layout plain", "holds no integer codes", "a quantized layout")
+    def pack(self, result: Any, geometry: Geometry) -> dict[str, Tensor]:
+        raise InputError(f"layout {self.name}", "holds no integer codes", "a quantized layout")
 
-    def unpack(self, parts: Mapping[str, Tensor], geometry: Geometry) -> GroupedInt:
-        raise InputError("layout plain", "holds no integer codes", "a quantized layout")
+    def unpack(self, parts: Mapping[str, Tensor], geometry: Geometry) -> Neutral:
+        raise InputError(f"layout {self.name}", "holds no integer codes", "a quantized layout")
 
     def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
         return parts["weight"].to(dtype)
+
+
+class TransposedCodec(PlainCodec):
+    """Codec of ``weight [K, N]``."""
+
+    name = "transposed"
+
+    def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
+        return parts["weight"].to(dtype).T
 
 
 class DenseLinear:

@@ -9,13 +9,33 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
-from quantkit.geometry import Geometry
-from quantkit.layouts.awq import AwqCodec
-from quantkit.layouts.base import Codec, LinearOp
-from quantkit.layouts.plain import DenseLinear, PlainCodec
-from quantkit.ops.grouped import Int4CpuLinear, int4_cpu_supports
+from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
+from quantkit.layouts.awq import AwqCodec, AwqGemvCodec
+from quantkit.layouts.base import Codebook, Codec, GroupedInt, LinearOp, Neutral, with_bias
+from quantkit.layouts.bnb import Bnb4Codec
+from quantkit.layouts.gptq import GptqCodec
+from quantkit.layouts.packed import PackedCodec
+from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
+from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
+from quantkit.ops.eightbit import llm_int8_linear, scaled_linear
+from quantkit.ops.grouped import Int4CpuLinear, dequantize, int4_cpu_supports
+from quantkit.scheme import LinearScheme
 
-CODECS: Mapping[str, Codec] = MappingProxyType({"plain": PlainCodec(), "awq": AwqCodec()})
+_ALL: tuple[Codec, ...] = (
+    PlainCodec(),
+    TransposedCodec(),
+    AwqCodec(),
+    AwqGemvCodec(),
+    GptqCodec("gptq", 1),
+    GptqCodec("gptq_v2", 0),
+    PackedCodec(),
+    INT8,
+    FP8,
+    FP8_BLOCKS,
+    Bnb4Codec(),
+    LlmInt8Codec(),
+)
+CODECS: Mapping[str, Codec] = MappingProxyType({item.name: item for item in _ALL})
 
 
 def codec(name: str) -> Codec:
@@ -47,20 +67,49 @@ class UnpackingLinear:
         return torch.nn.functional.linear(x, self.weight())
 
 
+class EightBitLinear(UnpackingLinear):
+    """A linear of 8-bit weights whose input is quantized too, token by token, when it runs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kind = self._geometry.scheme.activations
+        if kind == "int8_outlier":
+            return llm_int8_linear(x, self._parts["weight"], self._parts["SCB"])
+        return scaled_linear(x, self._parts["weight"], self._parts["weight_scale"], kind)
+
+
 def load_linear(
     geometry: Geometry, parts: Mapping[str, Tensor], *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
 ) -> LinearOp:
     """The linear that runs ``parts`` (one stored linear) in ``dtype`` on ``device``.
 
-    On a CPU in bfloat16 a 4-bit layout runs on torch's int4 kernel; everywhere else, and with ``parity``, it is
-    dequantized at each call. Empty shapes (a rank that owns nothing) run as dense.
+    On a CPU in bfloat16 a 4-bit layout runs on torch's int4 kernel; everywhere else it is dequantized at each call. Where the
+    scheme quantizes activations they are, except with ``parity``, which is the dequantized weight times the input as it is.
+    Empty shapes (a rank that owns nothing) run as dense.
     """
     moved = {suffix: part.to(device) for suffix, part in parts.items()}
     bias = moved["bias"].to(dtype) if "bias" in moved else None
-    if geometry.layout == "plain" or not geometry.n or not geometry.k:
-        return DenseLinear(codec(geometry.layout).dequant(moved, geometry, dtype), bias)
-    if device == "cpu" and dtype == torch.bfloat16 and not parity:
-        result = codec(geometry.layout).unpack(moved, geometry)
-        if result.bits == 4 and int4_cpu_supports(geometry.k, geometry.k // result.scales.shape[1]):
+    chosen = codec(geometry.layout)
+    if not geometry.n or not geometry.k:
+        return DenseLinear(torch.zeros(geometry.n, geometry.k, dtype=dtype, device=device), bias)
+    if geometry.layout in FLOAT_LAYOUTS:
+        return DenseLinear(chosen.dequant(moved, geometry, dtype).contiguous(), bias)
+    if parity:
+        return UnpackingLinear(moved, geometry, dtype)
+    if geometry.scheme.activations:
+        return EightBitLinear(moved, geometry, dtype)
+    if device == "cpu" and dtype == torch.bfloat16 and geometry.scheme.bits == 4:
+        result = chosen.unpack(moved, geometry)
+        if isinstance(result, GroupedInt) and result.g_idx is None and int4_cpu_supports(geometry.k, geometry.k // result.scales.shape[1]):
             return Int4CpuLinear(result.codes, result.scales, result.zeros, bias)
     return UnpackingLinear(moved, geometry, dtype)
+
+
+def dense_weight(result: Neutral, scheme: LinearScheme, dtype: torch.dtype) -> Tensor:
+    """The weight ``[N, K]`` that a linear stored by ``scheme`` multiplies by once ``result`` is written."""
+    if isinstance(result, GroupedInt):
+        return dequantize(result.codes, result.scales, result.zeros, dtype, result.g_idx)
+    n, k = (result.codes if isinstance(result, Codebook) else result.values).shape
+    geometry = geometry_of(scheme, n, k, dtype="F32")
+    chosen = codec(scheme.layout)
+    parts = chosen.pack(with_bias(result, None), geometry)
+    return chosen.dequant(parts, geometry, dtype)

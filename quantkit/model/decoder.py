@@ -7,24 +7,26 @@ gets the same result. This module knows no file, no layout and no architecture b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit.arch.spec import ModelSpec
+from quantkit.arch.spec import ModelSpec, Moe
 from quantkit.comm import Comm
 from quantkit.layouts.base import LinearOp
 from quantkit.model.attention import Attention, Batch, KVCache
+from quantkit.model.moe import Steps, mix
 from quantkit.model.rope import Rotary, rotate
-from quantkit.plan import COLUMN, GATHER, ROW
+from quantkit.plan import COLUMN, COPY, GATHER, ROW
 
-__all__ = ["Batch", "Block", "Decoder", "Embedding", "Head", "KVCache", "ParallelLinear", "RmsNorm", "Tap"]
+__all__ = ["Batch", "Block", "Decoder", "Embedding", "Head", "KVCache", "LayerNorm", "Norm", "ParallelLinear", "RmsNorm", "Tap"]
 
 Tap = Callable[[str, Tensor], None]
-"""Called with a linear's role and its input ``x [T, K]`` just before each linear of a block."""
+"""Called with a linear's role and its input ``x [T, K]`` just before each linear of a block. Of an expert T are the tokens that
+reach it, and it is not called when there are none."""
 
 ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -59,11 +61,30 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """``(x - mean) / deviation * weight + bias``. Source: Ba et al. 2016."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+Norm = RmsNorm | LayerNorm
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelLinear:
     """A rank's part of one linear, and what its cut asks of the group.
 
-    "column": this rank's outputs. "row": the outputs summed over the ranks, then the bias. "gather": the input gathered by
-    ``in_sizes``, this rank's outputs, those gathered by ``out_sizes``.
+    "copy": all of it. "column": this rank's outputs. "row": the outputs summed over the ranks, then the bias. "gather": the input
+    gathered by ``in_sizes``, this rank's outputs, those gathered by ``out_sizes``.
     """
 
     op: LinearOp
@@ -74,7 +95,7 @@ class ParallelLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [T, K of this rank]`` -> ``[T, N of this rank]``, or ``[T, N]`` for "row" and "gather"."""
-        assert self.mode in (COLUMN, ROW, GATHER)
+        assert self.mode in (COLUMN, ROW, GATHER, COPY)
         if self.mode == GATHER:
             x = self.comm.all_gather(x, self.in_sizes)
         y = self.op(x)
@@ -86,18 +107,22 @@ class ParallelLinear:
 
 
 class Block:
-    """One decoder block: attention and gated MLP, each between its norms and added to the stream."""
+    """One decoder block: attention, then an MLP or experts, each between its norms and added to the stream.
+
+    Its computation is a generator that asks for its linears one after the other, so that a pass can look at each input, or stop.
+    """
 
     def __init__(
         self,
         layer: int,
         linears: Mapping[str, ParallelLinear],
-        norms: Mapping[str, RmsNorm],
+        norms: Mapping[str, Norm],
         attention: Attention,
-        rotary: Rotary,
+        rotary: Rotary | None,
         activation: str,
+        moe: Moe | None = None,
     ) -> None:
-        self.layer, self.linears, self.norms = layer, linears, norms
+        self.layer, self.linears, self.norms, self.moe = layer, dict(linears), norms, moe
         self.attention, self.rotary = attention, rotary
         self._activate = ACTIVATE[activation]
 
@@ -105,47 +130,101 @@ class Block:
     def nbytes(self) -> int:
         return sum(linear.op.nbytes for linear in self.linears.values()) + sum(norm.nbytes for norm in self.norms.values())
 
+    def replace(self, role: str, op: LinearOp) -> None:
+        """Put another linear in the place of ``role``."""
+        self.linears[role] = replace(self.linears[role], op=op)
+
     def forward(self, x: Tensor, batch: Batch, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
         """``x [T, hidden]`` -> ``[T, hidden]``."""
-        return self.run(x, batch, self.rotary.angles(batch.positions, batch.lengths), cache, tap)
+        return self.run(x, batch, self.angles(batch), cache, tap)
+
+    def observe(self, x: Tensor, batch: Batch, tap: Tap, until: frozenset[str]) -> None:
+        """Run only as far as every linear of ``until`` has had its input tapped; to the end when one is an expert without tokens."""
+        self._drive(self._steps(x, batch, self.angles(batch), None), tap, set(until))
+
+    def angles(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """The rotary angles of ``batch``; None with learned positions."""
+        return None if self.rotary is None else self.rotary.angles(batch.positions, batch.lengths)
 
     def _heads(self, x: Tensor) -> Tensor:
         width = self.attention.head_dim
         return x.reshape(x.shape[0], x.shape[1] // width, width)
 
-    def run(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: KVCache | None, tap: Tap | None) -> Tensor:
+    def run(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, tap: Tap | None) -> Tensor:
         """``forward`` with the angles of ``batch`` given, so that blocks of one rotary share them."""
+        out = self._drive(self._steps(x, batch, angles, cache), tap, None)
+        assert out is not None
+        return out
 
-        def linear(role: str, value: Tensor) -> Tensor:
-            if tap is not None:
-                tap(role, value)
-            return self.linears[role](value)
+    def _drive(self, steps: Steps, tap: Tap | None, missing: set[str] | None) -> Tensor | None:
+        """What ``steps`` returns; None as soon as every role in ``missing`` has been tapped, whose linear is not run any more."""
+        try:
+            role, value = next(steps)
+            while True:
+                if tap is not None:
+                    tap(role, value)
+                if missing is not None:
+                    missing.discard(role)
+                    if not missing:
+                        return None
+                role, value = steps.send(self.linears[role](value))
+        except StopIteration as done:
+            out: Tensor = done.value
+            return out
+
+    def _steps(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Steps:
+        """Yields each linear's role and input, is sent its output, and returns the block's."""
 
         def norm(role: str, value: Tensor) -> Tensor:
             return self.norms[role](value) if role in self.norms else value
 
         h = norm("pre_attention", x)
-        q, k, v = (self._heads(linear(role, h)) for role in ("q", "k", "v"))  # [T, heads, D]
-        q, k = rotate(norm("q_norm", q), *angles), rotate(norm("k_norm", k), *angles)
-        h = linear("o", self.attention(q, k, v, batch, cache, self.layer))
+        q = self._heads((yield "q", h))  # [T, heads, D]
+        k = self._heads((yield "k", h))
+        v = self._heads((yield "v", h))
+        q, k = norm("q_norm", q), norm("k_norm", k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        h = yield "o", self.attention(q, k, v, batch, cache, self.layer)
         x = x + norm("post_attention", h)
-        h = norm("pre_ffn", x)
-        h = self._activate(linear("gate", h)) * linear("up", h)  # [T, ffn]
-        return x + norm("post_ffn", linear("down", h))
+        h = yield from self._mlp(norm("pre_ffn", x))
+        return x + norm("post_ffn", h)
+
+    def _mlp(self, h: Tensor) -> Steps:
+        """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""
+        if self.moe is not None:
+            return (yield from mix(h, self.moe, self._activate))
+        if "gate" in self.linears:
+            gate = yield "gate", h
+            up = yield "up", h
+            return (yield "down", self._activate(gate) * up)
+        up = yield "up", h
+        return (yield "down", self._activate(up))
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Rows ``first`` to ``first + len(weight)`` of the vocabulary ``weight [rows, hidden]``, and the factor on what is looked up."""
+    """Rows ``first`` to ``first + len(weight)`` of the vocabulary ``weight [rows, hidden]``, and the factor on what is looked up.
+
+    ``table [max_positions, hidden]`` are learned positions, which are added.
+    """
 
     weight: Tensor
     first: int
     scale: float | None
     comm: Comm
+    table: Tensor | None = None
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """``tokens [T]`` int64 on any device, each below the vocabulary's size -> ``[T, hidden]``."""
-        tokens = tokens.to(self.weight.device)
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.table is None else self.table.nbytes)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """``tokens``, ``positions [T]`` int64 on any device, each below the vocabulary's and the table's size -> ``[T, hidden]``."""
+        found = self._rows(tokens.to(self.weight.device))
+        return found if self.table is None else found + functional.embedding(positions.to(self.table.device), self.table)
+
+    def _rows(self, tokens: Tensor) -> Tensor:
         if self.comm.size == 1:
             found = functional.embedding(tokens, self.weight)
         else:
@@ -185,7 +264,7 @@ class Decoder:
     """A whole model, or one rank's slices of it. Made by ``model.load``."""
 
     def __init__(
-        self, spec: ModelSpec, embedding: Embedding, blocks: Sequence[Block], norm: RmsNorm, head: Head, comm: Comm, kv_heads: int
+        self, spec: ModelSpec, embedding: Embedding, blocks: Sequence[Block], norm: Norm, head: Head, comm: Comm, kv_heads: int
     ) -> None:
         self.spec, self.embedding, self.blocks = spec, embedding, tuple(blocks)
         self.norm, self.head, self.comm = norm, head, comm
@@ -204,11 +283,11 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of weights of this rank in memory."""
         head = 0 if self.spec.tied else self.head.op.nbytes
-        return self.embedding.weight.nbytes + sum(block.nbytes for block in self.blocks) + self.norm.nbytes + head
+        return self.embedding.nbytes + sum(block.nbytes for block in self.blocks) + self.norm.nbytes + head
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """``tokens [T]`` -> ``[T, hidden]``."""
-        return self.embedding(tokens)
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """``tokens``, ``positions [T]`` -> ``[T, hidden]``."""
+        return self.embedding(tokens, positions)
 
     def forward(self, tokens: Tensor, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """``tokens [T]`` int64 -> hidden states ``[T, hidden]`` after the final norm; ``cache`` gets this pass's keys and values.
@@ -216,12 +295,12 @@ class Decoder:
         Tokens and positions may be on any device; the result is on the decoder's.
         """
         assert tokens.shape == batch.positions.shape and sum(batch.lengths) == tokens.shape[0]
-        x = self.embed(tokens)
-        angles: dict[int, tuple[Tensor, Tensor]] = {}
+        x = self.embed(tokens, batch.positions)
+        angles: dict[int, tuple[Tensor, Tensor] | None] = {}
         for block in self.blocks:
             key = id(block.rotary)
             if key not in angles:
-                angles[key] = block.rotary.angles(batch.positions, batch.lengths)
+                angles[key] = block.angles(batch)
             x = block.run(x, batch, angles[key], cache, None)
         return self.norm(x)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,31 +18,36 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.comm import Comm, Solo
 from quantkit.errors import InputError
-from quantkit.geometry import LAYOUTS, Geometry
+from quantkit.geometry import FLOAT_LAYOUTS, Geometry, plain
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.plain import DenseLinear
 from quantkit.layouts.registry import load_linear
 from quantkit.model.attention import Attention, kv_index
-from quantkit.model.decoder import Block, Decoder, Embedding, Head, ParallelLinear, RmsNorm
+from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
 from quantkit.model.rope import Rotary
 from quantkit.ops.dtypes import as_tensor
-from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, linear_geometry
-from quantkit.scheme import KEEP, Assignment, assignment_from_config
+from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, linear_geometry, stored_geometry
+from quantkit.quant_config import assignment_from_config
+from quantkit.scheme import KEEP, Assignment
+from quantkit.slices import fused_name
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
-"""Old checkpoints store the rotary frequencies, which follow from config.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor as the checkpoint must hold it, and the part of it that this rank reads, then ``pad_rows`` rows of zeros."""
+    """A tensor as the checkpoint must hold it, and the part of it that this rank reads, then ``pad_rows`` rows of zeros.
+
+    ``shape`` None: its length depends on its content, and it is read whole. ``view`` is the shape that ``index`` is of, where the
+    tensor lies flattened.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtypes: frozenset[str]
     index: tuple[slice, ...]
     pad_rows: int = 0
+    view: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +71,40 @@ class _Source:
     def _cut(self, role: str, n: int, k: int) -> tuple[range, range]:
         return (range(n), range(k)) if self.plan is None else self.plan.cut(role, self.rank)
 
-    def norm(self, module: str, width: str) -> _Stored:
-        """The weight of a norm of ``width`` "hidden" or "head": whole on every rank."""
+    def norm(self, module: str, width: str) -> dict[str, _Stored]:
+        """What a norm of ``width`` "hidden" or "head" stores, by suffix: whole on every rank."""
         size = self.spec.head_dim if width == "head" else self.spec.dims["hidden"].elements
-        return self._part(f"{module}.weight", (size,), FLOATS, (slice(0, size),))
+        return {suffix: self._part(f"{module}.{suffix}", (size,), FLOATS, (slice(0, size),)) for suffix in self.spec.norm_parts}
+
+    def positions(self) -> _Stored | None:
+        """The table of learned positions: whole on every rank."""
+        if self.spec.position_table is None:
+            return None
+        shape = self.spec.max_positions, self.spec.dims["hidden"].elements
+        return self._part(f"{self.spec.position_table}.weight", shape, FLOATS, (slice(0, shape[0]), slice(0, shape[1])))
 
     def linear(self, path: str, role: str) -> tuple[Geometry, dict[str, _Stored]]:
         """The rank's geometry of a block's linear, and its stored parts by suffix."""
-        return self._linear(path, role, *self.spec.linear_shape(role), bool(self.spec.linears[role].bias))
+        whole = stored_geometry(self.spec, role, path, self.assignment.get(path, KEEP), dtype="BF16")
+        n, k = self._cut(role, *self.spec.linear_shape(role))
+        first = self.spec.rows(role).start
+        return self._parts(path, role, whole, range(n.start + first, n.stop + first), k, not self.spec.linears[role].fused)
 
-    def _linear(self, path: str, role: str, n: int, k: int, bias: bool) -> tuple[Geometry, dict[str, _Stored]]:
-        whole = linear_geometry(path, n, k, self.assignment.get(path, KEEP), dtype="BF16", bias=bias)
-        cut = self._cut(role, n, k)
-        parts = {}
+    def _parts(self, path: str, role: str, whole: Geometry, n: range, k: range, alone: bool) -> tuple[Geometry, dict[str, _Stored]]:
+        """Elements ``n`` and ``k`` of the linear ``whole``, which is stored at ``path``."""
+        cut, parts = whole.cut(n, k), {}
         for part in whole.parts:
             # What is kept in floats may be of any float dtype: BF16 above stands for all of them.
-            dtypes = FLOATS if part.suffix == "bias" or whole.layout == "plain" else frozenset({part.dtype})
-            parts[part.suffix] = self._part(f"{path}.{part.suffix}", whole.shape(part), dtypes, whole.slices(part, *cut))
-        return whole.cut(*cut), parts
+            dtypes = FLOATS if part.kept else frozenset({part.dtype})
+            if self.presliced:
+                name, shape = fused_name(path, part.suffix, role, alone), cut.shape(part)
+                index = tuple(slice(0, size) for size in shape)
+                parts[part.suffix] = _Stored(name, None if part.free else shape, dtypes, index)
+                continue
+            view = None if part.flat is None else whole.shape(part)
+            shape = whole.stored_shape(part)
+            parts[part.suffix] = _Stored(f"{path}.{part.suffix}", None if part.free else shape, dtypes, whole.slices(part, n, k), 0, view)
+        return cut, parts
 
     def vocabulary(self, module: str, role: str) -> _Stored:
         """Rows of an embedding or a head in floats: the plan's rows, of which the last may lie past the true vocabulary."""
@@ -98,16 +119,18 @@ class _Source:
     def head(self) -> tuple[Geometry, dict[str, _Stored]]:
         """The rank's rows of a head of its own (not tied)."""
         name, hidden = self.spec.architecture.head, self.spec.dims["hidden"].elements
-        if self.assignment.get(name, KEEP).layout != "plain":
-            return self._linear(name, HEAD, self.spec.dims["vocab"].elements, hidden, False)
+        scheme, vocab = self.assignment.get(name, KEEP), self.spec.dims["vocab"].elements
+        if scheme.layout not in FLOAT_LAYOUTS:
+            whole = linear_geometry(name, vocab, hidden, scheme, dtype="BF16", bias=False)
+            return self._parts(name, HEAD, whole, *self._cut(HEAD, vocab, hidden), True)
         weight = self.vocabulary(name, HEAD)
         rows = weight.index[0].stop - weight.index[0].start + weight.pad_rows
-        return LAYOUTS["plain"](rows, hidden, dtype="BF16"), {"weight": weight}
+        return plain(rows, hidden, dtype="BF16"), {"weight": weight}
 
     def block(self, layer: int) -> Iterator[_Stored]:
         """Every tensor of a block."""
         for norm in self.spec.norms.values():
-            yield self.norm(self.spec.tensor(layer, norm.name), norm.width)
+            yield from self.norm(self.spec.tensor(layer, norm.name), norm.width).values()
         for role, path in self.spec.block_linears(layer).items():
             yield from self.linear(path, role)[1].values()
 
@@ -115,9 +138,12 @@ class _Source:
         """Every tensor of the model."""
         arch = self.spec.architecture
         yield self.vocabulary(arch.embedding, EMBEDDING)
+        table = self.positions()
+        if table is not None:
+            yield table
         for layer in range(self.spec.layers):
             yield from self.block(layer)
-        yield self.norm(arch.final_norm, "hidden")
+        yield from self.norm(arch.final_norm, "hidden").values()
         if not self.spec.tied:
             yield from self.head()[1].values()
 
@@ -125,9 +151,10 @@ class _Source:
 def _require(checkpoint: Checkpoint, want: _Stored) -> None:
     """Raise InputError when a tensor is missing, of another shape or of a wrong dtype."""
     if want.name not in checkpoint.tensors:
-        raise InputError(want.name, "is missing from the checkpoint", f"a tensor of shape {list(want.shape)}")
+        shaped = "a tensor" if want.shape is None else f"a tensor of shape {list(want.shape)}"
+        raise InputError(want.name, "is missing from the checkpoint", shaped)
     stored = tuple(checkpoint.tensors[want.name].shape)
-    if stored != want.shape:
+    if want.shape is not None and stored != want.shape:
         raise InputError(want.name, f"has shape {list(stored)}", f"{list(want.shape)} from config.json")
     dtype = checkpoint.dtype(want.name)
     if dtype not in want.dtypes:
@@ -142,7 +169,7 @@ def _check(source: _Source) -> None:
         known.add(want.name)
     tied = f"{arch.head}.weight" if source.spec.tied else ""
     for name in source.checkpoint.tensors:
-        if name not in known and name != tied and not name.endswith(IGNORED_SUFFIX):
+        if name not in known and name != tied and not source.spec.ignores(name):
             raise InputError(name, f"is no tensor of a {arch.name} model as config.json describes it", "only tensors that the model uses")
 
 
@@ -160,7 +187,8 @@ class _Loader:
         """The rank's part of a stored tensor, in its stored dtype, on the CPU."""
         checkpoint = self.source.checkpoint
         _require(checkpoint, want)
-        value = as_tensor(checkpoint.read(want.name, want.index), checkpoint.dtype(want.name))
+        index = None if want.shape is None else want.index
+        value = as_tensor(checkpoint.read(want.name, index, want.view), checkpoint.dtype(want.name))
         if want.pad_rows:
             value = torch.cat([value, value.new_zeros(want.pad_rows, *value.shape[1:])])
         return value
@@ -169,9 +197,12 @@ class _Loader:
         read = {suffix: self.read(part) for suffix, part in parts.items()}
         return load_linear(geometry, read, dtype=self.dtype, device=self.device, parity=self.parity)
 
-    def norm(self, module: str, width: str) -> RmsNorm:
-        weight = self.read(self.source.norm(module, width)).to(self.device, self.dtype)
-        return RmsNorm(weight, self.source.spec.eps, self.source.spec.architecture.norm_offset)
+    def norm(self, module: str, width: str) -> Norm:
+        spec = self.source.spec
+        parts = {suffix: self.read(part).to(self.device, self.dtype) for suffix, part in self.source.norm(module, width).items()}
+        if "bias" in parts:
+            return LayerNorm(parts["weight"], parts["bias"], spec.eps)
+        return RmsNorm(parts["weight"], spec.eps, spec.architecture.norm_offset)
 
     def linear(self, path: str, role: str) -> ParallelLinear:
         op, plan = self._op(*self.source.linear(path, role)), self.source.plan
@@ -182,7 +213,7 @@ class _Loader:
         out, inp = plan.roles[role]
         return ParallelLinear(op, GATHER, self.comm, plan.sizes(inp), plan.sizes(out))
 
-    def block(self, layer: int, rotary: Rotary) -> Block:
+    def block(self, layer: int, rotary: Rotary | None) -> Block:
         spec, plan = self.source.spec, self.source.plan
         heads, kv_heads = range(spec.dims["heads"].size), range(spec.dims["kv_heads"].size)
         group = len(heads) // len(kv_heads)
@@ -196,18 +227,26 @@ class _Loader:
             Attention(spec.head_dim, spec.attention_scale, spec.windows[layer], spec.attention_softcap, index),
             rotary,
             spec.activation,
+            spec.moe if spec.moe is not None and spec.moe.sparse[layer] else None,
         )
 
-    def rotary(self, layer: int) -> Rotary:
+    def rotary(self, layer: int) -> Rotary | None:
         spec = self.source.spec
-        return Rotary(spec.ropes[layer], spec.head_dim, spec.max_positions, self.dtype, self.device)
+        if spec.position_table is not None:
+            return None
+        return Rotary(spec.ropes[layer], spec.rotary_dim, spec.max_positions, self.dtype, self.device)
 
     def embedding(self) -> Embedding:
+        weight = self.read(self.source.vocabulary(self.source.spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
+        return self.embedding_of(weight)
+
+    def embedding_of(self, weight: Tensor) -> Embedding:
+        """The embedding that looks up in ``weight``, this rank's rows."""
         spec, plan = self.source.spec, self.source.plan
-        weight = self.read(self.source.vocabulary(spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
         scale = math.sqrt(spec.dims["hidden"].elements) if spec.architecture.embedding_scale else None
         first = 0 if plan is None else plan.elements("vocab", self.comm.rank).start
-        return Embedding(weight, first, scale, self.comm)
+        table = self.source.positions()
+        return Embedding(weight, first, scale, self.comm, None if table is None else self.read(table).to(self.device, self.dtype))
 
     def head(self, embedding: Embedding | None) -> Head:
         """The head; of a tied model it shares the memory of ``embedding`` when that is given."""
@@ -230,26 +269,28 @@ def load_decoder(
     plan: ParallelPlan | None = None,
     comm: Comm | None = None,
     parity: bool = False,
-    presliced: bool = False,
+    presliced: Assignment | None = None,
 ) -> Decoder:
-    """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``; ``presliced`` when it holds only those.
+    """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``.
+
+    ``presliced`` is how the parent stores its linears, when the checkpoint holds only this rank's slices.
 
     ``dtype`` is that of activations and unquantized weights. ``parity`` dequantizes packed linears exactly in ``dtype`` at
     each call instead of using a fast kernel. Raises InputError, before anything is read, for a tensor that is missing, has
     another shape or dtype than the model needs, or has no place in it, and for a plan that is not for this model and group.
     """
     spec, comm = spec_for(checkpoint.config), comm or Solo()
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = presliced or assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
     ranks = 1 if plan is None else plan.tp
     if ranks != comm.size:
         raise InputError("plan", f"is for {ranks} ranks, {comm.size} are running", "a rank for each part", f"--tp {ranks}")
     if plan is not None:
         plan.check(spec, assignment, dtype="BF16", where="plan")
-    source = _Source(checkpoint, spec, assignment, plan, comm.rank, presliced)
+    source = _Source(checkpoint, spec, assignment, plan, comm.rank, presliced is not None)
     loader = _Loader(source, dtype, device, comm, parity)
-    rotaries: list[Rotary] = []
+    rotaries: list[Rotary | None] = []
     for layer in range(spec.layers):
-        known = next((rotary for rotary in rotaries if rotary.rope == spec.ropes[layer]), None)
+        known = next((rotary for rotary in rotaries if rotary is not None and rotary.rope == spec.ropes[layer]), None)
         rotaries.append(known or loader.rotary(layer))
     _check(source)
     embedding = loader.embedding()
@@ -270,13 +311,36 @@ def load_block(
 
 
 def load_embedding(checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu") -> Embedding:
-    """The embedding alone, whole: call it with tokens ``[T]``. Raises InputError as ``load_decoder`` does."""
+    """The embedding alone, whole: call it with tokens and positions ``[T]``. Raises InputError as ``load_decoder`` does."""
     return _whole_loader(checkpoint, spec, dtype, device, False).embedding()
+
+
+EMBEDDING_ROWS = 4096
+"""Rows of the vocabulary that are read at a time."""
+
+
+def embedded(checkpoint: Checkpoint, spec: ModelSpec, tokens: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``tokens [B, t]``, each sequence from its beginning -> ``[B, t, hidden]``: what the embedding gives.
+
+    Only rows that are asked for stay in memory, however large the vocabulary. Raises InputError as ``load_decoder`` does.
+    """
+    loader = _whole_loader(checkpoint, spec, dtype, "cpu", False)
+    want = loader.source.vocabulary(spec.architecture.embedding, EMBEDDING)
+    _require(checkpoint, want)
+    ids, index = torch.unique(tokens, return_inverse=True)
+    rows = torch.empty(ids.shape[0], spec.dims["hidden"].elements, dtype=dtype)
+    for first in torch.unique(ids // EMBEDDING_ROWS).mul(EMBEDDING_ROWS).tolist():
+        last = min(first + EMBEDDING_ROWS, spec.dims["vocab"].elements)
+        here = (ids >= first) & (ids < last)
+        part = loader.read(replace(want, index=(slice(first, last), want.index[1])))
+        rows[here] = part[ids[here] - first].to(dtype)
+    positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0])
+    return replace(loader.embedding_of(rows), first=0)(index.reshape(-1), positions).reshape(*tokens.shape, -1)
 
 
 def load_head(
     checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
-) -> tuple[RmsNorm, Head]:
+) -> tuple[Norm, Head]:
     """The final norm and the head alone, whole: ``logits = head(norm(x))``. Raises InputError as ``load_decoder`` does."""
     loader = _whole_loader(checkpoint, spec, dtype, device, parity)
     return loader.norm(spec.architecture.final_norm, "hidden"), loader.head(None)

@@ -158,6 +158,9 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs ``(i, i + head_dim/2)`` of every head of ``x [T, heads, head_dim]`` by ``cos``, ``sin [T, 1, head_dim/2]``."""
+    """Rotate pairs ``(i, i + D/2)`` of the first D elements of every head of ``x [T, heads, head_dim]`` by ``cos``, ``sin [T, 1, D/2]``."""
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

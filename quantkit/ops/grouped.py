@@ -1,6 +1,6 @@
 """Integer groups along K: quantize, dequantize, and multiply.
 
-``codes [N, K]`` uint8, ``scales [N, G]`` float16, ``zeros [N, G]`` uint8; ``w = scale * (code - zero)`` with
+``codes [N, K]`` uint8, ``scales [N, G]`` of a stored dtype, ``zeros [N, G]`` uint8; ``w = scale * (code - zero)`` with
 ``g = K / G`` consecutive inputs to a group. These torch functions are the reference of every packed integer layout.
 Knows no file layout.
 """
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
-
-MAX_F16 = 65504.0
 
 
 def _in_groups(matrix: Tensor, groups: int) -> Tensor:
@@ -26,23 +24,28 @@ def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
 
-def scales_and_zeros(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scale (float16) and zero point (uint8) of ranges ``low``, ``high`` (any equal shape; ``formats.md`` 2.3 and 3.4).
+def scales_and_zeros(
+    low: Tensor, high: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype = torch.float16, min_zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scale (``scale_dtype``) and zero point (uint8) of ranges ``low``, ``high`` (any equal shape; ``formats.md`` 2.3 and 3.4).
 
     Symmetric: zero is ``2^(b-1)`` and the range is the larger magnitude on both sides. A group of zeros gets scale 1e-5.
-    Raises InputError when a scale leaves float16: weights that large, or not finite, cannot be stored.
+    ``min_zero`` 1 is for a format that cannot store a zero point of 0. Raises InputError when a scale leaves its dtype:
+    weights that large, or not finite, cannot be stored.
     """
     top = 2**bits - 1
     if sym:
         high = torch.maximum(low.abs(), high)
         low = -high
     # 1e-5 keeps a group of zeros, or one whose scale would be a float16 subnormal, representable.
-    scale = ((high - low) / top).clamp(min=1e-5).to(torch.float16)
+    scale = ((high - low) / top).clamp(min=1e-5).to(scale_dtype)
     if not torch.isfinite(scale).all():
-        raise InputError("weight", "holds values whose scale is not a float16", f"finite weights below about {MAX_F16:.0f}")
+        limit = torch.finfo(scale_dtype).max
+        name = str(scale_dtype).removeprefix("torch.")
+        raise InputError("weight", f"holds values whose scale is not a {name}", f"finite weights below about {limit:.6g}")
     if sym:
         return scale, torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
-    return scale, (-low / scale.to(low.dtype)).round().clamp(0, top).to(torch.uint8)
+    return scale, (-low / scale.to(low.dtype)).round().clamp(min_zero, top).to(torch.uint8)
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -52,17 +55,31 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     return codes.clamp_(0, 2**bits - 1).flatten(-2).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``w = scale * (code - zero)``, computed in float32 (float64 when asked for) and cast to ``dtype``: ``[N, K]``."""
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32, g_idx: Tensor | None = None) -> Tensor:
+    """``w = scale * (code - zero)``, computed in float32 (float64 when asked for) and cast to ``dtype``: ``[N, K]``.
+
+    ``g_idx [K]`` gives each input's group where groups are not consecutive.
+    """
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    if g_idx is not None:
+        index = g_idx.long()
+        return (codes.to(work) - zeros.to(work)[:, index]).mul_(scales.to(work)[:, index]).to(dtype)
     groups = _in_groups(codes, scales.shape[1]).to(work)
     return groups.sub_(zeros.to(work).unsqueeze(-1)).mul_(scales.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def fake_quantize(weight: Tensor, group_size: int, bits: int, sym: bool, shrink: Tensor | float = 1.0) -> Tensor:
+def fake_quantize(
+    weight: Tensor,
+    group_size: int,
+    bits: int,
+    sym: bool,
+    shrink: Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16,
+    min_zero: int = 0,
+) -> Tensor:
     """``weight [N, K]`` after a round trip through the grid of its own ranges, each multiplied by ``shrink`` (broadcast to [N, G])."""
     low, high = group_range(weight, group_size)
-    scales, zeros = scales_and_zeros(low * shrink, high * shrink, bits, sym)
+    scales, zeros = scales_and_zeros(low * shrink, high * shrink, bits, sym, scale_dtype, min_zero)
     return dequantize(encode(weight, scales, zeros, bits), scales, zeros, weight.dtype)
 
 

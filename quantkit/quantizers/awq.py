@@ -8,7 +8,7 @@ the layer would give, at a fraction of the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.errors import InputError
+from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.ops.grouped import dequantize, fake_quantize
-from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats, Method, refuse_unknown_options
-from quantkit.quantizers.rtn import group_of, refuse_not_finite, round_to_nearest
+from quantkit.quant_config import is_kept
+from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, built_in, choice, number, refuse_unknown_options
+from quantkit.quantizers.rtn import group_of, min_zero, refuse_not_finite, round_to_nearest
 from quantkit.scheme import LinearScheme
 
 CLIP_STEPS = 10
@@ -30,10 +32,14 @@ UNCLIPPED_ROLES = frozenset({"q", "k"})
 
 @dataclass(frozen=True, slots=True)
 class AwqOptions:
-    """``scale_points``: candidates of the scale exponent in [0, 1); 1 turns scaling off. ``clip``: search the clipping too."""
+    """``scale_points``: candidates of the scale exponent in [0, 1); 1 turns scaling off. ``clip``: search the clipping too.
+
+    ``duo``: also try scales that shrink with the size of the weights that they multiply.
+    """
 
     scale_points: int = 20
     clip: bool = True
+    duo: bool = True
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
@@ -41,10 +47,26 @@ def output_error(error: Tensor, gram: Tensor) -> float:
     return float(((error @ gram) * error).sum(-1).sum(dtype=torch.float64))
 
 
-def candidate_scale(mean_abs: Tensor, ratio: float) -> Tensor:
-    """``mean_abs [K]`` to the power ``ratio``, centred so that the greatest and the least scale multiply to 1."""
+def candidate_scale(mean_abs: Tensor, ratio: float, weight_mean: Tensor | None = None) -> Tensor:
+    """``mean_abs [K]`` to the power ``ratio``, over ``weight_mean [K]`` to the power ``1 - ratio`` where that is given.
+
+    Centred so that the greatest and the least scale multiply to 1.
+    """
     scale = mean_abs.clamp(min=1e-4).pow(ratio)
+    if weight_mean is not None:
+        scale = (scale / weight_mean.clamp(min=1e-4).pow(1 - ratio)).clamp(min=1e-4)
     return scale / (scale.max() * scale.min()).sqrt()
+
+
+def mean_weight(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    r"""How large the weights of each input are within their group, [K]: the mean over all outputs of \|w\| / max of the group."""
+    total = sum(w.shape[0] for w in weights)
+    k = weights[0].shape[1]
+    summed = weights[0].new_zeros(k)
+    for weight in weights:
+        groups = weight.abs().reshape(weight.shape[0], k // group_size, group_size)
+        summed += (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).sum(0).reshape(-1)
+    return summed / total
 
 
 def _share_over_query_heads(values: Tensor, spec: ModelSpec) -> Tensor:
@@ -59,10 +81,16 @@ def _repeat_to_query_heads(scale: Tensor, spec: ModelSpec) -> Tensor:
     return scale.reshape(kv, 1, spec.head_dim).expand(kv, queries // kv, spec.head_dim).reshape(-1)
 
 
+def _on_grid(weight: Tensor, scheme: LinearScheme, shrink: Tensor | float = 1.0) -> Tensor:
+    """``weight [N, K]`` as ``scheme`` would store it."""
+    scales = TORCH_DTYPES[scheme.scale_dtype]
+    return fake_quantize(weight, group_of(weight, scheme), scheme.bits, scheme.sym, shrink, scales, min_zero(scheme))
+
+
 def _rounding_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: LinearScheme) -> float:
     """Output error of ``weight [N, K]`` when it is rounded as ``weight * scale``; infinite where that leaves float16."""
     try:
-        rounded = fake_quantize(weight * scale, group_of(weight, scheme), scheme.bits, scheme.sym) / scale
+        rounded = _on_grid(weight * scale, scheme) / scale
     except InputError:  # this scale makes weights too large to store; another will not
         return math.inf
     return output_error(weight - rounded, gram)
@@ -74,13 +102,14 @@ def fold_scale(
     linears: dict[str, Tensor],
     biases: dict[str, Tensor],
     norms: dict[str, Tensor],
+    norm_biases: dict[str, Tensor],
     norm_dtypes: Mapping[str, Any],
     spec: ModelSpec,
 ) -> Tensor:
     """Divide the op before ``group`` by ``scale [K]`` and multiply the targets' inputs by it: the block computes the same.
 
-    Changes ``linears``, ``biases`` and ``norms`` by role. ``scale`` of the group after v is one for all query heads of a KV
-    head. Returns the scale that was really folded, after rounding to the norm's stored dtype.
+    Changes ``linears``, ``biases``, ``norms`` and ``norm_biases`` by role. ``scale`` of the group after v is one for all query heads
+    of a KV head. Returns the scale that was really folded, after rounding to the norm's stored dtype.
     """
     prev = group.prev
     if prev in norms:
@@ -92,6 +121,8 @@ def fold_scale(
         norms[prev] = torch.where(usable, folded, norms[prev])
         # The norm is stored in its own dtype: multiply the targets by what the rounding really divided by.
         scale = torch.where(usable, gain / torch.where(usable, folded + offset, 1.0), 1.0)
+        if prev in norm_biases:
+            norm_biases[prev] = norm_biases[prev] / scale
     else:
         rows = scale
         if prev == "v":
@@ -110,6 +141,7 @@ class Awq:
 
     name = "awq"
     needs: frozenset[str] = frozenset({"gram"})
+    inputs = FLOAT
 
     def __init__(self, options: AwqOptions) -> None:
         self.options = options
@@ -117,29 +149,33 @@ class Awq:
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
         for role, weight in block.linears.items():
             refuse_not_finite(weight, spec.tensor(block.layer, spec.linears[role].name))
-        linears, biases, norms = dict(block.linears), dict(block.biases), dict(block.norms)
+        linears, biases = dict(block.linears), dict(block.biases)
+        norms, norm_biases = dict(block.norms), dict(block.norm_biases)
         input_scales: dict[str, Tensor] = {}  # role -> [K], the scale that its input was divided by
         facts: dict[str, Any] = {}
-        for group in spec.architecture.scale_groups:
-            if all(schemes[role].layout == "plain" for role in group.targets):
+        for group in spec.scale_groups(block.layer):
+            if all(is_kept(schemes[role]) or schemes[role].method != self.name for role in group.targets):
                 continue
-            scale, ratio = self._search_scale(group, linears, stats, schemes, spec)
-            if ratio == 0.0:
+            scale, kind = self._search_scale(group, linears, stats, schemes, spec)
+            if scale is None:
                 continue
-            scale = fold_scale(group, scale, linears, biases, norms, block.norm_dtypes, spec)
+            scale = fold_scale(group, scale, linears, biases, norms, norm_biases, block.norm_dtypes, spec)
             for role in group.targets:
                 input_scales[role] = scale
-                facts.setdefault(role, {})["scale_ratio"] = ratio
+                if not is_kept(schemes[role]):
+                    facts.setdefault(role, {}).update(kind)
         results = {}
         for role, weight in linears.items():
             scheme = schemes[role]
-            if scheme.layout == "plain":
+            if is_kept(scheme) or scheme.method != self.name:
                 continue
             where = spec.tensor(block.layer, spec.linears[role].name)
             gram = stats[role].gram
             if role in input_scales:
                 gram = gram / torch.outer(input_scales[role], input_scales[role])
             shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
+            if stats[role].borrowed:
+                facts.setdefault(role, {})["borrowed_statistics"] = True
             if self.options.clip and role not in UNCLIPPED_ROLES:
                 shrink = self._search_clip(weight, gram, scheme)
             found = round_to_nearest(weight, scheme, biases.get(role), where, shrink)
@@ -150,7 +186,7 @@ class Awq:
                 output_error=round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6),
             )
         changed = {role: weight for role, weight in linears.items() if role not in results and weight is not block.linears[role]}
-        return BlockFit(results, changed, biases, norms, facts)
+        return BlockFit(results, changed, biases, norms, norm_biases, facts)
 
     def _search_scale(
         self,
@@ -159,30 +195,33 @@ class Awq:
         stats: Mapping[str, InputStats],
         schemes: Mapping[str, LinearScheme],
         spec: ModelSpec,
-    ) -> tuple[Tensor, float]:
-        """The per-input scale [K] with the least summed output error of the group's targets, and its exponent.
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The per-input scale [K] with the least summed output error of the group's targets, None for no scaling; and its facts.
 
         Raises InputError when no candidate gives a finite error.
         """
+        chosen = [role for role in group.targets if not is_kept(schemes[role]) and schemes[role].method == self.name]
         first = stats[group.targets[0]]
         mean_abs = first.abs_sum / first.tokens
         shared = group.prev == "v"
         if shared:
             mean_abs = _share_over_query_heads(mean_abs, spec)
-        best: tuple[float, Tensor, float] | None = None
-        for point in range(self.options.scale_points):
-            ratio = point / self.options.scale_points
-            scale = candidate_scale(mean_abs, ratio)
-            if shared:
+        weights = mean_weight([linears[role] for role in chosen], group_of(linears[chosen[0]], schemes[chosen[0]]))
+        if shared:
+            weights = _share_over_query_heads(weights, spec)
+        points = self.options.scale_points
+        candidates: list[tuple[Tensor | None, dict[str, Any]]] = [(None, {})]
+        candidates += [(candidate_scale(mean_abs, point / points), {"scale_ratio": point / points}) for point in range(1, points)]
+        duo = range(points if self.options.duo and points > 1 else 0)
+        candidates += [(candidate_scale(mean_abs, point / points, weights), {"scale_ratio": point / points, "duo": True}) for point in duo]
+        best: tuple[float, Tensor | None, dict[str, Any]] | None = None
+        for candidate, kind in candidates:
+            scale = torch.ones_like(linears[chosen[0]][0]) if candidate is None else candidate
+            if shared and candidate is not None:
                 scale = _repeat_to_query_heads(scale, spec)
-            loss = 0.0
-            for role in group.targets:
-                scheme, weight = schemes[role], linears[role]
-                if scheme.layout == "plain":
-                    continue
-                loss += _rounding_error(weight, scale, stats[role].gram, scheme)
+            loss = sum(_rounding_error(linears[role], scale, stats[role].gram, schemes[role]) for role in chosen)
             if math.isfinite(loss) and (best is None or loss < best[0]):
-                best = (loss, scale, ratio)
+                best = (loss, None if candidate is None else scale, kind)
         if best is None:
             raise InputError("calibration", f"gave no usable scale for {', '.join(group.targets)}", "finite weights and activations")
         return best[1], best[2]
@@ -196,7 +235,7 @@ class Awq:
         best = weight.new_ones(weight.shape[0], count)
         for step in range(CLIP_STEPS + 1):
             shrink = 1.0 - step * (1.0 - CLIP_FLOOR) / CLIP_STEPS
-            error = weight - fake_quantize(weight, g, scheme.bits, scheme.sym, shrink)
+            error = weight - _on_grid(weight, scheme, shrink)
             error = error.reshape(-1, count, g).transpose(0, 1)  # [G, N, g]
             loss = ((error @ blocks) * error).sum(-1).T  # [N, G]
             better = loss < best_loss
@@ -207,13 +246,10 @@ class Awq:
 
 def create(options: Mapping[str, Any]) -> Awq:
     """Build the method from a recipe's options. Raises InputError for an unknown option or a value out of range."""
-    refuse_unknown_options("awq", options, ("scale_points", "clip"))
-    points, clip = options.get("scale_points", 20), options.get("clip", True)
-    if not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 1000:
-        raise InputError("options of awq: scale_points", f"is {points!r}", "a whole number from 1 to 1000")
-    if not isinstance(clip, bool):
-        raise InputError("options of awq: clip", f"is {clip!r}", "true or false")
-    return Awq(AwqOptions(points, clip))
+    refuse_unknown_options("awq", options, ("scale_points", "clip", "duo"))
+    points = int(number("awq", options, "scale_points", 20, 1, 1000))
+    flags = {key: choice("awq", options, key, True, (True, False)) for key in ("clip", "duo")}
+    return Awq(AwqOptions(points, **flags))
 
 
-METHOD = Method("awq", "activation-aware scaling and clipping", ("awq",), "built-in", create)
+METHOD = built_in("awq", "activation-aware scaling and clipping", create)

@@ -5,11 +5,12 @@ The stream owns the hidden states between blocks. It hooks nothing: the decoder 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,10 +107,26 @@ def text_tokens(tokenizer: Tokenizer, source: str, samples: int, seq_len: int) -
     return CalibrationTokens(cut_windows(ids, samples, seq_len, window_bos(tokenizer), f"calibration text ({source})"), label)
 
 
-def input_roles(spec: ModelSpec) -> dict[str, str]:
-    """Linear role -> the role whose input it shares: the first target of its scale group, else itself."""
-    shared = {role: group.targets[0] for group in spec.architecture.scale_groups for role in group.targets}
-    return {role: shared.get(role, role) for role in spec.linears}
+def owners(spec: ModelSpec, layer: int) -> dict[str, str]:
+    """Linear role -> the role whose input it shares: the first of those that read the same tokens after the same op, else itself."""
+    found: dict[str, str] = {}
+    for group in spec.scale_groups(layer):
+        first: dict[str, str] = {}
+        for role in group.targets:
+            expert = role.rpartition(".")[0] if role.startswith("experts.") else ""  # which tokens reach it is the router's choice
+            found[role] = first.setdefault(expert, role)
+    return {role: found.get(role, role) for role in spec.block_linears(layer)}
+
+
+_STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "router": 2, "shared_gate": 2, "gate": 2, "up": 2, "down": 3}
+
+
+def stages(spec: ModelSpec, layer: int) -> tuple[tuple[str, ...], ...]:
+    """The linears of a block in groups whose inputs exist at the same time, in order: what true-sequential quantization works through."""
+    found: dict[int, list[str]] = {}
+    for role in spec.block_linears(layer):
+        found.setdefault(_STAGE[role.rpartition(".")[2]], []).append(role)
+    return tuple(tuple(found[stage]) for stage in sorted(found))
 
 
 def peak_of(values: Tensor) -> float:
@@ -119,45 +136,112 @@ def peak_of(values: Tensor) -> float:
 
 
 GRAM_PANEL = 256
-"""Columns of a Gram matrix that are summed at a time."""
+"""Columns of a Gram matrix that are summed at a time on a CPU."""
+CUDA_PANEL = 2048
+STARVED = 128
+"""An expert that fewer tokens reach borrows the statistics of all tokens of its layer."""
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``, summed in float32; products of 16-bit activations are exact in it, so tensor cores may make them."""
+    if a.is_cuda and a.dtype in _HALVES:
+        total += torch.mm(a.T, b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.T.float(), b.float())
 
 
 class StatsCollector:
-    """Sums the statistics of a block's inputs, tile by tile in a fixed order."""
+    """Sums the statistics of a block's inputs, tile by tile in a fixed order, for ``roles`` and what they share inputs with."""
 
-    def __init__(self, roles: Mapping[str, str]) -> None:
-        self._roles = roles
+    def __init__(self, shared: Mapping[str, str], roles: Iterable[str], needs: frozenset[str]) -> None:
+        self._shared = {role: shared[role] for role in roles}
+        self._owners = frozenset(self._shared.values())
+        self._needs = needs
         self._gram: dict[str, Tensor] = {}
+        self._cross: dict[str, Tensor] = {}
         self._abs: dict[str, Tensor] = {}
+        self._max: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._peak: dict[str, float] = {}
+        self._reference: dict[str, Tensor] = {}
 
     def tap(self, role: str, x: Tensor) -> None:
         """Add one tile: ``x [T, K]`` is the input of the linear ``role``."""
-        if self._roles[role] != role:
+        if role not in self._owners or not x.shape[0]:
             return
-        tile = x.float()
-        if role not in self._gram:
-            k = tile.shape[1]
-            self._gram[role], self._abs[role] = tile.new_zeros(k, k), tile.new_zeros(k)
-            self._tokens[role], self._peak[role] = 0, 0.0
-        gram = self._gram[role]
-        for first in range(0, tile.shape[1], GRAM_PANEL):  # X^T X is symmetric: the other half is mirrored when it is asked for
-            panel = slice(first, first + GRAM_PANEL)
-            gram[panel, first:].addmm_(tile[:, panel].T, tile[:, first:])
-        self._abs[role] += tile.abs().sum(0)
-        self._tokens[role] += tile.shape[0]
-        self._peak[role] = max(self._peak[role], peak_of(tile))
+        k, magnitude = x.shape[1], x.float().abs()
+        if role not in self._tokens:
+            self._abs[role], self._max[role] = magnitude.new_zeros(k), magnitude.new_zeros(k)
+            self._tokens[role] = 0
+            if "gram" in self._needs:
+                self._gram[role] = magnitude.new_zeros(k, k)
+            if "cross" in self._needs:
+                self._cross[role] = magnitude.new_zeros(k, k)
+        self._abs[role] += magnitude.sum(0)
+        torch.maximum(self._max[role], magnitude.amax(0), out=self._max[role])
+        self._tokens[role] += x.shape[0]
+        if "gram" in self._needs:
+            gram, width = self._gram[role], CUDA_PANEL if x.is_cuda else GRAM_PANEL
+            tile = x if x.is_cuda else x.float()
+            for first in range(0, k, width):  # X^T X is symmetric: the other half is mirrored when it is asked for
+                panel = slice(first, first + width)
+                _add_product(gram[panel, first:], tile[:, panel], tile[:, first:])
+        if role in self._reference:
+            _add_product(self._cross[role], x, self._reference.pop(role))
 
+    def tap_reference(self, role: str, x: Tensor) -> None:
+        """Keep the float model's input of ``role`` for the tile that ``tap`` sees next. Experts see other tokens, so they have none."""
+        if role in self._owners and not role.startswith("experts."):
+            self._reference[role] = x
+
+    @torch.inference_mode()
     def stats(self) -> dict[str, InputStats]:
-        """The statistics by linear role; roles that share an input share the object."""
-        grams = {role: gram.triu() + gram.triu(1).T for role, gram in self._gram.items()}
-        own = {role: InputStats(gram, self._abs[role], self._tokens[role], self._peak[role]) for role, gram in grams.items()}
-        return {role: own[first] for role, first in self._roles.items()}
+        """The statistics by linear role; roles that share an input share the object. They are handed over: call it once."""
+        own: dict[str, InputStats] = {}
+        for role, tokens in self._tokens.items():
+            gram = self._gram.pop(role, None)
+            if gram is not None:
+                gram = gram.triu_().add_(gram.triu(1).T)
+            own[role] = InputStats(
+                gram if gram is not None else self._abs[role].new_zeros(0, 0),
+                self._abs[role],
+                self._max[role],
+                tokens,
+                self._cross.pop(role, None) if not role.startswith("experts.") else None,
+            )
+        found = {role: own[first] for role, first in self._shared.items() if first in own}
+        return found | self._borrowed(own, found)
+
+    def _borrowed(self, own: Mapping[str, InputStats], found: Mapping[str, InputStats]) -> dict[str, InputStats]:
+        """Statistics for experts that too few tokens reached: the layer's own input, or all experts' inner activations together."""
+        starved = [r for r in self._shared if r.startswith("experts.") and (r not in found or found[r].tokens < STARVED)]
+        out: dict[str, InputStats] = {}
+        if any(not r.endswith(".down") for r in starved) and "router" in own:
+            whole = replace(own["router"], borrowed=True, cross=None)
+            out |= {r: whole for r in starved if not r.endswith(".down")}
+        downs = [s for r, s in own.items() if r.startswith("experts.") and r.endswith(".down")]
+        if any(r.endswith(".down") for r in starved) and downs:
+            pooled = InputStats(
+                functools.reduce(torch.add, (s.gram for s in downs)),
+                functools.reduce(torch.add, (s.abs_sum for s in downs)),
+                functools.reduce(torch.maximum, (s.abs_max for s in downs)),
+                sum(s.tokens for s in downs),
+                borrowed=True,
+            )
+            out |= {r: pooled for r in starved if r.endswith(".down")}
+        return out
+
+
+def in_file(path: Path, values: Tensor) -> Tensor:
+    """``values`` in a file at ``path`` that is mapped into memory: the system holds as much of it as it has room for."""
+    array = fs.scratch_array(path, values.numel() * values.element_size())
+    mapped = torch.from_numpy(array).view(values.dtype).reshape(values.shape)
+    mapped.copy_(values)
+    return mapped
 
 
 class CalibrationStream:
-    """The hidden states at the current block: ``[samples, seq_len, hidden]``, in the compute dtype."""
+    """The hidden states at the current block: ``[samples, seq_len, hidden]``, in the compute dtype, on the host or in a file."""
 
     def __init__(self, hidden: Tensor, tile_samples: int) -> None:
         self.hidden = hidden
@@ -168,28 +252,49 @@ class CalibrationStream:
         """The hidden states as bytes, for the resume point."""
         return as_bytes(self.hidden)
 
-    def restore(self, carry: bytes) -> None:
-        """Continue from the bytes of an earlier run. Raises InputError when they are not of this shape."""
-        want = self.hidden.numel() * self.hidden.element_size()
-        if len(carry) != want:
-            raise InputError("resume point", f"holds {len(carry)} bytes of activations", f"{want}", "start again with --overwrite")
-        flat = torch.from_numpy(np.frombuffer(carry, dtype=np.uint8).copy())
-        self.hidden = flat.view(self.hidden.dtype).reshape(self.hidden.shape)
+    def restore(self, carry: Iterable[bytes]) -> None:
+        """Continue from the bytes of an earlier run, in pieces. Raises InputError when they are not of this shape."""
+        flat = self.hidden.reshape(-1).view(torch.uint8)
+        done = 0
+        for piece in carry:
+            room = flat[done : done + len(piece)]
+            if room.numel() == len(piece):
+                room.copy_(torch.from_numpy(np.frombuffer(piece, dtype=np.uint8).copy()))
+            done += len(piece)
+        if done != flat.numel():
+            raise InputError("resume point", f"holds {done} bytes of activations", f"{flat.numel()}", "start again with --overwrite")
+        self.peak = peak_of(self.hidden)
 
-    def advance(self, block: Block, collector: StatsCollector, device: str) -> None:
-        """Run ``block`` (on ``device``) over every tile: the collector sees its inputs, the hidden states become its outputs.
-
-        The states of the whole calibration stay on the host; one tile at a time is on the device.
-        Raises InputError when an activation is not finite.
-        """
+    def tiles(self, device: str) -> Iterator[tuple[slice, Tensor, Batch]]:
+        """The samples of each tile, its hidden states ``[T, hidden]`` on ``device``, and the batch that they are."""
         samples, length, width = self.hidden.shape
         for start in range(0, samples, self.tile_samples):
-            tile = self.hidden[start : start + self.tile_samples]
-            count = tile.shape[0]
+            rows = slice(start, min(start + self.tile_samples, samples))
+            count = rows.stop - rows.start
             positions = torch.arange(length, device=device).repeat(count)
             batch = Batch(positions=positions, lengths=(length,) * count, sequences=None)
-            out = block.forward(tile.reshape(-1, width).to(device), batch, None, collector.tap)
-            self.hidden[start : start + count] = out.reshape(tile.shape)
+            yield rows, self.hidden[rows].reshape(-1, width).to(device, non_blocking=True), batch
+
+    def observe(
+        self, block: Block, collector: StatsCollector, until: frozenset[str], device: str, reference: tuple[CalibrationStream, Block] | None
+    ) -> None:
+        """Let the collector see the inputs of the linears ``until``; the hidden states stay. ``reference`` is the float model's stream
+        and block, whose inputs of the same tokens the collector sees first."""
+        others = None if reference is None else reference[0].tiles(device)
+        for _, tile, batch in self.tiles(device):
+            if others is not None and reference is not None:
+                _, other, _ = next(others)
+                reference[1].observe(other, batch, collector.tap_reference, until)
+            block.observe(tile, batch, collector.tap, until)
+
+    def advance(self, block: Block, collector: StatsCollector | None, device: str) -> None:
+        """Run ``block`` (on ``device``) over every tile: the collector sees its inputs, the hidden states become its outputs.
+
+        One tile at a time is on the device. Raises InputError when an activation is not finite.
+        """
+        for rows, tile, batch in self.tiles(device):
+            out = block.forward(tile, batch, None, None if collector is None else collector.tap)
+            self.hidden[rows] = out.reshape(self.hidden[rows].shape).to(self.hidden.device)
         self.peak = peak_of(self.hidden)
         if not math.isfinite(self.peak):
             raise InputError(

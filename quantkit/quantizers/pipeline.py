@@ -1,13 +1,13 @@
-"""The block loop: read a block, see its inputs, fit, pack, commit, go on. The one function to read first.
+"""The block loop: read a block, see its inputs, fit, pack, commit, go on. The one function to read first is ``quantize_models``.
 
-At any time one block's weights, the calibration activations and one block's statistics are in memory, whatever the
-size of the model.
+At any time one block's weights, the calibration activations and one block's statistics are in memory, whatever the size of the
+model. Several methods can share a run: they see the same block, and those that want the float model's activations the same capture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,20 @@ from torch import Tensor
 from quantkit.arch.spec import ModelSpec
 from quantkit.checkpoint.artifact import ArtifactWriter, StoredTensor
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.geometry import LAYOUTS
-from quantkit.layouts.base import GroupedInt
-from quantkit.layouts.registry import codec
-from quantkit.model.load import load_block, load_embedding
+from quantkit.errors import InputError
+from quantkit.geometry import Geometry, geometry_of
+from quantkit.layouts.base import Neutral, stacked, with_bias
+from quantkit.layouts.plain import DenseLinear
+from quantkit.layouts.registry import codec, dense_weight
+from quantkit.model.decoder import Block
+from quantkit.model.load import embedded, load_block
 from quantkit.ops.dtypes import DTYPE_NAMES, TORCH_DTYPES, as_bytes, as_tensor
+from quantkit.plan import role_scheme
 from quantkit.progress import Progress
-from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats, Quantizer
-from quantkit.quantizers.calibration import CalibrationStream, CalibrationTokens, StatsCollector, input_roles
+from quantkit.quant_config import is_kept
+from quantkit.quantizers.base import FLOAT, QUANTIZED, BlockFit, BlockWeights, InputStats, Quantizer
+from quantkit.quantizers.calibration import CalibrationStream, CalibrationTokens, StatsCollector, owners, stages
+from quantkit.quantizers.rtn import quantize_weight
 from quantkit.scheme import LinearScheme
 
 OUTER_UNIT = "outer"
@@ -31,6 +37,19 @@ TILE_TOKENS = 4096
 """Statistics are summed over tiles of about this many tokens, in order: part of what makes two runs equal."""
 FLOAT16_ALARM = 3e4
 """Activations beyond this are close to float16's 65504; kernels that compute in float16 would overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One artifact to make: how each linear is stored, the methods by name that do it, and where it goes."""
+
+    assignment: Mapping[str, LinearScheme]
+    quantizers: Mapping[str, Quantizer]
+    writer: ArtifactWriter
+
+    def wants(self, inputs: str) -> frozenset[str]:
+        """The statistics that its methods need of these activations; empty for none."""
+        return frozenset().union(*(q.needs for q in self.quantizers.values() if q.inputs == inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,8 @@ class QuantizedModel:
     quantized_bytes: int
     peak_activation: float | None
     facts: Mapping[str, Any]
+    coverage: Mapping[str, Any]
+    """Layer -> tokens that reached each expert, of models that have experts."""
 
 
 def block_unit(layer: int) -> str:
@@ -49,150 +70,301 @@ def block_unit(layer: int) -> str:
     return f"block-{layer:05d}"
 
 
-def stored_dtype(checkpoint: Checkpoint, name: str, float_dtype: str) -> str:
-    """The dtype in which a tensor is written: its own, or ``float_dtype`` for a source that holds GGUF blocks."""
-    return float_dtype if checkpoint.kind == "gguf" else checkpoint.dtype(name)
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The checkpoint that is read, and how: ``float_dtype`` is what the floats of a GGUF source are written as."""
 
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    float_dtype: str
+    compute_dtype: torch.dtype
+    device: str
 
-def read_float(checkpoint: Checkpoint, name: str, device: str) -> Tensor:
-    """One tensor of the source as float32 on ``device``."""
-    return as_tensor(checkpoint.read(name), checkpoint.dtype(name)).to(device).float()
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in which a tensor is written: its own, or ``float_dtype`` for a source that holds GGUF blocks."""
+        return self.float_dtype if self.checkpoint.kind == "gguf" else self.checkpoint.dtype(name)
 
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+        """One tensor as float32 on the device."""
+        return as_tensor(self.checkpoint.read(name, index), self.checkpoint.dtype(name)).to(self.device).float()
 
-def read_block(checkpoint: Checkpoint, spec: ModelSpec, layer: int, float_dtype: str, device: str) -> BlockWeights:
-    """The float32 weights, biases and norms of one block, on ``device``."""
-    linears, biases, norms, norm_dtypes = {}, {}, {}, {}
-    for role, linear in spec.linears.items():
-        path = spec.tensor(layer, linear.name)
-        linears[role] = read_float(checkpoint, f"{path}.weight", device)
-        if f"{path}.bias" in checkpoint.tensors:
-            biases[role] = read_float(checkpoint, f"{path}.bias", device)
-    for role, norm in spec.norms.items():
-        name = spec.tensor(layer, norm.name) + ".weight"
-        norms[role] = read_float(checkpoint, name, device)
-        norm_dtypes[role] = TORCH_DTYPES[stored_dtype(checkpoint, name, float_dtype)]
-    return BlockWeights(layer, linears, biases, norms, norm_dtypes)
+    def weight(self, layer: int, role: str) -> Tensor:
+        """The weight ``[N, K]`` of one linear: its rows of the stored tensor, which may be transposed."""
+        linear, rows = self.spec.linears[role], self.spec.rows(role)
+        name = f"{self.spec.tensor(layer, linear.name)}.weight"
+        both = self.checkpoint.tensors[name].shape
+        cut = slice(rows.start, rows.stop)
+        if linear.transposed:
+            return self.read(name, (slice(0, both[0]), cut)).T.contiguous()
+        return self.read(name, (cut, slice(0, both[1])))
+
+    def block(self, layer: int) -> BlockWeights:
+        """The float32 weights, biases and norms of one block."""
+        linears, biases, norms, norm_biases, norm_dtypes, dtypes = ({} for _ in range(6))
+        for role, path in self.spec.block_linears(layer).items():
+            rows = self.spec.rows(role)
+            linears[role] = self.weight(layer, role)
+            dtypes[role] = TORCH_DTYPES[self.stored_dtype(f"{path}.weight")]
+            if f"{path}.bias" in self.checkpoint.tensors:
+                biases[role] = self.read(f"{path}.bias", (slice(rows.start, rows.stop),))
+        for role, norm in self.spec.norms.items():
+            name = self.spec.tensor(layer, norm.name)
+            norms[role] = self.read(f"{name}.weight")
+            norm_dtypes[role] = TORCH_DTYPES[self.stored_dtype(f"{name}.weight")]
+            if "bias" in self.spec.norm_parts:
+                norm_biases[role] = self.read(f"{name}.bias")
+        return BlockWeights(layer, linears, biases, norms, norm_dtypes, dtypes, norm_biases)
+
+    def loaded(self, layer: int) -> Block:
+        """One block ready to run, in the compute dtype."""
+        return load_block(self.checkpoint, self.spec, layer, dtype=self.compute_dtype, device=self.device)
+
+    def copied(self, name: str) -> StoredTensor:
+        """A tensor that is written as it was read; GGUF blocks are written as ``float_dtype``."""
+        value = as_tensor(self.checkpoint.read(name), self.checkpoint.dtype(name))
+        return _store(name, value.to(TORCH_DTYPES[self.stored_dtype(name)]))
 
 
 def _store(name: str, value: Tensor) -> StoredTensor:
     return StoredTensor(name, DTYPE_NAMES[value.dtype], tuple(value.shape), as_bytes(value))
 
 
-def _packed(path: str, result: GroupedInt, scheme: LinearScheme, bias_dtype: str) -> Iterator[StoredTensor]:
+def _packed(path: str, result: Neutral, scheme: LinearScheme, shape: tuple[int, int], bias_dtype: str) -> Iterator[StoredTensor]:
     """The stored parts of one quantized linear, checked against its geometry."""
     if result.bias is not None:
-        result = GroupedInt(result.codes, result.scales, result.zeros, result.bits, result.bias.to(TORCH_DTYPES[bias_dtype]))
-    n, k = result.codes.shape
-    geometry = LAYOUTS[scheme.layout](n, k, dtype=bias_dtype, bias=result.bias is not None, group_size=scheme.group_size)
-    parts = codec(scheme.layout).pack(result)
+        result = with_bias(result, result.bias.to(TORCH_DTYPES[bias_dtype]))
+    geometry = geometry_of(scheme, *shape, dtype=bias_dtype, bias=result.bias is not None)
+    parts = codec(scheme.layout).pack(result, geometry)
     for part in geometry.parts:
         value = parts[part.suffix]
-        assert tuple(value.shape) == geometry.shape(part), (path, part.suffix)
+        if not part.free:
+            assert tuple(value.shape) == geometry.shape(part), (path, part.suffix, value.shape)
+            value = value.reshape(geometry.stored_shape(part))
         yield _store(f"{path}.{part.suffix}", value)
 
 
-def block_tensors(
-    checkpoint: Checkpoint, spec: ModelSpec, block: BlockWeights, fit: BlockFit, schemes: Mapping[str, LinearScheme], float_dtype: str
-) -> Iterator[StoredTensor]:
+def block_tensors(source: Source, block: BlockWeights, fit: BlockFit, schemes: Mapping[str, LinearScheme]) -> Iterator[StoredTensor]:
     """Every tensor of a block as it is written: packed linears, changed floats, and the rest byte for byte."""
+    checkpoint, spec = source.checkpoint, source.spec
     changed: dict[str, Tensor] = {}
     packed: set[str] = set()
-    for role, linear in spec.linears.items():
-        path = spec.tensor(block.layer, linear.name)
-        if role in fit.results:
+    for path, roles in spec.block_modules(block.layer).items():
+        if roles[0] in fit.results:
             biased = f"{path}.bias" in checkpoint.tensors
-            kept_dtype = stored_dtype(checkpoint, f"{path}.bias" if biased else f"{path}.weight", float_dtype)
-            yield from _packed(path, fit.results[role], schemes[role], kept_dtype)
+            kept_dtype = source.stored_dtype(f"{path}.bias" if biased else f"{path}.weight")
+            shape = spec.stored_shape(roles[0])
+            try:
+                result = stacked([fit.results[role] for role in roles])
+            except InputError as exc:
+                raise InputError(path, exc.what, exc.expected) from exc
+            yield from _packed(path, result, schemes[roles[0]], shape, kept_dtype)
             packed |= {f"{path}.weight", f"{path}.bias"}
             continue
-        if role in fit.linears:
-            changed[f"{path}.weight"] = fit.linears[role]
-        if role in fit.biases:
-            changed[f"{path}.bias"] = fit.biases[role]
+        if any(role in fit.linears for role in roles):
+            whole = torch.cat([fit.linears.get(role, block.linears[role]) for role in roles])
+            changed[f"{path}.weight"] = whole.T.contiguous() if spec.linears[roles[0]].transposed else whole
+        if any(role in fit.biases for role in roles) and f"{path}.bias" in checkpoint.tensors:
+            changed[f"{path}.bias"] = torch.cat([fit.biases.get(role, block.biases[role]) for role in roles])
     for role, norm in spec.norms.items():
         if role in fit.norms:
             changed[spec.tensor(block.layer, norm.name) + ".weight"] = fit.norms[role]
+        if role in fit.norm_biases:
+            changed[spec.tensor(block.layer, norm.name) + ".bias"] = fit.norm_biases[role]
     prefix = spec.tensor(block.layer, "")
     for name in sorted(name for name in checkpoint.tensors if name.startswith(prefix) and name not in packed):
         if name in changed:
-            yield _store(name, changed[name].to(TORCH_DTYPES[stored_dtype(checkpoint, name, float_dtype)]))
+            yield _store(name, changed[name].to(TORCH_DTYPES[source.stored_dtype(name)]))
         else:
-            yield copied(checkpoint, name, float_dtype)
+            yield source.copied(name)
 
 
-def copied(checkpoint: Checkpoint, name: str, float_dtype: str) -> StoredTensor:
-    """A tensor that is written as it was read; GGUF blocks are written as ``float_dtype``."""
-    value = as_tensor(checkpoint.read(name), checkpoint.dtype(name))
-    return _store(name, value.to(TORCH_DTYPES[stored_dtype(checkpoint, name, float_dtype)]))
+@dataclass(slots=True)
+class _Streams:
+    """The calibration activations of one run: the float model's, and those of each artifact that wants its own."""
+
+    source: Source
+    tokens: Tensor
+    offload: Callable[[str, Tensor], Tensor]
+    found: dict[str, CalibrationStream] = field(default_factory=dict)
+
+    def at(self, name: str, layer: int, writer: ArtifactWriter | None) -> CalibrationStream:
+        """The stream called ``name`` at the input of ``layer``: in memory, from the resume point of ``writer``, or from the tokens.
+
+        Without a writer that carries it, the float model is run again up to ``layer``.
+        """
+        if name not in self.found:
+            hidden = embedded(self.source.checkpoint, self.source.spec, self.tokens, dtype=self.source.compute_dtype)
+            stream = CalibrationStream(self.offload(name, hidden), TILE_TOKENS // self.tokens.shape[1])
+            if layer and writer is not None:
+                carry = writer.carry()
+                assert carry is not None
+                stream.restore(carry)
+            for earlier in range(layer if writer is None else 0):
+                stream.advance(self.source.loaded(earlier), None, self.source.device)
+            self.found[name] = stream
+        return self.found[name]
 
 
-def quantize_model(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    assignment: Mapping[str, LinearScheme],
-    quantizer: Quantizer,
+def quantize_models(
+    source: Source,
+    jobs: Mapping[str, Job],
     calibration: CalibrationTokens | None,
-    writer: ArtifactWriter,
     *,
-    float_dtype: str,
-    compute_dtype: torch.dtype,
-    device: str,
+    offload: Callable[[str, Tensor], Tensor],
     progress: Progress,
-) -> QuantizedModel:
-    """Quantize every block of ``checkpoint`` into ``writer``, one commit per block, continuing after the last committed one.
+) -> dict[str, QuantizedModel]:
+    """Make every artifact of ``jobs`` from one pass over the blocks of ``source``, each continued after its last committed block.
 
-    ``calibration`` is needed exactly when ``quantizer.needs`` says so. Raises InputError for weights or activations that
-    cannot be used, naming the tensor.
+    ``calibration`` is needed exactly when a method says so; ``offload`` says where a stream's activations lie. Raises InputError
+    for weights or activations that cannot be used, naming the tensor.
     """
-    stream = None
-    if quantizer.needs:
-        assert calibration is not None
-        tokens = calibration.tokens
-        hidden = load_embedding(checkpoint, spec, dtype=compute_dtype)(tokens.reshape(-1)).reshape(*tokens.shape, -1)
-        stream = CalibrationStream(hidden, TILE_TOKENS // tokens.shape[1])
-    done = [layer for layer in range(spec.layers) if block_unit(layer) in writer.committed]
-    if stream is not None and 0 < len(done) < spec.layers:
-        carry = writer.carry()
-        assert carry is not None
-        stream.restore(carry)
-    for layer in range(len(done), spec.layers):
+    spec = source.spec
+    streams = None if calibration is None else _Streams(source, calibration.tokens, offload)
+    done = {name: sum(block_unit(layer) in job.writer.committed for layer in range(spec.layers)) for name, job in jobs.items()}
+    for layer in range(min(done.values()), spec.layers):
         progress("quantize", layer, spec.layers)
-        schemes = {role: assignment[path] for role, path in spec.block_linears(layer).items()}
+        pending = {name: job for name, job in jobs.items() if done[name] <= layer}
+        block = source.block(layer)
+        fits: dict[str, tuple[BlockFit, Mapping[str, Any], CalibrationStream | None]] = {}
+        shared = {name: job for name, job in pending.items() if job.wants(FLOAT)}
+        carries = next((job.writer for job in shared.values()), None)
+        for name, job in pending.items():
+            if job.wants(QUANTIZED):
+                assert streams is not None
+                fits[name] = _fit_in_stages(source, job, block, streams, name, carries)
         stats: Mapping[str, InputStats] = {}
-        if stream is not None:
-            collector = StatsCollector(input_roles(spec))
-            stream.advance(load_block(checkpoint, spec, layer, dtype=compute_dtype, device=device), collector, device)
+        stream = None
+        if shared or (streams is not None and FLOAT in streams.found):
+            assert streams is not None
+            stream = streams.at(FLOAT, layer, carries)
+            needs = frozenset().union(*(job.wants(FLOAT) for job in shared.values()))
+            collector = StatsCollector(owners(spec, layer), spec.block_linears(layer), needs)
+            stream.advance(source.loaded(layer), collector, source.device)
             stats = collector.stats()
-        block = read_block(checkpoint, spec, layer, float_dtype, device)
-        fit = quantizer.fit(block, stats, schemes, spec)
-        peak = None if stream is None else max([stream.peak, *(s.peak for s in stats.values())])
-        writer.commit(
-            block_unit(layer),
-            block_tensors(checkpoint, spec, block, fit, schemes, float_dtype),
-            facts={"linears": fit.facts, "peak_activation": peak},
-            carry=None if stream is None or layer == spec.layers - 1 else stream.carry(),
-        )
-    if OUTER_UNIT not in writer.committed:
-        inside = tuple(spec.tensor(layer, "") for layer in range(spec.layers))
-        names = sorted(name for name in checkpoint.tensors if not name.startswith(inside))
-        writer.commit(OUTER_UNIT, (copied(checkpoint, name, float_dtype) for name in names), facts={})
+        for name, job in pending.items():
+            if name not in fits:
+                used = stream if name in shared else None
+                fits[name] = (_fit(job, block, stats if used is not None else {}, spec), _activations(used, stats, spec), used)
+            fit, facts, carried = fits.pop(name)
+            schemes = _schemes(spec, job, layer)
+            last = layer == spec.layers - 1
+            job.writer.commit(
+                block_unit(layer),
+                block_tensors(source, block, fit, schemes),
+                facts={"linears": fit.facts, **facts},
+                carry=None if carried is None or last else carried.carry(),
+            )
+    for job in jobs.values():
+        if OUTER_UNIT not in job.writer.committed:
+            job.writer.commit(OUTER_UNIT, _outer(source, job), facts={})
     progress("quantize", spec.layers, spec.layers)
-    return _summary(spec, assignment, writer)
+    return {name: _summary(spec, job) for name, job in jobs.items()}
 
 
-def _summary(spec: ModelSpec, assignment: Mapping[str, LinearScheme], writer: ArtifactWriter) -> QuantizedModel:
+def _schemes(spec: ModelSpec, job: Job, layer: int) -> dict[str, LinearScheme]:
+    return {role: role_scheme(spec, role, job.assignment[path]) for role, path in spec.block_linears(layer).items()}
+
+
+def _activations(stream: CalibrationStream | None, stats: Mapping[str, InputStats], spec: ModelSpec) -> dict[str, Any]:
+    """What the manifest says of a block's calibration: the greatest activation, and how many tokens reached each expert."""
+    peak = None if stream is None else max([stream.peak, *(s.peak for s in stats.values())])
+    gates = {role.split(".")[1]: s for role, s in stats.items() if role.startswith("experts.") and role.endswith(".gate")}
+    coverage = {expert: 0 if s.borrowed else s.tokens for expert, s in gates.items()}
+    return {"peak_activation": peak, **({"expert_tokens": coverage} if coverage else {})}
+
+
+def _merged(first: BlockFit, second: BlockFit) -> BlockFit:
+    return BlockFit(
+        *({**getattr(first, f), **getattr(second, f)} for f in ("results", "linears", "biases", "norms", "norm_biases", "facts"))
+    )
+
+
+def _fit(job: Job, block: BlockWeights, stats: Mapping[str, InputStats], spec: ModelSpec) -> BlockFit:
+    """The block by every method of ``job``, those first that change what the others see."""
+    schemes = _schemes(spec, job, block.layer)
+    fit = BlockFit({})
+    for name, quantizer in sorted(job.quantizers.items(), key=lambda item: not item[1].needs):
+        mine = {role: s for role, s in schemes.items() if not is_kept(s) and s.method == name}
+        if not mine:
+            continue
+        seen = replace(block, linears={**block.linears, **fit.linears}, biases={**block.biases, **fit.biases})
+        kept = {role: s if role in mine else replace(s, layout="plain") for role, s in schemes.items()}
+        fit = _merged(fit, quantizer.fit(seen, stats, kept, spec))
+    return replace(fit, linears={role: w for role, w in fit.linears.items() if role not in fit.results})
+
+
+def _fit_in_stages(
+    source: Source, job: Job, block: BlockWeights, streams: _Streams, name: str, float_writer: ArtifactWriter | None
+) -> tuple[BlockFit, Mapping[str, Any], CalibrationStream]:
+    """The block stage by stage on the activations of the model as quantized so far; its stream is advanced past the block.
+
+    ``float_writer`` is that of a job which carries the float model's activations at this block, if there is one.
+    """
+    spec, layer, device = source.spec, block.layer, source.device
+    stream = streams.at(name, layer, job.writer)
+    schemes, needs = _schemes(spec, job, layer), job.wants(QUANTIZED)
+    work = source.loaded(layer)
+    reference = None
+    if "cross" in needs:
+        reference = streams.at(FLOAT, layer, float_writer), source.loaded(layer)
+    fit, seen = BlockFit({}), dict[str, InputStats]()
+    for stage in stages(spec, layer):
+        wanted = [role for role in stage if not is_kept(schemes[role])]
+        if not wanted:
+            continue
+        stats: Mapping[str, InputStats] = {}
+        if any(job.quantizers[schemes[role].method].needs for role in wanted):
+            collector = StatsCollector(owners(spec, layer), stage, needs)
+            stream.observe(work, collector, frozenset(stage), device, reference)
+            stats = collector.stats()
+            seen |= {role: replace(s, gram=s.gram.new_zeros(0, 0), cross=None) for role, s in stats.items()}
+        part = replace(
+            block,
+            linears={role: block.linears[role] for role in wanted},
+            biases={role: block.biases[role] for role in wanted if role in block.biases},
+            norms={},
+            norm_biases={},
+        )
+        found = _fit(job, part, stats, spec)
+        for role, result in found.results.items():
+            dense = dense_weight(result, schemes[role], source.compute_dtype)
+            bias = None if result.bias is None else result.bias.to(source.compute_dtype)
+            work.replace(role, DenseLinear(dense, bias))
+        fit = _merged(fit, found)
+    stream.advance(work, None, device)
+    return fit, _activations(stream, seen, spec), stream
+
+
+def _outer(source: Source, job: Job) -> Iterator[StoredTensor]:
+    """What lies outside the blocks, as it is; or a head that is quantized, rounded to nearest, of its own or untied."""
+    spec, checkpoint = source.spec, source.checkpoint
+    inside = tuple(spec.tensor(layer, "") for layer in range(spec.layers))
+    head = spec.architecture.head
+    scheme = job.assignment.get(head)
+    quantized = scheme is not None and not is_kept(scheme)
+    for name in sorted(name for name in checkpoint.tensors if not name.startswith(inside)):
+        if not (quantized and name.rpartition(".")[0] == head):
+            yield source.copied(name)
+    if quantized and scheme is not None:
+        name = f"{spec.architecture.embedding if spec.tied else head}.weight"
+        weight, dtype = source.read(name), source.stored_dtype(name)
+        result = quantize_weight(weight, scheme, None, TORCH_DTYPES[dtype], head)
+        yield from _packed(head, result, scheme, (weight.shape[0], weight.shape[1]), dtype)
+
+
+def _summary(spec: ModelSpec, job: Job) -> QuantizedModel:
     weights = nbytes = count = 0
-    peaks, facts = [], {}
+    peaks, facts, coverage = [], {}, {}
     for layer in range(spec.layers):
-        stored = writer.facts(block_unit(layer))
+        stored = job.writer.facts(block_unit(layer))
         facts[str(layer)] = stored["linears"]
         if stored["peak_activation"] is not None:
             peaks.append(stored["peak_activation"])
-        for role, path in spec.block_linears(layer).items():
-            scheme = assignment[path]
-            if scheme.layout == "plain":
-                continue
-            n, k = spec.linear_shape(role)
-            geometry = LAYOUTS[scheme.layout](n, k, dtype="F16", group_size=scheme.group_size)
-            weights, nbytes, count = weights + n * k, nbytes + geometry.total_bytes, count + 1
-    return QuantizedModel(count, weights, nbytes, max(peaks, default=None), facts)
+        if "expert_tokens" in stored:
+            coverage[str(layer)] = stored["expert_tokens"]
+        for path, roles in spec.block_modules(layer).items():
+            if not is_kept(job.assignment[path]):
+                n, k = spec.stored_shape(roles[0])
+                geometry: Geometry = geometry_of(job.assignment[path], n, k, dtype="F16")
+                weights, nbytes, count = weights + n * k, nbytes + geometry.total_bytes, count + 1
+    return QuantizedModel(count, weights, nbytes, max(peaks, default=None), facts, coverage)

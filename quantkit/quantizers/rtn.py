@@ -1,23 +1,34 @@
-"""Round to nearest: each group on the grid of its own range. No calibration; the baseline of every other method."""
+"""Methods that look at one weight at a time: round to nearest, and the fixed codebooks and 8-bit formats. No calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled
+from quantkit.ops.codebook import quantize_4bit
+from quantkit.ops.dtypes import TORCH_DTYPES
+from quantkit.ops.eightbit import fp8_block_quantize, fp8_channel_quantize, int8_channel_quantize, llm_int8_quantize
 from quantkit.ops.grouped import encode, group_range, scales_and_zeros
-from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats, Method, refuse_unknown_options
+from quantkit.quant_config import is_kept
+from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, QuantizerFactory, built_in, choice, refuse_unknown_options
 from quantkit.scheme import LinearScheme
 
 
 def group_of(weight: Tensor, scheme: LinearScheme) -> int:
     """The group size in elements: K when the scheme says -1."""
     return int(weight.shape[1]) if scheme.group_size == -1 else scheme.group_size
+
+
+def min_zero(scheme: LinearScheme) -> int:
+    """The least zero point that the layout can store: GPTQ v1 has no 0 (``formats.md`` 2.2)."""
+    return 1 if scheme.layout == "gptq" else 0
 
 
 def refuse_not_finite(weight: Tensor, where: str) -> None:
@@ -30,36 +41,76 @@ def refuse_not_finite(weight: Tensor, where: str) -> None:
 def round_to_nearest(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, where: str, shrink: Tensor | float = 1.0) -> GroupedInt:
     """Quantize ``weight [N, K]`` float32 on the grid of its group ranges, each multiplied by ``shrink`` (broadcast to [N, G]).
 
-    Raises InputError naming ``where`` for values that are not finite or whose scale leaves float16.
+    Raises InputError naming ``where`` for values that are not finite or whose scale leaves its dtype.
     """
     refuse_not_finite(weight, where)
     low, high = group_range(weight, group_of(weight, scheme))
     try:
-        scales, zeros = scales_and_zeros(low * shrink, high * shrink, scheme.bits, scheme.sym)
+        scales, zeros = scales_and_zeros(
+            low * shrink, high * shrink, scheme.bits, scheme.sym, TORCH_DTYPES[scheme.scale_dtype], min_zero(scheme)
+        )
     except InputError as exc:
         raise InputError(where, exc.what, exc.expected) from exc
     return GroupedInt(encode(weight, scales, zeros, scheme.bits), scales, zeros, scheme.bits, bias)
 
 
-class Rtn:
-    """The method ``rtn``."""
+def quantize_weight(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, dtype: torch.dtype, where: str) -> Neutral:
+    """Quantize ``weight [N, K]``, float32 of a weight stored in ``dtype``, without calibration, as its layout wants it.
 
-    name = "rtn"
+    Raises InputError naming ``where`` for weights that the layout cannot represent.
+    """
+    refuse_not_finite(weight, where)
+    scales = TORCH_DTYPES[scheme.scale_dtype]
+    try:
+        match scheme.layout:
+            case "bnb4":
+                codes, absmax = quantize_4bit(weight.to(dtype), scheme.code, scheme.group_size)
+                return Codebook(codes.reshape(weight.shape), absmax, scheme.code, scheme.group_size, dtype, bias)
+            case "bnb8":
+                values, scb = llm_int8_quantize(weight.to(dtype))
+                return Scaled(values, scb.unsqueeze(1), bias, divisor=127)
+            case "int8":
+                return Scaled(*int8_channel_quantize(weight, scales), bias)
+            case "fp8":
+                return Scaled(*fp8_channel_quantize(weight, scales), bias)
+            case "fp8_block":
+                return Scaled(*fp8_block_quantize(weight), bias)
+    except InputError as exc:
+        raise InputError(where, exc.what, exc.expected, exc.hint) from exc
+    return round_to_nearest(weight, scheme, bias, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """A method without calibration: the layout of each linear's scheme says how it is rounded."""
+
+    name: str
     needs: frozenset[str] = frozenset()
+    inputs: str = FLOAT
 
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
         results = {}
         for role, weight in block.linears.items():
-            if schemes[role].layout != "plain":
+            if not is_kept(schemes[role]):
                 where = spec.tensor(block.layer, spec.linears[role].name)
-                results[role] = round_to_nearest(weight, schemes[role], block.biases.get(role), where)
+                results[role] = quantize_weight(weight, schemes[role], block.biases.get(role), block.linear_dtypes[role], where)
         return BlockFit(results)
 
 
-def create(options: Mapping[str, Any]) -> Rtn:
-    """Build the method. It has no options of its own."""
-    refuse_unknown_options("rtn", options, ())
-    return Rtn()
+def _factory(name: str, known: tuple[str, ...]) -> QuantizerFactory:
+    def create(options: Mapping[str, Any]) -> Direct:
+        refuse_unknown_options(name, options, known)
+        for key in known:
+            choice(name, options, key, True, (True, False))
+        return Direct(name)
+
+    return create
 
 
-METHOD = Method("rtn", "round to nearest, no calibration", ("awq",), "built-in", create)
+METHODS = (
+    built_in("rtn", "round to nearest, no calibration", _factory("rtn", ())),
+    built_in("nf4", "4-bit NormalFloat, double-quantized", _factory("nf4", ("double_quant",))),
+    built_in("fp4", "4-bit float, double-quantized", _factory("fp4", ("double_quant",))),
+    built_in("int8", "LLM.int8: outlier inputs in floats", _factory("int8", ())),
+    built_in("fp8", "8-bit float by channel, or by block", _factory("fp8", ())),
+)

@@ -20,13 +20,13 @@ from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
 from quantkit.progress import Progress, silent
+from quantkit.quant_config import assignment_from_config
 from quantkit.runtime.devices import default_dtype, place_for
 from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
 from quantkit.runtime.scheduler import Limits, Schedule, Scheduler
 from quantkit.runtime.stops import StopText
 from quantkit.runtime.wire import Begin, RankJob, Step
-from quantkit.scheme import assignment_from_config
 from quantkit.shard import open_rank
 from quantkit.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -353,7 +353,7 @@ def start_engine(
 def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:
     """The checkpoint (of a shard directory, rank 0's) and the number of ranks, once it is known that the model can be cut so."""
     if sharded:
-        checkpoint, plan = open_rank(root, 0)
+        checkpoint, plan, _ = open_rank(root, 0)
         if tp not in (None, plan.tp):
             hint = f"leave --tp out, or shard again: quantkit shard ART OUT --tp {tp}"
             raise InputError(str(root), f"was cut for {plan.tp} ranks, --tp says {tp}", f"--tp {plan.tp}", hint)
@@ -368,7 +368,7 @@ def _longest(spec: ModelSpec, asked: int | None) -> int:
     """The tokens of the longest text: as asked, else as trained."""
     if asked is None:
         return spec.max_positions
-    stretches = any(rope.kind == "dynamic" for rope in spec.ropes)
+    stretches = spec.position_table is None and any(rope.kind == "dynamic" for rope in spec.ropes)
     if asked < 2 or (asked > spec.max_positions and not stretches):
         raise InputError("--max-model-len", f"is {asked}", f"2 to {spec.max_positions}, which the model was made for")
     return asked

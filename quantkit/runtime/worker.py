@@ -27,6 +27,7 @@ from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
+from quantkit.quant_config import assignment_from_config
 from quantkit.runtime.kv_cache import ContiguousCache, cache_for
 from quantkit.runtime.sampler import Sampled, SamplingParams, greedy, sample
 from quantkit.runtime.scheduler import Chunk
@@ -42,7 +43,6 @@ from quantkit.runtime.wire import (
     sampled_to_json,
     step_from_json,
 )
-from quantkit.scheme import assignment_from_config
 from quantkit.shard import open_rank
 
 BEAT_SECONDS = 1.0
@@ -126,8 +126,8 @@ def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
     dtype = float_dtype(job.dtype)
     try:
         if job.sharded:
-            checkpoint, plan = open_rank(Path(job.path), comm.rank)
-            return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity, presliced=True)
+            checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
+            return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity, presliced=assignment)
         checkpoint = open_checkpoint(job.path)
         if job.tp == 1:
             return load_decoder(checkpoint, dtype=dtype, device=device, parity=job.parity)

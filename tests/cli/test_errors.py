@@ -46,7 +46,7 @@ INPUT = {
     "output exists": ["shard", "{model}", "{tmp}/empty", "--tp", "2"],
     "unknown method": ["quantize", "{model}", "{out}", "--method", "magic"],
     "no method": ["quantize", "{model}", "{out}"],
-    "too many bits": ["quantize", "{model}", "{out}", "--method", "rtn", "--bits", "8"],
+    "too many bits": ["quantize", "{model}", "{out}", "--method", "rtn", "--bits", "5"],
     "group of zero": ["quantize", "{model}", "{out}", "--method", "rtn", "--group-size", "0"],
     "group that does not divide": ["quantize", "{model}", "{out}", "--method", "rtn", "--group-size", "96"],
     "bad override": ["quantize", "{model}", "{out}", "--method", "rtn", "--override", "down_proj"],
@@ -85,7 +85,7 @@ def places(tmp_path: Path, models: Path) -> dict[str, str]:
     (tmp_path / "field.yaml").write_text("method: awq\ngroupsize: 64\n")
     (tmp_path / "option.yaml").write_text("method: awq\noptions:\n  scale_pionts: 5\n")
     (tmp_path / "method.yaml").write_text("method: magic\n")
-    (tmp_path / "bits.yaml").write_text("method: rtn\nbits: 3\n")
+    (tmp_path / "bits.yaml").write_text("method: rtn\nbits: 5\n")
     (tmp_path / "broken.yaml").write_text("method: [awq\n")
     return {"model": str(model), "tmp": str(tmp_path), "out": str(tmp_path / "out")}
 

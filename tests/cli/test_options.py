@@ -35,11 +35,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"path": "m", "out": Path("o")},
         (
             "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
-            "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run"
+            "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run --option mse=false --option block=64 "
+            "--inputs float --compute-dtype float16 --offload"
         ),
         {"method": "awq", "bits": 3, "group_size": -1, "sym": True, "format": "awq", "recipe": Path("r.yaml")}
         | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
-        | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True},
+        | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True}
+        | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True},
     ),
     "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
     "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),

@@ -83,7 +83,7 @@ def test_facts_that_a_plan_shows_are_in_its_json(quantkit: Run, models: Path) ->
 def test_list_methods(quantkit: Run) -> None:
     methods = json.loads(quantkit("--list-methods", "--json").out)["methods"]
     assert {m["name"] for m in methods} >= {"rtn", "awq"}
-    assert all(set(m) == {"name", "summary", "layouts", "origin"} for m in methods)
+    assert all(set(m) == {"name", "summary", "formats", "origin"} for m in methods)
     assert {m["origin"] for m in methods if m["name"] in ("rtn", "awq")} == {"built-in"}
     shown = quantkit("--list-methods").out
     assert all(text in shown for m in methods for text in (m["name"], m["summary"], m["origin"]))
@@ -111,7 +111,7 @@ def test_recipe_init_makes_a_valid_recipe(quantkit: Run, tmp_path: Path) -> None
         assert quantkit("recipe", "init", "--method", method, path).code == 0
         assert ("calibration:" in path.read_text()) == (method == "awq")
         data = json.loads(quantkit("recipe", "validate", path, "--json").out)
-        assert (data["valid"], data["recipe"]["method"], data["recipe"]["format"]) == (True, method, "awq")
+        assert (data["valid"], data["recipe"]["method"], data["format"]) == (True, method, "awq")
         assert quantkit("recipe", "show", path).out == path.read_text()
 
 

@@ -125,7 +125,7 @@ def options(out: Path, recipe: Path, **changes: Any) -> QuantizeOptions:
     ("changes", "field"),
     [
         ({"group_size": 128}, r"recipe\.group_size: was 64 when the work began and is 128 now"),
-        ({"sym": True}, r"recipe\.sym: was False when the work began and is True now"),
+        ({"sym": True}, r"recipe\.sym: was None when the work began and is True now"),
         ({"override": ("v_proj:keep",)}, r"recipe\.overrides: was \[\] when"),
         ({"method": "rtn"}, r"unknown option 'scale_points'"),
         ({"samples": 5}, r"calibration\.shape: was \[4, 64\] when the work began and is \[5, 64\] now"),
@@ -221,5 +221,15 @@ def test_a_disk_that_fills_up_ends_in_exit_3_and_is_resumable(
 def test_the_journal_says_what_made_the_bytes(killed: Path) -> None:
     found = read_journal(killed.with_name("out.partial") / "journal")
     assert found is not None
-    assert set(found.identity) == {"source", "recipe", "calibration", "quantkit", "torch", "device", "instruction_set", "threads"}
+    assert set(found.identity) == {
+        "source",
+        "recipe",
+        "calibration",
+        "quantkit",
+        "torch",
+        "device",
+        "compute_dtype",
+        "instruction_set",
+        "threads",
+    }
     assert str(killed) not in json.dumps(dict(found.identity))

@@ -4,6 +4,7 @@
     awq_reference.py pack IN OUT         IN: NAME.weight [N, K], NAME.scales [G, N], NAME.zeros [G, N], maybe NAME.bias.
     awq_reference.py dequantize IN OUT   IN: NAME.qweight, NAME.qzeros, NAME.scales.
     awq_reference.py golden OUT
+    awq_reference.py golden-gemv OUT     `version: "gemv"`; AutoAWQ unpacks it on a GPU alone, so ``weight`` is what was packed
 
 OUT holds, per NAME, what was stored (qweight, qzeros, scales, bias), the weight [K, N] that it stands for, and its zeros [G, N] unpacked.
 """
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 from awq.modules.linear.gemm import WQLinear_GEMM  # type: ignore[import-not-found]
+from awq.modules.linear.gemv import WQLinear_GEMV  # type: ignore[import-not-found]
 from awq.quantize.quantizer import AwqQuantizer  # type: ignore[import-not-found]
 from awq.utils.packing_utils import dequantize_gemm  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save, save_file
@@ -71,6 +73,30 @@ def golden() -> Tensors:
     return {f"{case}.{name}": value.contiguous() for case, parts in cases.items() for name, value in parts.items()}
 
 
+def golden_gemv() -> Tensors:
+    """Groups of 32, 64 and 128, whose zero points are padded to 4, 2 and 1 words; ten groups for a second word; one with a bias."""
+    generator = torch.Generator().manual_seed(21)
+    made: Tensors = {}
+    for n, k, group in ((16, 64, 32), (24, 192, 64), (8, 256, 128), (8, 320, 32)):
+        codes = torch.randint(0, 16, (n, k), generator=generator)
+        zeros = torch.randint(0, 16, (n, k // group), generator=generator)
+        scales = (torch.randint(1024, 2048, zeros.shape, generator=generator) * 2.0**-18).half()
+        zero, scale = (part.repeat_interleave(group, 1) for part in (zeros, scales))
+        linear = torch.nn.Linear(k, n, bias=group == 64, dtype=torch.float16)
+        linear.weight.data = (codes - zero).half() * scale
+        if linear.bias is not None:
+            linear.bias.data = torch.randn(n, generator=generator).half()
+        packed = WQLinear_GEMV.from_linear(linear, BITS, group, scales=scales, zeros=zeros.half())
+        parts = {
+            "codes": codes.to(torch.uint8),
+            "zeros": zeros.to(torch.uint8),
+            "weight": linear.weight.data,
+            **dict(packed.named_buffers()),
+        }
+        made |= {f"g{group}-k{k}.{name}": value.contiguous() for name, value in parts.items()}
+    return made
+
+
 def by_case(tensors: Mapping[str, Tensor]) -> dict[str, Tensors]:
     """``CASE.name`` -> tensor as case -> name -> tensor."""
     cases: dict[str, Tensors] = {}
@@ -88,9 +114,10 @@ TASKS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensors]] = {
 
 
 def main(task: str, *paths: str) -> None:
-    if task == "golden":
-        metadata = {"source": f"autoawq {version('autoawq')}, WQLinear_GEMM and dequantize_gemm"}
-        Path(paths[0]).write_bytes(save(golden(), metadata))
+    if task in ("golden", "golden-gemv"):
+        by = "WQLinear_GEMM and dequantize_gemm" if task == "golden" else "WQLinear_GEMV"
+        metadata = {"source": f"autoawq {version('autoawq')}, {by}"}
+        Path(paths[0]).write_bytes(save(golden() if task == "golden" else golden_gemv(), metadata))
         return
     source, out = paths
     work = TASKS[task]

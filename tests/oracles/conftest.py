@@ -62,6 +62,11 @@ def gptqmodel() -> Oracle:
 
 
 @pytest.fixture(scope="session")
+def bitsandbytes() -> Oracle:
+    return Oracle("bitsandbytes", "bnb_reference.py")
+
+
+@pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes an artifact of ARTIFACTS with the command line, once."""
     root = tmp_path_factory.mktemp("artifacts")

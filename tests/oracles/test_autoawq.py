@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantkit.geometry import Geometry, awq_gemm
+from quantkit.geometry import Geometry, geometry_of
 from quantkit.layouts.base import GroupedInt
 from quantkit.layouts.registry import codec
 from quantkit.ops.dtypes import as_bytes
+from quantkit.scheme import LinearScheme
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return awq_gemm(self.n, self.k, dtype="F16", bias=self.bias, group_size=self.group)
+        return geometry_of(LinearScheme("awq", "awq", 4, self.group), self.n, self.k, dtype="F16", bias=self.bias)
 
 
 CASES = {
@@ -90,7 +91,7 @@ def assert_same_parts(got: Mapping[str, Tensor], want: Mapping[str, Tensor], cas
 
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Parts]:
-    return {name: codec("awq").pack(random_result(case, seed)) for seed, (name, case) in enumerate(CASES.items())}
+    return {name: codec("awq").pack(random_result(case, seed), case.geometry) for seed, (name, case) in enumerate(CASES.items())}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def packed(autoawq: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     given = {}
     for seed, (name, case) in enumerate(CASES.items()):
         result = random_result(case, seed)
-        weight = codec("awq").dequant(codec("awq").pack(result), case.geometry, torch.float16)
+        weight = codec("awq").dequant(codec("awq").pack(result, case.geometry), case.geometry, torch.float16)
         given[name] = {"weight": weight, "scales": result.scales.T, "zeros": result.zeros.T}
         if result.bias is not None:
             given[name]["bias"] = result.bias
@@ -140,7 +141,7 @@ def test_we_read_what_the_reference_quantized(name: str, quantized: dict[str, Pa
     assert_same_bits(codec("awq").dequant(parts, geometry, torch.float16).T, parts["weight"])
     result = codec("awq").unpack(parts, geometry)
     assert_same_bits(result.zeros.T, parts["zeros"])
-    assert_same_parts(codec("awq").pack(result), parts, CASES[name])
+    assert_same_parts(codec("awq").pack(result, geometry), parts, CASES[name])
 
 
 def test_the_reference_reads_every_linear_of_an_artifact(autoawq: Runs, artifact: Callable[[str], Path], tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_the_reference_reads_every_linear_of_an_artifact(autoawq: Runs, artifact
     for number, answer in ask(autoawq, "dequantize", linears, tmp_path).items():
         parts = linears[number]
         n, k = parts["scales"].shape[1], parts["qweight"].shape[0]
-        geometry = awq_gemm(n, k, dtype="BF16", group_size=64)
+        geometry = geometry_of(LinearScheme("awq", "awq", 4, 64), n, k, dtype="BF16")
         assert_same_bits(answer["weight"], codec("awq").dequant(parts, geometry, torch.float16).T)
 
 

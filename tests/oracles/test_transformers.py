@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
-from quantkit.geometry import awq_gemm
+from quantkit.geometry import geometry_of
 from quantkit.layouts.registry import codec
 from quantkit.model.decoder import Batch
 from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import as_bytes, as_tensor
+from quantkit.scheme import LinearScheme
 from quantkit.text.chat import render_chat
 from quantkit.text.tokenizer import load_tokenizer
 
@@ -86,7 +87,7 @@ def test_unpacked_weights_are_ours_bit_for_bit(loaded: Loaded) -> None:
     checkpoint, group = loaded.checkpoint, loaded.checkpoint.config["quantization_config"]["group_size"]
     for path in loaded.facts["packed"]:
         parts = {s: as_tensor(checkpoint.read(f"{path}.{s}"), checkpoint.dtype(f"{path}.{s}")) for s in ("qweight", "qzeros", "scales")}
-        geometry = awq_gemm(parts["scales"].shape[1], parts["qweight"].shape[0], dtype="F16", group_size=group)
+        geometry = geometry_of(LinearScheme("awq", "awq", 4, group), parts["scales"].shape[1], parts["qweight"].shape[0], dtype="F16")
         weight = codec("awq").dequant(parts, geometry, torch.float16).T.contiguous()
         assert bytes(as_bytes(weight)) == bytes(as_bytes(loaded.tensors[path])), path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from quantkit.arch.table import spec_for
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.ops.dtypes import DTYPE_NAMES
 from quantkit.plan import ParallelPlan, make_plan
-from quantkit.scheme import assignment_from_config
+from quantkit.quant_config import assignment_from_config
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -49,6 +50,28 @@ GEMMA_ROPE = {
     }
 }
 GEMMA = {"model_type": "gemma3_text", "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True, **GEMMA_ROPE}
+GEMMA2 = {"model_type": "gemma2", "query_pre_attn_scalar": 20, "sliding_window": 5, "tie_word_embeddings": True}
+CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}
+PHI4 = {"partial_rotary_factor": 0.75, "head_dim": 16, "hidden_size": 96}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 131,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN2_MOE = {
+    "model_type": "qwen2_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
+}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **rope("default")},
@@ -63,6 +86,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-bias-sliding": {"model_type": "qwen3", "attention_bias": True, **SLIDING, **rope("default")},
     "gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma3-pattern-softcap": {**GEMMA, "num_hidden_layers": 7, "attention_bias": True, "final_logit_softcapping": 3.0},
+    "gemma2": {**GEMMA2, **CAPS, **rope("default")},
+    "gemma2-types": {
+        **GEMMA2,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        **rope("default"),
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 5, **rope("default")},
+    "phi3-partial": {"model_type": "phi3", **PHI4, **rope("default", partial_rotary_factor=0.75)},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        **PHI4,
+        "original_max_position_embeddings": 16,
+        **rope("longrope", partial_rotary_factor=0.75, **LONG),
+    },
+    "phi3-old-config": {
+        "model_type": "phi3",
+        "hidden_size": 72,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "longrope", "short_factor": LONG["short_factor"], "long_factor": LONG["long_factor"]},
+    },
+    "gpt2": GPT2,
+    "gpt2-inner": {**GPT2, "n_inner": 80, "activation_function": "gelu", "layer_norm_epsilon": 1e-2},
+    "mixtral": {**MIXTRAL, **rope("default")},
+    "mixtral-sliding": {**MIXTRAL, "sliding_window": 5, **rope("default")},
+    "qwen2-moe": {**QWEN2_MOE, "norm_topk_prob": True, **rope("default")},
+    "qwen2-moe-steps": {**QWEN2_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2, "qkv_bias": False, **SLIDING, **rope("default")},
+    "qwen3-moe": {**QWEN3_MOE, "norm_topk_prob": True, **rope("default")},
+    "qwen3-moe-dense-first": {**QWEN3_MOE, "mlp_only_layers": [0], "attention_bias": True, **SLIDING, **rope("default")},
     "rope-linear": {"model_type": "llama", **rope("linear", factor=3.0)},
     "rope-dynamic": {"model_type": "llama", **rope("dynamic", factor=3.0)},
     "rope-yarn": {"model_type": "llama", **rope("yarn", factor=4.0, original_max_position_embeddings=16)},
@@ -80,7 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return {**BASE, **FAMILIES[family]}
+    return {**(BASE if FAMILIES[family]["model_type"] != "gpt2" else {}), **FAMILIES[family]}
 
 
 @dataclass(frozen=True)
@@ -98,15 +152,16 @@ class MemoryCheckpoint:
     kind: str = "hf"
     reads: list[tuple[str, int]] = field(default_factory=list)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Ref]:
         return {name: Ref(tuple(value.shape), self.dtype(name)) for name, value in self.values.items()}
 
     def dtype(self, name: str) -> str:
         return DTYPE_NAMES[self.values[name].dtype]
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, Any]:
-        value = self.values[name] if index is None else self.values[name][index]
+    def read(self, name: str, index: tuple[slice, ...] | None = None, view: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
+        whole = self.values[name] if view is None else self.values[name].reshape(view)
+        value = whole if index is None else whole[index]
         self.reads.append((name, value.numel()))
         if value.dtype == torch.bfloat16:
             return value.contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -118,7 +173,9 @@ def random_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float64, s
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
-    hf = AutoConfig.for_model(values.pop("model_type"), **values, attn_implementation="sdpa")
+    # Gemma 2 caps its scores, and its fast experts take no float64.
+    attention = "eager" if values["model_type"] == "gemma2" else "sdpa"
+    hf = AutoConfig.for_model(values.pop("model_type"), **values, attn_implementation=attention, experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(hf).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -129,7 +186,25 @@ def random_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float64, s
             )
     tied = {"lm_head.weight"} if hf.tie_word_embeddings else set()
     tensors = {name: value.detach() for name, value in model.state_dict().items() if name not in tied}
-    return model, MemoryCheckpoint(config, tensors)
+    return model, MemoryCheckpoint(config, separate(config["model_type"], tensors))
+
+
+def separate(model_type: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are published: each expert's by itself, and Mixtral's under the names that it came with."""
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    if model_type == "mixtral":
+        names = {"gate": "w1", "up": "w3", "down": "w2"}
+        tensors = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        base, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj") or not base.endswith("experts"):
+            found[name] = value
+            continue
+        for expert, part in enumerate(value):
+            halves = {"down": part} if kind == "down_proj" else dict(zip(("gate", "up"), part.chunk(2), strict=True))
+            found |= {f"{base}.{expert}.{names[key]}.weight": half for key, half in halves.items()}
+    return found
 
 
 class GrowingCache:
@@ -185,8 +260,11 @@ def awq_checkpoint(config: Mapping[str, Any], group_size: int) -> MemoryCheckpoi
     for layer in range(spec.layers):
         for norm in spec.norms.values():
             values[spec.tensor(layer, norm.name) + ".weight"] = 1 + 0.3 * floats(hidden if norm.width == "hidden" else spec.head_dim)
-        for role, path in spec.block_linears(layer).items():
-            n, k = spec.linear_shape(role)
+        for path, (role, *_) in spec.block_modules(layer).items():
+            n, k = spec.stored_shape(role)
+            if not spec.linears[role].quantize:
+                values[f"{path}.weight"] = floats(n, k)
+                continue
             values[f"{path}.qweight"], values[f"{path}.qzeros"] = words(k, n // 8), words(k // group_size, n // 8)
             values[f"{path}.scales"] = (0.03 * floats(k // group_size, n).abs()).half()
             if spec.linears[role].bias:

@@ -20,8 +20,8 @@ from quantkit.ops.grouped import dequantize
 from quantkit.quantizers import awq, rtn
 from quantkit.quantizers.awq import Awq, AwqOptions, candidate_scale, create, fold_scale, output_error
 from quantkit.quantizers.base import BlockFit, BlockWeights, InputStats
-from quantkit.quantizers.calibration import StatsCollector, input_roles
-from quantkit.quantizers.pipeline import read_block
+from quantkit.quantizers.calibration import StatsCollector, owners
+from quantkit.quantizers.pipeline import Source
 from quantkit.scheme import KEEP, LinearScheme
 
 FOLDED = ("llama", "llama-biases", "llama-mqa", "mistral", "qwen2", "qwen3-bias-sliding", "gemma3", "gemma3-pattern-softcap")
@@ -44,16 +44,16 @@ def block_of(family: str, layer: int = 0) -> tuple[ModelSpec, BlockWeights, dict
     """A random block, the statistics of its inputs over a text, and those inputs themselves by role."""
     _, checkpoint = random_twin(config_of(family), torch.float32)
     spec = spec_for(checkpoint.config)
-    collector, inputs = StatsCollector(input_roles(spec)), dict[str, Tensor]()
+    collector, inputs = StatsCollector(owners(spec, layer), spec.block_linears(layer), frozenset({"gram"})), dict[str, Tensor]()
 
     def tap(role: str, x: Tensor) -> None:
         collector.tap(role, x)
         inputs[role] = x
 
     with torch.inference_mode():
-        x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0])
+        x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0], torch.arange(60))
         load_block(checkpoint, spec, layer, dtype=torch.float32).forward(x, Batch(torch.arange(60), (60,), None), None, tap)
-    return spec, read_block(checkpoint, spec, layer, "F32", "cpu"), collector.stats(), inputs, checkpoint
+    return spec, Source(checkpoint, spec, "F32", torch.float32, "cpu").block(layer), collector.stats(), inputs, checkpoint
 
 
 def plain_round(weight: Tensor, group: int) -> Tensor:
@@ -81,7 +81,7 @@ def test_candidate_scale_multiplies_its_extremes_to_one() -> None:
 
 def test_scale_search_takes_what_running_the_layer_would_take() -> None:
     spec, block, stats, inputs, _ = block_of("llama")
-    fit = Awq(AwqOptions(clip=False)).fit(block, stats, dict.fromkeys(spec.linears, W4), spec)
+    fit = Awq(AwqOptions(clip=False, duo=False)).fit(block, stats, dict.fromkeys(spec.linears, W4), spec)
     for first, roles in (("q", ("q", "k", "v")), ("gate", ("gate", "up")), ("down", ("down",))):
         x = inputs[first]
         errors = []
@@ -95,10 +95,24 @@ def test_scale_search_takes_what_running_the_layer_would_take() -> None:
         assert min(errors) < errors[0], "a search that cannot help would prove nothing"
 
 
+def test_scales_that_look_at_the_weights_too_are_taken_where_they_lose_less() -> None:
+    spec, block, stats, _, _ = block_of("llama")
+    schemes = dict.fromkeys(spec.linears, W4)
+    plain, duo = (Awq(AwqOptions(clip=False, duo=duo)).fit(block, stats, schemes, spec).facts for duo in (False, True))
+    assert any(facts.get("duo") for facts in duo.values())
+    for roles in (("q", "k", "v"), ("down",)):
+        whole = {r: float((block.linears[r] @ stats[r].gram * block.linears[r]).sum()) for r in roles}
+        lost = [sum(facts[r]["output_error"] ** 2 * whole[r] for r in roles) for facts in (plain, duo)]
+        assert lost[1] <= lost[0] * (1 + 1e-3)
+    assert duo["down"]["output_error"] <= plain["down"]["output_error"]
+
+
 def test_the_scale_of_o_is_shared_by_the_query_heads_of_a_kv_head() -> None:
     spec, block, stats, inputs, _ = block_of("llama")
-    group = next(group for group in spec.architecture.scale_groups if group.prev == "v")
-    scale, ratio = Awq(AwqOptions())._search_scale(group, block.linears, stats, dict.fromkeys(spec.linears, W4), spec)
+    group = next(group for group in spec.scale_groups(0) if group.prev == "v")
+    scale, kind = Awq(AwqOptions(duo=False))._search_scale(group, block.linears, stats, dict.fromkeys(spec.linears, W4), spec)
+    assert scale is not None
+    ratio = kind["scale_ratio"]
     kv, per_kv = spec.dims["kv_heads"].size, spec.dims["heads"].size // spec.dims["kv_heads"].size
     heads = scale.reshape(kv, per_kv, spec.head_dim)
     assert per_kv == 2 and torch.equal(heads, heads[:, :1].expand_as(heads))
@@ -160,12 +174,12 @@ def test_folding_leaves_the_model_as_it_was(family: str, stored: torch.dtype) ->
         linears = {role: values[f"{name}.weight"] for role, name in names.items()}
         biases = {role: values[f"{name}.bias"] for role, name in names.items() if f"{name}.bias" in values}
         norms = {role: values[name] for role, name in norm_names.items()}
-        for place, group in enumerate(spec.architecture.scale_groups):
+        for place, group in enumerate(spec.scale_groups(0)):
             width = linears[group.targets[0]].shape[1]
             scale = torch.exp(torch.randn(width, generator=generator(10 * layer + place), dtype=torch.float64))
             if group.prev == "v":
                 scale = scale.reshape(kv, queries // kv, -1)[:, :1].expand(-1, queries // kv, -1).reshape(-1)
-            fold_scale(group, scale, linears, biases, norms, dict.fromkeys(norms, stored), spec)
+            fold_scale(group, scale, linears, biases, norms, {}, dict.fromkeys(norms, stored), spec)
         for role, name in names.items():
             assert not torch.equal(values[f"{name}.weight"], linears[role]) or role not in ("q", "o", "gate", "down")
             values[f"{name}.weight"] = linears[role]
@@ -189,7 +203,7 @@ def test_a_gain_that_its_dtype_cannot_hold_stays_as_it_is(gain: float, scale: fl
     linears = {"gate": torch.ones(8, hidden, dtype=torch.float64), "up": torch.ones(8, hidden, dtype=torch.float64)}
     dtypes = {"pre_ffn": torch.float16 if gain > 1 else torch.bfloat16}
     folded = fold_scale(
-        ScaleGroup("pre_ffn", ("gate", "up")), torch.full((hidden,), scale, dtype=torch.float64), linears, {}, norms, dtypes, spec
+        ScaleGroup("pre_ffn", ("gate", "up")), torch.full((hidden,), scale, dtype=torch.float64), linears, {}, norms, {}, dtypes, spec
     )
     assert torch.isfinite(norms["pre_ffn"]).all()
     assert torch.isfinite(folded).all()
@@ -218,7 +232,7 @@ def test_a_fitted_block_computes_nearly_what_it_did(family: str, kept: tuple[str
             values[f"{path}.bias"] = fit.biases[role]
             assert role not in fit.results or torch.equal(fit.results[role].bias, fit.biases[role])  # type: ignore[arg-type]
     values |= {spec.tensor(0, spec.norms[role].name) + ".weight": norm for role, norm in fit.norms.items()}
-    x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0])
+    x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0], torch.arange(60))
     batch = Batch(torch.arange(60), (60,), None)
     before = load_block(checkpoint, spec, 0, dtype=torch.float32).forward(x, batch) - x
     after = load_block(MemoryCheckpoint(checkpoint.config, values), spec, 0, dtype=torch.float32).forward(x, batch) - x
@@ -238,7 +252,7 @@ def test_without_scaling_and_clipping_it_is_rtn() -> None:
     spec, block, stats, _, _ = block_of("llama")
     schemes = dict.fromkeys(spec.linears, W4)
     fit = Awq(AwqOptions(scale_points=1, clip=False)).fit(block, stats, schemes, spec)
-    plain = rtn.create({}).fit(block, {}, schemes, spec)
+    plain = rtn.METHODS[0].factory({}).fit(block, {}, schemes, spec)
     for role in spec.linears:
         assert torch.equal(fit.results[role].codes, plain.results[role].codes)
         assert torch.equal(fit.results[role].scales, plain.results[role].scales)
@@ -250,7 +264,7 @@ def test_it_beats_rtn_on_the_outputs_of_every_linear_it_scales(group: int, sym: 
     spec, block, stats, _, _ = block_of("qwen2")
     schemes = dict.fromkeys(spec.linears, LinearScheme("awq", "awq", 4, group, sym))
     fit = Awq(AwqOptions()).fit(block, stats, schemes, spec)
-    plain = rtn.create({}).fit(block, {}, schemes, spec)
+    plain = rtn.METHODS[0].factory({}).fit(block, {}, schemes, spec)
     ours = theirs = 0.0
     for role in spec.linears:
         gram, weight = stats[role].gram, block.linears[role]
@@ -276,7 +290,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
     spec, block, stats, _, _ = block_of("llama")
-    broken = {role: InputStats(s.gram * float("nan"), s.abs_sum, s.tokens, s.peak) for role, s in stats.items()}
+    broken = {role: InputStats(s.gram * float("nan"), s.abs_sum, s.abs_max, s.tokens) for role, s in stats.items()}
     with pytest.raises(InputError, match="calibration: gave no usable scale for q, k, v"):
         Awq(AwqOptions()).fit(block, broken, dict.fromkeys(spec.linears, W4), spec)
 
@@ -284,7 +298,7 @@ def test_statistics_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"points": 3}, "unknown option 'points', expected one of scale_points, clip"),
+        ({"points": 3}, "unknown option 'points', expected one of scale_points, clip, duo"),
         ({"scale_points": 0}, "is 0"),
         ({"scale_points": True}, "is True"),
         ({"clip": "yes"}, "is 'yes'"),
@@ -294,4 +308,4 @@ def test_options_are_validated(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         create(options)
     assert create({"scale_points": 5, "clip": False}).options == AwqOptions(5, False)
-    assert awq.METHOD.layouts == ("awq",)
+    assert awq.METHOD.facts.formats[0] == "awq"

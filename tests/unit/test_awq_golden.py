@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit.geometry import Geometry, awq_gemm
+from quantkit.geometry import Geometry, geometry_of
 from quantkit.layouts.awq import unpack_words
 from quantkit.layouts.base import GroupedInt
 from quantkit.layouts.registry import codec
 from quantkit.ops.dtypes import as_bytes
+from quantkit.scheme import LinearScheme
 
 GOLDEN = Path(__file__).parent.parent / "data" / "awq_golden.safetensors"
 STORED = ("qweight", "qzeros", "scales", "bias")
@@ -23,9 +24,9 @@ def golden(case: str) -> dict[str, Tensor]:
     return {name.partition(".")[2]: value for name, value in load_file(GOLDEN).items() if name.startswith(f"{case}.")}
 
 
-def geometry_of(parts: dict[str, Tensor]) -> Geometry:
+def geometry_for(parts: dict[str, Tensor]) -> Geometry:
     (k, _), (groups, n) = parts["qweight"].shape, parts["scales"].shape
-    return awq_gemm(n, k, dtype="F16", bias="bias" in parts, group_size=k // groups)
+    return geometry_of(LinearScheme("awq", "awq", 4, k // groups), n, k, dtype="F16", bias="bias" in parts)
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
@@ -45,7 +46,7 @@ def test_packs_to_the_bytes_of_the_reference(case: str) -> None:
     parts = golden(case)
     codes = codes_of(parts)
     assert (int(codes.min()), int(codes.max())) == (0, 15)
-    ours = codec("awq").pack(GroupedInt(codes.T, parts["scales"].T, parts["zeros"].T, 4, parts.get("bias")))
+    ours = codec("awq").pack(GroupedInt(codes.T, parts["scales"].T, parts["zeros"].T, 4, parts.get("bias")), geometry_for(parts))
     assert ours.keys() == parts.keys() & set(STORED)
     for name, value in ours.items():
         assert_same_bits(value, parts[name])
@@ -54,14 +55,14 @@ def test_packs_to_the_bytes_of_the_reference(case: str) -> None:
 @pytest.mark.parametrize("case", ["normal", "ends"])
 def test_reads_the_weight_of_the_reference_bit_for_bit(case: str) -> None:
     parts = golden(case)
-    geometry = geometry_of(parts)
+    geometry = geometry_for(parts)
     assert {part.suffix: geometry.shape(part) for part in geometry.parts} == {
         name: tuple(parts[name].shape) for name in STORED if name in parts
     }
     assert_same_bits(unpack_words(parts["qzeros"]), parts["zeros"])
     assert_same_bits(codec("awq").dequant(parts, geometry, torch.float16).T.contiguous(), parts["weight"])
     unpacked = codec("awq").unpack(parts, geometry)
-    for name, value in codec("awq").pack(unpacked).items():
+    for name, value in codec("awq").pack(unpacked, geometry).items():
         assert_same_bits(value, parts[name])
 
 

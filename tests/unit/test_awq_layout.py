@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.geometry import awq_gemm
+from quantkit.geometry import Geometry, geometry_of
 from quantkit.layouts.awq import AwqCodec, pack_words, unpack_words
 from quantkit.layouts.base import GroupedInt
 from quantkit.layouts.registry import codec
+from quantkit.scheme import LinearScheme
+
+
+def awq_gemm(n: int, k: int, group: int, bias: bool = False) -> Geometry:
+    return geometry_of(LinearScheme("awq", "awq", 4, group), n, k, dtype="BF16", bias=bias)
 
 
 def words_of(codes: list[int]) -> list[int]:
@@ -50,7 +55,8 @@ def result(n: int, k: int, groups: int, bias: bool = False) -> GroupedInt:
 @pytest.mark.parametrize(("n", "k", "groups"), [(16, 64, 2), (8, 64, 1), (40, 96, 12)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_parts_have_the_names_dtypes_and_shapes_of_the_format(n: int, k: int, groups: int, bias: bool) -> None:
-    parts = codec("awq").pack(result(n, k, groups, bias))
+    geometry = awq_gemm(n, k, k // groups, bias)
+    parts = codec("awq").pack(result(n, k, groups, bias), geometry)
     described = {suffix: (part.dtype, tuple(part.shape)) for suffix, part in parts.items()}
     expected = {
         "qweight": (torch.int32, (k, n // 8)),
@@ -58,15 +64,14 @@ def test_parts_have_the_names_dtypes_and_shapes_of_the_format(n: int, k: int, gr
         "scales": (torch.float16, (groups, n)),
     }
     assert described == (expected | {"bias": (torch.bfloat16, (n,))} if bias else expected)
-    geometry = awq_gemm(n, k, dtype="BF16", bias=bias, group_size=k // groups)
     assert {part.suffix: geometry.shape(part) for part in geometry.parts} == {suffix: shape for suffix, (_, shape) in described.items()}
     assert geometry.total_bytes == k * n // 2 + 2 * groups * n + groups * n // 2 + (2 * n if bias else 0)
 
 
 def test_the_weight_is_scale_times_code_minus_zero_read_straight_from_the_words() -> None:
     found = result(16, 64, 2)
-    parts = codec("awq").pack(found)
-    geometry = awq_gemm(16, 64, dtype="BF16", group_size=32)
+    geometry = awq_gemm(16, 64, 32)
+    parts = codec("awq").pack(found, geometry)
     weight = AwqCodec().dequant(parts, geometry, torch.float64)
     place = [0, 4, 1, 5, 2, 6, 3, 7]
     for n, k in ((0, 0), (5, 31), (9, 32), (15, 63)):
@@ -77,7 +82,8 @@ def test_the_weight_is_scale_times_code_minus_zero_read_straight_from_the_words(
 
 def test_unpack_gives_back_the_neutral_result() -> None:
     found = result(24, 64, 4, bias=True)
-    again = AwqCodec().unpack(codec("awq").pack(found), awq_gemm(24, 64, dtype="BF16", bias=True, group_size=16))
+    geometry = awq_gemm(24, 64, 16, bias=True)
+    again = AwqCodec().unpack(codec("awq").pack(found, geometry), geometry)
     assert torch.equal(again.codes, found.codes) and torch.equal(again.scales, found.scales) and torch.equal(again.zeros, found.zeros)
     assert again.bias is not None and torch.equal(again.bias, found.bias)  # type: ignore[arg-type]
 
@@ -85,9 +91,9 @@ def test_unpack_gives_back_the_neutral_result() -> None:
 def test_it_holds_four_bits_only() -> None:
     found = result(8, 64, 2)
     with pytest.raises(InputError, match="layout awq: 8 bits, expected 4"):
-        AwqCodec().pack(GroupedInt(found.codes, found.scales, found.zeros, 8))
+        AwqCodec().pack(GroupedInt(found.codes, found.scales, found.zeros, 8), awq_gemm(8, 64, 32))
 
 
 def test_an_unknown_layout_is_refused() -> None:
-    with pytest.raises(InputError, match="layout: 'gemv' is unknown, expected one of plain, awq"):
+    with pytest.raises(InputError, match="layout: 'gemv' is unknown, expected one of plain, transposed, awq, awq_gemv, gptq"):
         codec("gemv")

@@ -22,7 +22,7 @@ from quantkit.quantizers.calibration import (
     CalibrationTokens,
     StatsCollector,
     cut_windows,
-    input_roles,
+    owners,
     read_text,
     text_tokens,
     window_bos,
@@ -152,9 +152,9 @@ def test_windows_begin_with_bos_where_the_tokenizer_puts_one() -> None:
 
 
 def test_roles_that_read_one_input_share_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = input_roles(spec_for(config_of("llama")))
+    roles = owners(spec_for(config_of("llama")), 0)
     assert roles == {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
-    collector = StatsCollector(roles)
+    collector = StatsCollector(roles, roles, frozenset({"gram"}))
     monkeypatch.setattr("quantkit.quantizers.calibration.GRAM_PANEL", 4)  # so that six columns are two panels
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     for start in range(0, 40, 16):
@@ -174,7 +174,7 @@ def test_the_stream_is_the_model_itself() -> None:
     spec = spec_for(checkpoint.config)
     texts = texts_of((20, 20, 20))
     tokens = torch.stack(texts)
-    hidden = load_embedding(checkpoint, spec, dtype=torch.float32)(tokens.reshape(-1)).reshape(3, 20, -1)
+    hidden = load_embedding(checkpoint, spec, dtype=torch.float32)(tokens.reshape(-1), torch.arange(20).repeat(3)).reshape(3, 20, -1)
     stream = CalibrationStream(hidden.clone(), 2)
     seen: list[tuple[str, int]] = []
 
@@ -184,7 +184,8 @@ def test_the_stream_is_the_model_itself() -> None:
             super().tap(role, x)
 
     for layer in range(spec.layers):
-        stream.advance(load_block(checkpoint, spec, layer, dtype=torch.float32), Collector(input_roles(spec)), "cpu")
+        collector = Collector(owners(spec, layer), spec.block_linears(layer), frozenset({"gram"}))
+        stream.advance(load_block(checkpoint, spec, layer, dtype=torch.float32), collector, "cpu")
     decoder = load_decoder(checkpoint, dtype=torch.float32)
     expected = decoder.forward(torch.cat(texts), batch_of([(0, 20)] * 3))
     assert torch.allclose(decoder.norm(stream.hidden.reshape(60, -1)), expected, rtol=1e-4, atol=1e-4)
@@ -195,10 +196,10 @@ def test_the_stream_is_the_model_itself() -> None:
 def test_a_resume_point_is_the_states_bit_for_bit() -> None:
     hidden = torch.randn(2, 3, 4)
     stream, other = CalibrationStream(hidden.clone(), 1), CalibrationStream(torch.zeros(2, 3, 4), 1)
-    other.restore(bytes(stream.carry()))
+    other.restore([bytes(stream.carry())])
     assert torch.equal(other.hidden, hidden)
     with pytest.raises(InputError, match="resume point: holds 95 bytes of activations, expected 96"):
-        other.restore(bytes(stream.carry())[:-1])
+        other.restore([bytes(stream.carry())[:-1]])
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -211,7 +212,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     block = load_block(MemoryCheckpoint(checkpoint.config, values), spec, 0, dtype=torch.float32)
     stream = CalibrationStream(torch.ones(1, 4, spec.dims["hidden"].size), 1)
     with pytest.raises(InputError, match="block 0: its activations on the calibration text are not finite"):
-        stream.advance(block, StatsCollector(input_roles(spec)), "cpu")
+        stream.advance(block, StatsCollector(owners(spec, 0), spec.block_linears(0), frozenset({"gram"})), "cpu")
 
 
 def test_the_digest_is_of_the_tokens() -> None:

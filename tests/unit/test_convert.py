@@ -26,13 +26,15 @@ from quantkit.checkpoint.reader import open_checkpoint, read_manifest
 from quantkit.commands import convert as command
 from quantkit.commands.convert import ConvertOptions, run
 from quantkit.errors import CheckFailed, InputError, MachineError
-from quantkit.geometry import LAYOUTS
+from quantkit.geometry import geometry_of
 from quantkit.layouts.awq import AwqCodec
 from quantkit.layouts.base import GroupedInt
 from quantkit.report import Report
+from quantkit.scheme import LinearScheme
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 TINY = MODELS / "llama"
+AWQ = LinearScheme("awq", "awq", group_size=64)
 ROLES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -62,7 +64,7 @@ def tokenizer_keys() -> dict[str, Any]:
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two blocks: Q4_1 linears (down_proj in Q8_0), an F16 embedding, F32 norms; and a tokenizer."""
     config = config_of("llama-tied", vocab_size=1024)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, values in gguf_values(config, values_of(config)).items():
         values = values * np.float32(1.0007)
         if "embd" in name:
@@ -87,7 +89,8 @@ def awq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
             zeros = torch.randint(0, 16, (n, k // 64), generator=generator, dtype=torch.uint8)
             scales = (torch.rand(n, k // 64, generator=generator) / 100).half()
-            tensors |= {f"{name}.{suffix}": part for suffix, part in AwqCodec().pack(GroupedInt(codes, scales, zeros, 4)).items()}
+            parts = AwqCodec().pack(GroupedInt(codes, scales, zeros, 4), geometry_of(AWQ, n, k, dtype="F16"))
+            tensors |= {f"{name}.{suffix}": part for suffix, part in parts.items()}
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
     save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
     (root / "config.json").write_text(json.dumps(config))
@@ -202,6 +205,12 @@ def test_a_gguf_file(tmp_path: Path, gguf_file: Path) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "quantkit.json"} <= names
 
 
+def test_a_gguf_file_holds_no_integers_of_another_format(tmp_path: Path, gguf_file: Path) -> None:
+    with pytest.raises(InputError, match="is a GGUF file, and --to gptq is for") as caught:
+        convert(gguf_file, tmp_path / "out", to="gptq")
+    assert caught.value.hint == f"quantkit convert {gguf_file} FLOATS, and quantkit quantize FLOATS OUT --method gptq --format gptq"
+
+
 def test_a_gguf_file_in_float32_is_exact(tmp_path: Path, gguf_file: Path) -> None:
     report, source = convert(gguf_file, tmp_path / "out", dtype="float32"), open_checkpoint(gguf_file)
     assert dict(report.facts)["values"].startswith("exact: all ")
@@ -219,7 +228,7 @@ def test_an_awq_artifact_is_dequantized(tmp_path: Path, awq_dir: Path, dtype: st
     for name in [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]:
         k, n = packed[f"{name}.qweight"].shape[0], packed[f"{name}.scales"].shape[1]
         parts = {suffix: packed[f"{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
-        dense = AwqCodec().dequant(parts, LAYOUTS["awq"](n, k, dtype="F16", group_size=64))
+        dense = AwqCodec().dequant(parts, geometry_of(AWQ, n, k, dtype="F16"))
         assert torch.equal(found[f"{name}.weight"], dense.to(torch.bfloat16 if dtype is None else torch.float32))
         changed += int((found[f"{name}.weight"].float() != dense).sum())
     assert report.data["total"]["changed"] == report.data["changes"]["awq, 4 bits"]["changed"] == changed
@@ -244,9 +253,9 @@ def test_broken_awq_parts_are_refused(tmp_path: Path, awq_dir: Path) -> None:
 
 def test_another_quantization_is_refused(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "source")
-    config = json.loads((TINY / "config.json").read_bytes()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config = json.loads((TINY / "config.json").read_bytes()) | {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quant_method 'gptq', expected awq"):
+    with pytest.raises(InputError, match="quant_method 'hqq', expected one of awq, gptq"):
         convert(tmp_path / "source", tmp_path / "out")
 
 
@@ -297,9 +306,9 @@ def test_an_unfinished_run_of_other_options_is_not_continued(tmp_path: Path, mon
     assert convert(TINY, tmp_path / "out", dtype="float32", overwrite=True).data["exact"] is True
 
 
-@pytest.mark.parametrize("target", ["gguf", "gptq", "gptq_v2", "awq", "compressed-tensors", "bnb", "HF", ""])
+@pytest.mark.parametrize("target", ["gguf", "bnb", "fp8", "HF", ""])
 def test_other_targets_are_named_as_not_written(tmp_path: Path, target: str) -> None:
-    with pytest.raises(InputError, match=f"--to: '{target}' is not something convert writes, expected one of hf"):
+    with pytest.raises(InputError, match=f"--to: '{target}' is not something convert writes, expected one of hf, gptq"):
         convert(TINY, tmp_path / "out", to=target)
 
 

@@ -24,6 +24,7 @@ from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_decoder
 from quantkit.plan import make_plan
+from quantkit.quant_config import assignment_from_config
 from quantkit.runtime import worker
 from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, start_engine
 from quantkit.runtime.sampler import Sampled, TokenLogprob
@@ -43,7 +44,6 @@ from quantkit.runtime.wire import (
     step_to_json,
 )
 from quantkit.runtime.worker import Runner, rank_facts
-from quantkit.scheme import assignment_from_config
 from quantkit.text.tokenizer import load_tokenizer
 
 MODELS = Path(__file__).parent.parent / "data" / "models"

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import InputError
-from quantkit.geometry import awq_gemm
+from quantkit.geometry import Geometry, geometry_of
 from quantkit.layouts.awq import pack_words, unpack_words
 from quantkit.layouts.base import GroupedInt
 from quantkit.layouts.registry import codec, load_linear
 from quantkit.ops.grouped import dequantize, encode, fake_quantize, group_range, scales_and_zeros
+from quantkit.scheme import LinearScheme
+
+
+def awq_gemm(n: int, k: int, group: int) -> Geometry:
+    return geometry_of(LinearScheme("awq", "awq", 4, group), n, k, dtype="BF16")
 
 
 def gaussian(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -78,8 +83,8 @@ def test_weights_without_a_float16_scale_are_refused(bad: float) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 200])
 def test_int4_kernel_and_unpacking_agree(n: int, rows: int) -> None:
     result = quantized(n, 256, 64, sym=False)
-    geometry = awq_gemm(n, 256, dtype="BF16", group_size=64)
-    parts = codec("awq").pack(result)
+    geometry = awq_gemm(n, 256, 64)
+    parts = codec("awq").pack(result, geometry)
     assert {part.suffix: tuple(parts[part.suffix].shape) for part in geometry.parts} == {
         part.suffix: geometry.shape(part) for part in geometry.parts
     }
@@ -94,7 +99,7 @@ def test_int4_kernel_and_unpacking_agree(n: int, rows: int) -> None:
 
 def test_awq_codec_round_trips_bytes() -> None:
     result = quantized(24, 128, 32, sym=False)
-    geometry = awq_gemm(24, 128, dtype="F16", group_size=32)
-    parts = codec("awq").pack(result)
-    again = codec("awq").pack(codec("awq").unpack(parts, geometry))
+    geometry = awq_gemm(24, 128, 32)
+    parts = codec("awq").pack(result, geometry)
+    again = codec("awq").pack(codec("awq").unpack(parts, geometry), geometry)
     assert all(torch.equal(parts[suffix], again[suffix]) for suffix in parts)

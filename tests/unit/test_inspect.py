@@ -133,8 +133,8 @@ def test_an_artifact_with_one_group_per_row(tmp_path: Path) -> None:
 
 
 def test_a_quantization_that_is_not_read_is_still_named(tmp_path: Path) -> None:
-    report = inspect(copied(tmp_path, quantization_config={"quant_method": "gptq", "bits": 3, "group_size": 32}))
-    assert dict(report.facts)["quantization"] == "gptq, 3 bits, group 32; quantkit does not read it"
+    report = inspect(copied(tmp_path, quantization_config={"quant_method": "hqq", "bits": 3, "group_size": 32}))
+    assert dict(report.facts)["quantization"] == "hqq, 3 bits, group 32; quantkit does not read it"
     assert report.data["linears"] == []
 
 

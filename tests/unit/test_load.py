@@ -30,7 +30,8 @@ from quantkit.comm import Comm, Solo, run_threads, thread_group
 from quantkit.errors import InputError
 from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_block, load_decoder, load_embedding
-from quantkit.scheme import assignment_from_config
+from quantkit.quant_config import assignment_from_config
+from quantkit.scheme import Assignment
 from quantkit.slices import rank_slices
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
@@ -106,38 +107,44 @@ def test_the_demo_model_gives_the_logits_of_transformers() -> None:
 # ranks
 
 
+def assigned(checkpoint: MemoryCheckpoint) -> Assignment:
+    return assignment_from_config(checkpoint.config, spec_for(checkpoint.config).all_linears(), checkpoint.tensors)
+
+
 def sliced(checkpoint: MemoryCheckpoint, tp: int, rank: int) -> MemoryCheckpoint:
     """What a rank's file holds."""
-    spec = spec_for(checkpoint.config)
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
     values = {}
-    for piece in rank_slices(spec, assignment, plan_of(checkpoint, tp), rank, checkpoint.tensors):
-        value = checkpoint.values[piece.name][piece.index]
-        values[piece.name] = torch.cat([value, value.new_zeros(piece.pad_rows, *value.shape[1:])]) if piece.pad_rows else value
+    for piece in rank_slices(spec_for(checkpoint.config), assigned(checkpoint), plan_of(checkpoint, tp), rank, checkpoint.tensors):
+        whole = checkpoint.values[piece.name]
+        value = (whole if piece.view is None else whole.reshape(piece.view))[piece.index]
+        values[piece.stored_as] = torch.cat([value, value.new_zeros(piece.pad_rows, *value.shape[1:])]) if piece.pad_rows else value
     return MemoryCheckpoint(checkpoint.config, values)
 
 
-@pytest.mark.parametrize("family", ["llama-biases", "gemma3", "awq"])
+@pytest.mark.parametrize("family", ["llama-biases", "gemma3", "phi3", "gpt2", "qwen2-moe-steps", "awq", "awq-fused", "awq-experts"])
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_rank_file_loads_as_the_slices_of_the_whole(family: str, tp: int) -> None:
-    awq = family == "awq"
-    checkpoint = (
-        awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96}, 16)
-        if awq
-        else random_twin(config_of(family))[1]
-    )
+    packed = {
+        "awq": (config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96}, 16),
+        "awq-fused": (config_of("phi3") | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16),
+        "awq-experts": (config_of("qwen3-moe") | {"head_dim": 16, "moe_intermediate_size": 32, "tie_word_embeddings": True}, 16),
+    }
+    checkpoint = awq_checkpoint(*packed[family]) if family in packed else random_twin(config_of(family))[1]
     plan, texts = plan_of(checkpoint, tp), texts_of((9, 4))
     cut = [sliced(checkpoint, tp, rank) for rank in range(tp)]
+    want = logits_of(load_decoder(checkpoint, dtype=torch.float64, parity=True), texts)
 
     def rank(comm: Comm) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():
-            whole = load_decoder(checkpoint, dtype=torch.float64, plan=plan, comm=comm)
-            own = load_decoder(cut[comm.rank], dtype=torch.float64, plan=plan, comm=comm, presliced=True)
+            whole = load_decoder(checkpoint, dtype=torch.float64, plan=plan, comm=comm, parity=True)
+            presliced = assigned(checkpoint)
+            own = load_decoder(cut[comm.rank], dtype=torch.float64, plan=plan, comm=comm, presliced=presliced, parity=True)
             assert own.nbytes == whole.nbytes
             return logits_of(whole, texts), logits_of(own, texts)
 
     for whole, own in run_threads(tp, rank):
         assert all(torch.equal(a, b) for a, b in zip(whole, own, strict=True))
+        assert all(float((a - b).abs().max()) < 1e-8 for a, b in zip(own, want, strict=True))
 
 
 def test_a_rank_reads_only_its_slices(llama: MemoryCheckpoint) -> None:
@@ -202,8 +209,8 @@ def test_a_wrong_dtype_is_refused(llama: MemoryCheckpoint) -> None:
     with pytest.raises(InputError, match=rf"^{Q}\.weight: is F8_E4M3"):
         load_decoder(broken, dtype=torch.float32)
     packed = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16}, 16)
-    broken = MemoryCheckpoint(packed.config, {**packed.values, f"{Q}.scales": packed.values[f"{Q}.scales"].float()})
-    with pytest.raises(InputError, match=rf"^{Q}\.scales: is F32, expected F16"):
+    broken = MemoryCheckpoint(packed.config, {**packed.values, f"{Q}.scales": packed.values[f"{Q}.scales"].int()})
+    with pytest.raises(InputError, match=rf"^{Q}: scales of I32, expected one of BF16, F16, F32"):
         load_decoder(broken, dtype=torch.float32)
 
 

@@ -122,7 +122,7 @@ def test_config_manifest_and_files_are_what_the_format_says(tmp_path: Path, smal
         "group_size": 64,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["model.layers.1.mlp.down_proj"],
+        "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.down_proj"],
     }
     assert config == json.loads((small / "config.json").read_text())
     manifest = json.loads((tmp_path / "out" / "quantkit.json").read_text())
@@ -174,9 +174,9 @@ def test_one_block_is_read_at_a_time(tmp_path: Path, small: Path, monkeypatch: p
     seen: list[str] = []
     read, commit = Checkpoint.read, ArtifactWriter.commit
 
-    def reading(self: Checkpoint, name: str, index: Any = None) -> Any:
+    def reading(self: Checkpoint, name: str, index: Any = None, view: Any = None) -> Any:
         seen.append(name.split(".")[2] if ".layers." in name else "outer")
-        return read(self, name, index)
+        return read(self, name, index, view)
 
     def committing(self: ArtifactWriter, unit: str, *args: Any, **kwargs: Any) -> None:
         commit(self, unit, *args, **kwargs)
@@ -186,7 +186,7 @@ def test_one_block_is_read_at_a_time(tmp_path: Path, small: Path, monkeypatch: p
     monkeypatch.setattr(ArtifactWriter, "commit", committing)
     run(tmp_path / "out", path=str(small), recipe=quick)
     order = [item for place, item in enumerate(seen) if place == 0 or seen[place - 1] != item]
-    assert order == ["outer", "0", "committed block-00000", "1", "committed block-00001", "outer", "committed outer"]
+    assert order == ["0", "outer", "0", "committed block-00000", "1", "committed block-00001", "outer", "committed outer"]
 
 
 def test_activations_near_the_end_of_float16_are_said(tmp_path: Path, quick: Path) -> None:

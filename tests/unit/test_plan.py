@@ -276,8 +276,8 @@ def test_memory_decides_how_many_tokens_fit_and_whether_the_check_passes(tmp_pat
         ({"tp": 0}, "--tp"),
         ({"max_model_len": 0}, "--max-model-len"),
         ({"gpu_memory": "much"}, "--gpu-memory"),
-        ({"method": "nf4"}, "--method"),
-        ({"method": "awq", "bits": 3}, "--bits"),
+        ({"method": "hqq"}, "--method"),
+        ({"method": "awq", "bits": 5}, "--bits"),
         ({"method": "awq", "group_size": 128}, "model.layers.0.self_attn.q_proj"),
     ],
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.commands.quantize import QuantizeOptions, check_recipe, effective_recipe
+from quantkit.commands.assign import check_recipe
+from quantkit.commands.quantize import QuantizeOptions, effective_recipe
 from quantkit.commands.recipe import ValidateOptions, validate
 from quantkit.errors import InputError
 from quantkit.quantizers.base import methods
@@ -40,6 +41,7 @@ options: {clip: false}
 def test_whole_recipe() -> None:
     assert parse_recipe(WHOLE, "r.yaml") == Recipe(
         method="awq",
+        bits=4,
         group_size=-1,
         sym=True,
         format="awq",
@@ -57,7 +59,10 @@ def test_whole_recipe() -> None:
         ("bits: 4", "r.yaml: method: is missing"),
         ("method: awq\ngroupsize: 64", "r.yaml: groupsize: unknown field, expected one of method, bits, "),
         ("method: awq\ncalibration: {sample: 1}", "r.yaml: calibration.sample: unknown field, expected one of source, samples, seq_len"),
-        ("method: awq\noverrides: [{pattern: a, bit: 4}]", "r.yaml: overrides.0.bit: unknown field, expected one of pattern, bits, "),
+        (
+            "method: awq\noverrides: [{pattern: a, bit: 4}]",
+            "r.yaml: overrides.0.bit: unknown field, expected one of pattern, method, ",
+        ),
         ("method: awq\nbits: '4'", "r.yaml: bits: '4': input should be a valid integer"),
         ("method: awq\nbits: 4.0", "r.yaml: bits: 4.0: input should be a valid integer"),
         ("method: awq\nbits: true", "r.yaml: bits: True: input should be a valid integer"),
@@ -90,7 +95,7 @@ def test_refused_in_one_line(text: str, line: str) -> None:
 def test_unknown_option_of_a_method_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("method: awq\noptions: {scale_pionts: 5}\n")
-    with pytest.raises(InputError, match=r"r\.yaml: options of awq: unknown option 'scale_pionts', expected one of scale_points, clip$"):
+    with pytest.raises(InputError, match=r"r\.yaml: options of awq: unknown option 'scale_pionts', expected one of scale_points, "):
         validate(ValidateOptions(str(path)))
     path.write_text("method: rtn\noptions: {clip: true}\n")
     with pytest.raises(InputError, match=r"r\.yaml: options of rtn: unknown option 'clip', expected no options$"):
@@ -102,7 +107,7 @@ def test_unknown_option_of_a_method_is_refused(tmp_path: Path) -> None:
     [
         ("method: magic", "method: 'magic' is unknown"),
         ("method: rtn\nformat: gguf", "format: 'gguf' cannot hold what method rtn makes"),
-        ("method: rtn\nbits: 3", "bits: 3 bits in the awq format"),
+        ("method: rtn\nbits: 3\nformat: awq", "bits: 3 bits in the awq format"),
         ("method: rtn\ngroup_size: 4", "group_size|group-size: is 4"),
         ("method: rtn\noverrides: [{pattern: down, bits: 8}]", "override 'down': 8 bits in the awq format"),
     ],
@@ -120,7 +125,7 @@ def test_bundled_recipes_are_valid_for_their_methods() -> None:
         recipe = load_recipe(name)
         chosen = methods()[recipe.method]
         chosen.factory(recipe.options)
-        check_recipe(recipe, chosen.layouts)
+        check_recipe(recipe, {name: found.facts for name, found in methods().items()})
         assert validate(ValidateOptions(name)).data["valid"] is True
     recipe = load_recipe("awq-w4-g64")
     assert (recipe.method, recipe.bits, recipe.group_size, recipe.sym) == ("awq", 4, 64, False)

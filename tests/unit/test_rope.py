@@ -74,9 +74,22 @@ def test_numbers_that_cannot_be_used_are_refused(kind: str, parameters: dict[str
         Rotary(Rope(500.0, kind, parameters), 12, 64, torch.float32, "cpu")
 
 
-def test_partial_rotary_is_refused() -> None:
+def test_a_share_of_each_head_is_rotated() -> None:
+    """The first elements, by frequencies that count only them; the rest stay."""
+    spec = spec_for({**config_of("llama"), **rope("default", partial_rotary_factor=0.5)})
+    assert spec.rotary_dim == 6 and spec_for(config_of("llama")).rotary_dim == 12
+    rotary = Rotary(spec.ropes[0], spec.rotary_dim, 64, torch.float64, "cpu")
+    x = torch.randn(5, 2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = rotary.angles(torch.arange(5), (5,))
+    turned = rotate(x, *angles)
+    assert torch.equal(turned[..., 6:], x[..., 6:]) and torch.equal(turned[..., :6], rotate(x[..., :6], *angles))
+    assert not torch.equal(turned[1:, :, :6], x[1:, :, :6])
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, 0.25, 0.01, True, "half", float("nan")])
+def test_a_share_that_cannot_be_rotated_is_refused(share: Any) -> None:
     with pytest.raises(InputError, match="partial_rotary_factor"):
-        spec_for({**config_of("llama"), **rope("default", partial_rotary_factor=0.5)})
+        spec_for({**config_of("llama"), **rope("default", partial_rotary_factor=share)})
 
 
 def test_the_original_length_beside_rope_parameters_wins() -> None:

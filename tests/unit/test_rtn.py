@@ -8,8 +8,11 @@ import torch
 from quantkit.arch.table import spec_for
 from quantkit.errors import InputError
 from quantkit.quantizers.base import BlockWeights, method, methods
-from quantkit.quantizers.rtn import create, round_to_nearest
+from quantkit.quantizers.rtn import METHODS, round_to_nearest
 from quantkit.scheme import KEEP, LinearScheme
+
+RTN = METHODS[0]
+create = RTN.factory
 
 ASYM, SYM = LinearScheme("rtn", "awq", 4, 16, False), LinearScheme("rtn", "awq", 4, 16, True)
 
@@ -70,7 +73,7 @@ def test_it_leaves_what_is_kept_alone_and_passes_biases_on() -> None:
     }
     spec = spec_for(config)
     linears = {role: weights(*spec.linear_shape(role)) for role in spec.linears}
-    block = BlockWeights(0, linears, {"q": torch.ones(32)}, {}, {})
+    block = BlockWeights(0, linears, {"q": torch.ones(32)}, {}, {}, dict.fromkeys(linears, torch.float32))
     schemes = {role: KEEP if role == "v" else ASYM for role in spec.linears}
     fit = create({}).fit(block, {}, schemes, spec)
     assert set(fit.results) == set(spec.linears) - {"v"}
@@ -111,7 +114,7 @@ class _Point:
 def test_an_entry_point_that_is_no_method_is_named(monkeypatch: pytest.MonkeyPatch, loaded: object, message: str) -> None:
     from quantkit.quantizers import base, rtn
 
-    value = rtn.METHOD if loaded == "rtn" else loaded
+    value = rtn.METHODS[0] if loaded == "rtn" else loaded
     monkeypatch.setattr(base, "entry_points", lambda group: [_Point(value)])
     with pytest.raises(InputError, match=f"entry point extra: .*{message}"):
         methods()
@@ -120,6 +123,6 @@ def test_an_entry_point_that_is_no_method_is_named(monkeypatch: pytest.MonkeyPat
 def test_an_entry_point_adds_a_method_with_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.quantizers import base
 
-    mine = base.Method("mine", "a method of another package", ("awq",), "built-in", create)
+    mine = base.Method("mine", "a method of another package", RTN.facts, "built-in", create)
     monkeypatch.setattr(base, "entry_points", lambda group: [_Point(mine)])
     assert methods()["mine"].origin == "extra.module:METHOD"

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantkit.arch.table import spec_for
-from quantkit.commands.quantize import QuantizeOptions, assign, effective_recipe
+from quantkit.commands.assign import assign
+from quantkit.commands.quantize import QuantizeOptions, effective_recipe
 from quantkit.errors import InputError
+from quantkit.quant_config import METHODS, assignment_from_config, quantization_config
 from quantkit.recipe import Recipe, parse_override
-from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_from_config, assignment_to_json, awq_config, resolve
+from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, resolve
 
 W4, W4_64 = LinearScheme("awq", "awq", 4, 128), LinearScheme("awq", "awq", 4, 64)
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A tensor as its header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -44,7 +57,7 @@ def test_a_rule_that_can_do_nothing_is_refused(pattern: str, message: str) -> No
 
 def test_awq_config_is_what_the_format_says() -> None:
     assignment = {**dict.fromkeys(NAMES, W4), "lm_head": KEEP}
-    assert awq_config(assignment) == {
+    assert quantization_config(assignment, "lm_head") == {
         "quant_method": "awq",
         "bits": 4,
         "group_size": 128,
@@ -52,42 +65,47 @@ def test_awq_config_is_what_the_format_says() -> None:
         "version": "gemm",
         "modules_to_not_convert": ["lm_head"],
     }
-    assert awq_config(dict.fromkeys(NAMES, W4))["modules_to_not_convert"] is None
+    assert quantization_config(dict.fromkeys(NAMES, W4), "lm_head")["modules_to_not_convert"] == []
+    assert quantization_config(dict.fromkeys(NAMES[:2], W4), "lm_head")["modules_to_not_convert"] == ["lm_head"], "a tied head"
 
 
 def test_awq_config_holds_one_group_size() -> None:
-    with pytest.raises(InputError, match=r"one bit width and group size, found \[\(4, 64\), \(4, 128\)\]"):
-        awq_config({"a": W4, "b": W4_64})
+    with pytest.raises(InputError, match=r"one bit width and group size for all linears, found \[\(4, 64\), \(4, 128\)\]"):
+        quantization_config({"a": W4, "b": W4_64}, "lm_head")
 
 
 def test_symmetric_and_asymmetric_linears_share_a_config() -> None:
     sym = LinearScheme("awq", "awq", 4, 128, True)
-    assert awq_config({"a": W4, "b": sym})["zero_point"] is True
+    assert quantization_config({"a": W4, "b": sym}, "lm_head")["zero_point"] is True
 
 
 def test_a_checkpoint_says_which_linears_are_packed() -> None:
-    tensors = ["model.layers.0.mlp.up_proj.qweight", "model.layers.1.mlp.up_proj.weight"]
+    tensors = {
+        f"{NAMES[0]}.qweight": Header("I32", (256, 64)),
+        f"{NAMES[0]}.scales": Header("F16", (4, 512)),
+        f"{NAMES[1]}.weight": Header("F16", (512, 256)),
+    }
     config = {"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}}
     found = assignment_from_config(config, NAMES[:2], tensors)
     assert found == {NAMES[0]: LinearScheme("awq", "awq", 4, 64), NAMES[1]: KEEP}
     assert assignment_from_config({}, NAMES[:1], tensors) == {NAMES[0]: KEEP}
-    assert assignment_to_json(found)[NAMES[0]] == {"method": "awq", "layout": "awq", "bits": 4, "group_size": 64, "sym": False}
+    assert assignment_to_json(found)[NAMES[0]] == asdict(LinearScheme("awq", "awq", 4, 64))
 
 
 @pytest.mark.parametrize(
     ("quant", "message"),
     [
         ([1], "is list, expected an object"),
-        ({"quant_method": "gptq"}, "quant_method 'gptq', expected awq"),
-        ({"quant_method": "awq", "version": "gemv_fast"}, "AWQ version 'gemv_fast', expected gemm"),
-        ({"quant_method": "awq", "bits": 8}, "bits 8"),
-        ({"quant_method": "awq", "group_size": 0}, "group_size 0"),
-        ({"quant_method": "awq", "group_size": "128"}, "group_size '128'"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq', expected one of awq"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "AWQ version 'gemv_fast', expected gemm or gemv"),
+        ({"quant_method": "awq", "bits": 8}, "AWQ of 8 bits, expected 4"),
+        ({"quant_method": "awq", "group_size": 0}, "group_size: is 0, expected -1 or a positive"),
+        ({"quant_method": "awq", "group_size": "128"}, "group_size: is '128', expected a whole number"),
     ],
 )
 def test_a_quantization_config_that_is_not_read_is_refused(quant: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        assignment_from_config({"quantization_config": quant}, NAMES, [])
+        assignment_from_config({"quantization_config": quant}, NAMES, {f"{NAMES[0]}.qweight": Header("I32", (256, 64))})
 
 
 def recipe(*overrides: str, **fields: Any) -> Recipe:
@@ -95,7 +113,7 @@ def recipe(*overrides: str, **fields: Any) -> Recipe:
 
 
 def assigned(*overrides: str, tied: bool = False, **fields: Any) -> dict[str, LinearScheme]:
-    return assign(spec_for({**CONFIG, "tie_word_embeddings": tied}), recipe(*overrides, **fields), ("awq",))
+    return assign(spec_for({**CONFIG, "tie_word_embeddings": tied}), recipe(*overrides, **fields), METHODS, "F16")
 
 
 def test_the_head_is_kept_and_the_blocks_are_not() -> None:
@@ -103,6 +121,11 @@ def test_the_head_is_kept_and_the_blocks_are_not() -> None:
     assert found.pop("lm_head") == KEEP
     assert set(found.values()) == {LinearScheme("awq", "awq", 4, 128, False)}
     assert "lm_head" not in assigned(tied=True)
+
+
+def test_the_head_is_quantized_only_where_a_pattern_means_it_alone() -> None:
+    for tied in (False, True):  # a tied one is untied
+        assert assigned("lm_head:group_size=64", tied=tied)["lm_head"] == LinearScheme("rtn", "awq", 4, 64)
 
 
 def test_overrides_are_honoured_in_order() -> None:
@@ -116,7 +139,6 @@ def test_overrides_are_honoured_in_order() -> None:
 @pytest.mark.parametrize(
     ("overrides", "fields", "message"),
     [
-        (("lm_head:group_size=64",), {}, "override 'lm_head': would quantize lm_head"),
         (("down:bits=8",), {}, "override 'down': 8 bits in the awq format, expected 4"),
         ((), {"bits": 8}, "--bits: 8 bits in the awq format"),
         ((), {"group_size": 4}, "--group-size: is 4"),
@@ -142,16 +164,18 @@ def options(**fields: Any) -> QuantizeOptions:
 
 def test_defaults_are_filled_in() -> None:
     found = effective_recipe(options(method="awq"))
-    assert (found.bits, found.group_size, found.sym, found.format) == (4, 128, False, "awq")
+    assert (found.bits, found.group_size, found.sym, found.format) == (None, None, None, None), "the method decides"
+    (scheme,) = {s for s in assigned().values() if s != KEEP}
+    assert scheme == LinearScheme("awq", "awq", 4, 128, False)
     assert (found.calibration.source, found.calibration.samples, found.calibration.seq_len) == ("builtin", 128, 512)
     text = effective_recipe(options(method="awq", calib="mine.txt", samples=7))
     assert (text.calibration.source, text.calibration.samples, text.calibration.seq_len) == ("mine.txt", 7, 2048)
 
 
 def test_windows_fit_the_model() -> None:
-    assert effective_recipe(options(method="awq", calib="mine.txt"), 1024).calibration.seq_len == 1024
+    assert effective_recipe(options(method="awq", calib="mine.txt"), max_positions=1024).calibration.seq_len == 1024
     with pytest.raises(InputError, match="--seq-len: is 2000, expected at most 1024, the positions of the model"):
-        effective_recipe(options(method="awq", seq_len=2000), 1024)
+        effective_recipe(options(method="awq", seq_len=2000), max_positions=1024)
 
 
 def test_options_lie_over_the_recipe(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import quantkit.shard as shard_module
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import CheckFailed, InputError, MachineError
-from quantkit.geometry import LAYOUTS
+from quantkit.geometry import geometry_of
 from quantkit.plan import ParallelPlan, rank_memory
-from quantkit.scheme import assignment_from_config
+from quantkit.quant_config import assignment_from_config
+from quantkit.scheme import LinearScheme
 from quantkit.shard import open_rank, rank_file, shard_checkpoint, unshard
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
@@ -58,7 +59,7 @@ def synthetic(root: Path, config: dict[str, Any], group: int | None, *, files: i
         for role, path in spec.block_linears(layer).items():
             n, k = spec.linear_shape(role)
             layout = "plain" if group is None else "awq"
-            geometry = LAYOUTS[layout](n, k, dtype="F16", bias=bool(spec.linears[role].bias), group_size=group or -1)
+            geometry = geometry_of(LinearScheme(layout, layout, 4, group or -1), n, k, dtype="F16", bias=bool(spec.linears[role].bias))
             for part in geometry.parts:
                 add(f"{path}.{part.suffix}", part.dtype, geometry.shape(part))
     add("model.norm.weight", "F16", (hidden,))
@@ -133,7 +134,7 @@ def test_a_rank_holds_the_slices_that_its_plan_names(tmp_path: Path, tp: int) ->
     source = synthetic(tmp_path / "art", {**DEMO, "model_type": "qwen2"}, 64)
     whole, shards = read_all(source), cut(source, tmp_path / "shards", tp)
     for rank in range(tp):
-        checkpoint, plan = open_rank(shards, rank)
+        checkpoint, plan, _ = open_rank(shards, rank)
         q_n, q_k = plan.cut("q", rank)
         o_n, o_k = plan.cut("o", rank)
         name = "model.layers.1.self_attn."
@@ -320,7 +321,7 @@ def test_one_flipped_bit_is_found_before_anything_is_published(shards: Path, tmp
 
 
 def test_copies_of_a_norm_must_agree(shards: Path, tmp_path: Path) -> None:
-    checkpoint, _ = open_rank(shards, 1)
+    checkpoint, *_ = open_rank(shards, 1)
     ref = checkpoint.tensors["model.norm.weight"]
     data = bytearray(ref.file.read_bytes())
     data[ref.offset] ^= 1

@@ -183,7 +183,10 @@ def add(name: str) -> Callable[[Tensors], None]:
         (drop("model.layers.0.self_attn.q_proj.bias"), "tensors: model.layers.0.self_attn.q_proj.bias: is missing"),
         (add("model.layers.9.mlp.x.weight"), "tensors: model.layers.9.mlp.x.weight: is no tensor of this model"),
         (put(NORM, lambda x: x[:-1]), f"tensors: {NORM}: has shape [255], expected [256] from config.json"),
-        (put(f"{DOWN}.scales", lambda x: x.float()), f"tensors: {DOWN}.scales: is F32, expected F16"),
+        (
+            put(f"{DOWN}.scales", lambda x: x.float()),
+            f"manifest: quantkit.json: assignment: {DOWN}: scale_dtype is 'F16', expected 'F32' as in the files",
+        ),
         (put(f"{DOWN}.qweight", lambda x: x.T), f"tensors: {DOWN}.qweight: has shape [32, 512], expected [512, 32] from config.json"),
         (put(NORM, lambda x: x.to(torch.int16)), f"tensors: {NORM}: is I16, expected BF16 or F16 or F32 or F64"),
     ],
@@ -217,9 +220,9 @@ def config(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (config(group_size=96), "tensors: model.layers.0.self_attn.q_proj: 256 input features do not divide into groups of 96"),
         (
             config(modules_to_not_convert=None),
-            "config: model.layers.0.mlp.down_proj: is not packed, and modules_to_not_convert does not name it",
+            "config: model.layers.0.mlp.down_proj: is not packed, and the config does not leave it out",
         ),
-        (config(modules_to_not_convert=["down_proj"]), f"config: {DOWN}: is packed, and modules_to_not_convert names it"),
+        (config(modules_to_not_convert=["down_proj"]), f"config: {DOWN}: is packed, and the config leaves it out"),
         (config(modules_to_not_convert=[3]), "config: config.json: quantization_config.modules_to_not_convert: is [3]"),
         (config(zero_point=False), "config: config.json: quantization_config.zero_point: is not true"),
         (layers(3), "tensors: model.layers.2.input_layernorm.weight: is missing"),
