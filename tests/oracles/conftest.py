@@ -67,6 +67,12 @@ def bitsandbytes() -> Oracle:
 
 
 @pytest.fixture(scope="session")
+def oracle() -> Callable[[str, str], Oracle]:
+    """An environment's name and a script of this folder -> the oracle."""
+    return Oracle
+
+
+@pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes an artifact of ARTIFACTS with the command line, once."""
     root = tmp_path_factory.mktemp("artifacts")
