@@ -1,7 +1,7 @@
-"""How long does one GPU take to quantize a model of Llama-3-8B's shapes, and how much of it does that need?
+"""How long does one GPU take to quantize a model of Llama-3-8B's shapes (or Qwen2-72B's), and how much of it does that need?
 
 Writes a random checkpoint of LAYERS layers (bfloat16, a vocabulary of VOCAB), calibrates on random words, runs the methods one
-after the other, and extrapolates the block loop to 32 layers. One JSON line per method goes to OUT/gpu_quantize.jsonl.
+after the other, and extrapolates to the whole model's layers. One JSON line per method goes to OUT/gpu_quantize.jsonl.
 
     python benchmarks/gpu_quantize.py --layers 8 --methods rtn,nf4,gptq,awq --tokenizer tests/data/models/llama --out results
 """
@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, FFN, HEADS, KV, LAYERS = 4096, 14336, 32, 8, 32
+SHAPES = {"llama-3-8b": (4096, 14336, 32, 8, 32), "qwen2-72b": (8192, 29568, 64, 8, 80)}
+"""Hidden, FFN, heads, KV heads, layers."""
 
 
-def write_model(root: Path, layers: int, vocab: int, tokenizer: Path, device: str) -> None:
-    """A Llama of ``layers`` layers of Llama-3-8B's widths, random weights: one file per layer."""
+def write_model(root: Path, shape: str, layers: int, vocab: int, tokenizer: Path, device: str) -> None:
+    """A Llama of ``layers`` layers of a shape's widths, random weights: one file per layer."""
+    hidden, ffn, heads, kv, _ = SHAPES[shape]
     torch.manual_seed(0)
     root.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -34,10 +36,10 @@ def write_model(root: Path, layers: int, vocab: int, tokenizer: Path, device: st
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": layers,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
         "vocab_size": vocab,
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
@@ -50,17 +52,18 @@ def write_model(root: Path, layers: int, vocab: int, tokenizer: Path, device: st
     def matrix(n: int, k: int) -> torch.Tensor:
         return (torch.randn(n, k, device=device) * k**-0.5).to(torch.bfloat16).cpu()
 
-    head = HIDDEN // HEADS
+    head = hidden // heads
     shapes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (KV * head, HIDDEN),
-        "self_attn.v_proj": (KV * head, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (FFN, HIDDEN),
-        "mlp.up_proj": (FFN, HIDDEN),
-        "mlp.down_proj": (HIDDEN, FFN),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv * head, hidden),
+        "self_attn.v_proj": (kv * head, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
     }
-    weight_map, ones = {}, torch.ones(HIDDEN, dtype=torch.bfloat16)
+    weight_map: dict[str, str] = {}
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
     for index in range(layers + 1):
         if index < layers:
             prefix = f"model.layers.{index}."
@@ -69,7 +72,7 @@ def write_model(root: Path, layers: int, vocab: int, tokenizer: Path, device: st
             tensors |= {f"{prefix}{norm}.weight": ones.clone() for norm in norms}
         else:
             tables = ("model.embed_tokens.weight", "lm_head.weight")
-            tensors = {**{name: matrix(vocab, HIDDEN) for name in tables}, "model.norm.weight": ones}
+            tensors = {**{name: matrix(vocab, hidden) for name in tables}, "model.norm.weight": ones}
         file = f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"
         save_file(tensors, root / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -85,6 +88,7 @@ def write_text(path: Path, tokenizer: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--methods", default="rtn,nf4,gptq,awq")
@@ -99,7 +103,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, text = Path(scratch) / "model", Path(scratch) / "text.txt"
-        write_model(model, options.layers, options.vocab, options.tokenizer, options.device)
+        write_model(model, options.shape, options.layers, options.vocab, options.tokenizer, options.device)
         write_text(text, options.tokenizer)
         for method in options.methods.split(","):
             out = Path(scratch) / method
@@ -120,11 +124,12 @@ def main() -> None:
                 "method": method,
                 "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
                 "torch": torch.__version__,
+                "shape": options.shape,
                 "layers": options.layers,
                 "tokens": options.samples * options.seq_len if calibrated else 0,
                 "wall_seconds": round(wall, 1),
                 "seconds": round(found["seconds"], 1),
-                "extrapolated_minutes_32_layers": round(wall / options.layers * LAYERS / 60, 2),
+                "extrapolated_minutes": round(wall / options.layers * SHAPES[options.shape][-1] / 60, 2),
                 "peak_gpu_gib": round(found.get("peak_device_bytes", 0) / 2**30, 2),
                 "peak_host_gib": round(found["peak_memory_bytes"] / 2**30, 2),
                 "output_error_layer_0": {role: facts.get("output_error") for role, facts in blocks["0"].items()},
