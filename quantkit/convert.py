@@ -22,7 +22,7 @@ from quantkit import __version__
 from quantkit.checkpoint.artifact import ArtifactWriter, PublishedArtifact, StoredTensor
 from quantkit.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, Geometry
+from quantkit.geometry import DTYPE_BYTES, FLOATS, Geometry
 from quantkit.progress import Progress, silent
 from quantkit.scheme import assignment_to_json
 from quantkit.transcode import QuantizedLinear, dense_weight, exact_conversion, quantized_linears, transcoded
@@ -30,7 +30,6 @@ from quantkit.transcode import QuantizedLinear, dense_weight, exact_conversion, 
 DTYPES: Mapping[str, str] = MappingProxyType({"float16": "F16", "bfloat16": "BF16", "float32": "F32"})
 """``--dtype`` -> the safetensors dtype."""
 CONFIG_NAMES: Mapping[str, str] = MappingProxyType({stored: name for name, stored in DTYPES.items()})
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 GGUF_DTYPE = "F16"
 """What GGUF blocks become when nothing else is asked for: they have no dtype of their own."""
 CHUNK_ELEMENTS = 4 << 20

@@ -17,6 +17,8 @@ from quantkit.scheme import KEEP, LinearScheme
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
 )
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Dtypes of weights that are not quantized."""
 SCALE_DTYPES = frozenset({"F16", "BF16", "F32"})
 GPTQ_BITS = (2, 3, 4, 8)
 FP8_BLOCK = 128

@@ -226,6 +226,26 @@ def stored_geometries(
         yield roles, path, stored_geometry(spec, roles[0], path, assignment[path], dtype=dtype)
 
 
+def stored_linears(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Iterable[tuple[tuple[str, ...], str, Geometry]]:
+    """``stored_geometries`` of every block, then a head of its own, unpadded, with the role HEAD. Raises InputError as a layout does."""
+    for layer in range(spec.layers):
+        yield from stored_geometries(spec, assignment, layer, dtype=dtype)
+    if not spec.tied:
+        name, vocab, hidden = spec.architecture.head, spec.dims["vocab"].elements, spec.dims["hidden"].elements
+        yield (HEAD,), name, linear_geometry(name, vocab, hidden, assignment[name], dtype=dtype, bias=False)
+
+
+def quantized_size(spec: ModelSpec, assignment: Assignment) -> tuple[int, int, int]:
+    """How many stored linears of the blocks are quantized, their weights, and their bytes without biases. Raises as a layout does."""
+    count = weights = nbytes = 0
+    for layer in range(spec.layers):
+        for path, roles in spec.block_modules(layer).items():
+            if assignment[path].layout not in FLOAT_LAYOUTS:
+                n, k = spec.stored_shape(roles[0])
+                count, weights, nbytes = count + 1, weights + n * k, nbytes + geometry_of(assignment[path], n, k, dtype="F16").total_bytes
+    return count, weights, nbytes
+
+
 def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geometry:
     """The head, its rows padded. Raises InputError when it is quantized and the vocabulary would need padding."""
     rows, hidden = _plan_dims(spec)["vocab"].size, spec.dims["hidden"].elements

@@ -1,4 +1,5 @@
-"""The quantized linears of a checkpoint: as dense weights, and as the same integers in another format (``formats.md`` 8).
+"""Quantized linears as the tensors of a checkpoint: to dense weights, to the same integers in another format (``formats.md`` 8), and from
+neutral results.
 
 Knows layouts and names; writes nothing. torch is imported when the first linear is read, not before.
 """
@@ -17,7 +18,7 @@ from quantkit.checkpoint.reader import Checkpoint, read_manifest
 from quantkit.errors import InputError
 from quantkit.formats.quant_state import parse_quant_state
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, Part, geometry_of
-from quantkit.plan import linear_geometry, stored_geometries
+from quantkit.plan import HEAD, linear_geometry, stored_linears
 from quantkit.quant_config import assignment_from_config, quantization_config
 from quantkit.scheme import KEEP, LinearScheme
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from quantkit.layouts.base import GroupedInt
+    from quantkit.layouts.base import GroupedInt, Neutral
 
 INTEGER_LAYOUTS = frozenset({"awq", "awq_gemv", "gptq", "gptq_v2", "packed"})
 """Layouts of one neutral form: codes, scales and zero points per group."""
@@ -83,14 +84,9 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, QuantizedLinear]:
 def _by_table(checkpoint: Checkpoint) -> Iterator[QuantizedLinear]:
     spec = spec_for(checkpoint.config)
     assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
-    for layer in range(spec.layers):
-        for roles, path, geometry in stored_geometries(spec, assignment, layer, dtype="BF16"):
-            if geometry.layout not in FLOAT_LAYOUTS:
-                yield QuantizedLinear(path, geometry, spec.linears[roles[0]].transposed)
-    head = spec.architecture.head
-    if assignment.get(head, KEEP).layout not in FLOAT_LAYOUTS:
-        vocab, hidden = spec.dims["vocab"].elements, spec.dims["hidden"].elements
-        yield QuantizedLinear(head, linear_geometry(head, vocab, hidden, assignment[head], dtype="BF16", bias=False))
+    for roles, path, geometry in stored_linears(spec, assignment, dtype="BF16"):
+        if geometry.layout not in FLOAT_LAYOUTS:
+            yield QuantizedLinear(path, geometry, roles != (HEAD,) and spec.linears[roles[0]].transposed)
 
 
 def _by_name(checkpoint: Checkpoint) -> Iterator[QuantizedLinear]:
@@ -295,16 +291,21 @@ def _methods(checkpoint: Checkpoint) -> dict[str, str]:
     return {path: method for path, method in named.items() if isinstance(method, str)}
 
 
-def transcoded(checkpoint: Checkpoint, linear: QuantizedLinear, geometry: Geometry) -> Iterator[StoredTensor]:
-    """The parts of ``linear`` as ``geometry`` stores them: the same codes, scales and zero points. Raises InputError."""
+def stored_parts(path: str, result: Neutral, geometry: Geometry) -> Iterator[StoredTensor]:
+    """The tensors of a quantized linear as ``geometry`` stores them at ``path``. Raises InputError for what the layout cannot hold."""
     from quantkit.layouts.registry import codec
     from quantkit.ops.dtypes import DTYPE_NAMES, as_bytes
 
-    result = _unpacked(linear, _read(checkpoint, linear))
-    if not geometry.scheme.act_order:
-        result = replace(result, g_idx=None)
     parts = codec(geometry.layout).pack(result, geometry)
     for part in geometry.parts:
-        value, shape = parts[part.suffix], geometry.stored_shape(part)
-        assert (tuple(value.shape), DTYPE_NAMES[value.dtype]) == (shape, part.dtype), (linear.path, part.suffix, value.shape)
-        yield StoredTensor(f"{linear.path}.{part.suffix}", part.dtype, shape, as_bytes(value))
+        value = parts[part.suffix]
+        assert DTYPE_NAMES[value.dtype] == part.dtype, (path, part.suffix, value.dtype)
+        assert part.free or tuple(value.shape) == geometry.shape(part), (path, part.suffix, value.shape)
+        shape = tuple(value.shape) if part.free else geometry.stored_shape(part)
+        yield StoredTensor(f"{path}.{part.suffix}", part.dtype, shape, as_bytes(value))
+
+
+def transcoded(checkpoint: Checkpoint, linear: QuantizedLinear, geometry: Geometry) -> Iterator[StoredTensor]:
+    """The parts of ``linear`` as ``geometry`` stores them: the same codes, scales and zero points. Raises InputError."""
+    result = _unpacked(linear, _read(checkpoint, linear))
+    yield from stored_parts(linear.path, result if geometry.scheme.act_order else replace(result, g_idx=None), geometry)

@@ -18,8 +18,8 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import INDEX, MANIFEST, MANIFEST_SCHEMA, SUMS, SUMS_LIMIT, parse_sums
 from quantkit.checkpoint.reader import EXTRA_FILES, Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError
-from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
-from quantkit.plan import HEAD, linear_geometry, stored_geometries
+from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry
+from quantkit.plan import HEAD, quantized_size, stored_linears
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import assignment_from_config, is_kept, leaves_out
 from quantkit.scheme import Assignment, assignment_to_json
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from quantkit.layouts.base import Codebook, GroupedInt, Scaled
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LOADED = (*EXTRA_FILES, "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py")
 """A file of these names that no hash vouches for could change what a loader makes of the directory; any other is harmless."""
 F16_MAX, F16_NORMAL = 65504.0, 2.0**-14
@@ -86,11 +85,7 @@ class _Stored:
 
 def _linears(spec: ModelSpec, assignment: Assignment) -> list[_Stored]:
     """Every stored linear, a head of its own included. Raises InputError as a layout does."""
-    found = [_Stored(*item) for layer in range(spec.layers) for item in stored_geometries(spec, assignment, layer, dtype="BF16")]
-    if not spec.tied:
-        name, vocab, hidden = spec.architecture.head, spec.dims["vocab"].elements, spec.dims["hidden"].elements
-        found.append(_Stored((HEAD,), name, linear_geometry(name, vocab, hidden, assignment[name], dtype="BF16", bias=False)))
-    return found
+    return [_Stored(*item) for item in stored_linears(spec, assignment, dtype="BF16")]
 
 
 def expected_tensors(spec: ModelSpec, assignment: Assignment) -> dict[str, Expected]:
@@ -279,22 +274,12 @@ def _check_manifest(
     totals = manifest.get("totals")
     if isinstance(totals, dict):
         try:
-            weights, packed = _quantized_size(spec, assignment)
+            _, weights, packed = quantized_size(spec, assignment)
         except InputError:
             return  # reported with the tensors
         for key, value in (("bytes_after", found.tensor_bytes), ("quantized_weights", weights), ("quantized_bytes", packed)):
             if key in totals and totals[key] != value:
                 defect(f"totals.{key}", f"is {totals[key]!r:.50}", f"{value} as in the files")
-
-
-def _quantized_size(spec: ModelSpec, assignment: Assignment) -> tuple[int, int]:
-    """Weights of the packed block linears, and their bytes without biases."""
-    weights = nbytes = 0
-    for item in _linears(spec, assignment):
-        if item.geometry.layout not in FLOAT_LAYOUTS and item.roles != (HEAD,):
-            n, k = item.geometry.whole
-            weights, nbytes = weights + n * k, nbytes + geometry_of(item.geometry.scheme, n, k, dtype="F16").total_bytes
-    return weights, nbytes
 
 
 def _symmetric(manifest: Mapping[str, Any] | None) -> frozenset[str]:

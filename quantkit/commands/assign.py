@@ -9,21 +9,20 @@ from dataclasses import replace
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.checkpoint.reader import Checkpoint
+from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, geometry_of
+from quantkit.method_facts import MethodFacts, fitting_formats, make_scheme
 from quantkit.plan import stored_geometry
-from quantkit.quant_config import MethodFacts, is_kept, make_scheme
+from quantkit.quant_config import is_kept
 from quantkit.recipe import Override, Recipe
 from quantkit.scheme import KEEP, LinearScheme, Rule, resolve
-
-GGUF_FLOAT_DTYPE = "F16"
-"""What the unquantized tensors of a GGUF source are written as: its blocks have no dtype of their own."""
 
 
 def float_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     """The safetensors dtype of a model's floats, by its embedding."""
     name = f"{spec.architecture.embedding}.weight"
-    return GGUF_FLOAT_DTYPE if checkpoint.kind == "gguf" or name not in checkpoint.tensors else checkpoint.dtype(name)
+    return GGUF_DTYPE if checkpoint.kind == "gguf" or name not in checkpoint.tensors else checkpoint.dtype(name)
 
 
 def _scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, override: Override | None = None) -> LinearScheme:
@@ -44,12 +43,10 @@ def _scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, overri
             values[name] = getattr(recipe, name)
             where[name] = flag
         where.setdefault(name, flag)
-    main = facts[recipe.method]
-    default = [name for name in main.formats if (recipe.bits or main.bits[0]) == 4 or name != "awq"]
     return make_scheme(
         method,
         facts[method],
-        fmt=recipe.format or default[0],
+        fmt=recipe.format or fitting_formats(facts[recipe.method], recipe.bits)[0],
         bits=values["bits"],
         group_size=values["group_size"],
         sym=values["sym"],
@@ -107,7 +104,7 @@ def artifact_bytes(checkpoint: Checkpoint, spec: ModelSpec, assignment: Mapping[
     before = after = 0
     roles = {path: names[0] for layer in range(spec.layers) for path, names in spec.block_modules(layer).items()}
     for name, ref in checkpoint.tensors.items():
-        dtype = GGUF_FLOAT_DTYPE if checkpoint.kind == "gguf" else ref.dtype
+        dtype = GGUF_DTYPE if checkpoint.kind == "gguf" else ref.dtype
         count = DTYPE_BYTES[dtype] * math.prod(ref.shape)
         before += count
         module, _, suffix = name.rpartition(".")

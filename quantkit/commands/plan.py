@@ -13,6 +13,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
+from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
     Obstacle,
     ParallelPlan,
@@ -23,7 +24,7 @@ from quantkit.plan import (
     rank_memory,
 )
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import METHODS, Stored, assignment_from_config, claimed_tensors, is_kept, make_scheme
+from quantkit.quant_config import Stored, assignment_from_config, claimed_tensors, is_kept
 from quantkit.report import Cell, Report, Table, next_step
 from quantkit.scheme import KEEP, Assignment, assignment_to_json
 

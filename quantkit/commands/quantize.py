@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,16 @@ from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.commands.assign import GGUF_FLOAT_DTYPE, artifact_bytes, assign, check_recipe, float_dtype
+from quantkit.commands.assign import artifact_bytes, assign, check_recipe, float_dtype
+from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report, dry_run_report
+from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, quantization_config
 from quantkit.recipe import Calibration, Recipe, checked_recipe, load_recipe, parse_override
-from quantkit.report import Report, Table, next_step
-from quantkit.scheme import KEEP, LinearScheme, assignment_to_json
-from quantkit.verify import expected_tensors, mixed_siblings, tensor_defects
+from quantkit.report import Report
+from quantkit.scheme import KEEP, assignment_to_json
+from quantkit.verify import expected_tensors, tensor_defects
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from quantkit.quantizers.pipeline import Job, QuantizedModel
 
 DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
-PORTABLE_GROUPS = frozenset({32, 64, 128})
-"""Group sizes that transformers, vLLM and SGLang all run (``formats.md`` 13); whole rows (-1) only where the format is not AWQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,37 +182,6 @@ def _compute_dtype(name: str, device: str, stored: str) -> torch.dtype:
     return TORCH_DTYPES[stored if device != "cpu" and stored in ("BF16", "F16") else "F32"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """One artifact, decided: its recipe, what becomes of each linear, its methods, and the tensor bytes before and after."""
-
-    recipe: Recipe
-    out: Path
-    assignment: Mapping[str, LinearScheme]
-    quantizers: Mapping[str, Quantizer]
-    config: Mapping[str, Any]
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def calibrated(self) -> bool:
-        return any(q.needs for q in self.quantizers.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What all artifacts of a run share."""
-
-    options: QuantizeOptions
-    checkpoint: Checkpoint
-    spec: ModelSpec
-    plans: Mapping[str, _Plan]
-    calibration: CalibrationTokens | None = None
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
 def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     """Quantize ``options.path`` into ``options.out``. With ``dry_run`` report the plan and write nothing."""
     from quantkit.quantizers.base import methods
@@ -238,7 +206,7 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
         recipe = effective_recipe(options, name, spec.max_positions)
         assignment = assign(spec, recipe, facts, float_dtype(checkpoint, spec))
         used = {s.method for s in assignment.values() if not is_kept(s)}
-        plans[name] = _Plan(
+        plans[name] = ArtifactPlan(
             recipe,
             options.out if len(names) == 1 else options.out / name,
             assignment,
@@ -246,9 +214,9 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
             quantization_config(assignment, spec.architecture.head),
             *artifact_bytes(checkpoint, spec, assignment),
         )
-    work = _Run(options, checkpoint, spec, plans)
+    work = Run(options, checkpoint, spec, plans)
     if options.dry_run:
-        return _dry_run(work)
+        return dry_run_report(work)
     return _quantize(work, progress)
 
 
@@ -282,12 +250,6 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: 
     return text_tokens(tokenizer, wanted.source, wanted.samples, wanted.seq_len)
 
 
-def _calibration_facts(calibration: CalibrationTokens | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {"source": calibration.source, "tokens_sha256": calibration.digest, "shape": list(calibration.tokens.shape)}
-
-
 def _environment(device: str, compute_dtype: torch.dtype) -> dict[str, Any]:
     """What besides the inputs decides the bytes of the result."""
     import torch
@@ -302,7 +264,7 @@ def _environment(device: str, compute_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _quantize(work: _Run, progress: Progress) -> Report:
+def _quantize(work: Run, progress: Progress) -> Report:
     """Check the outputs, gather the calibration, quantize, publish."""
     import torch
 
@@ -322,28 +284,28 @@ def _quantize(work: _Run, progress: Progress) -> Report:
     dtype = _compute_dtype(options.compute_dtype, device, float_dtype(checkpoint, work.spec))
     wanting = [plan for plan in plans.values() if plan.calibrated]
     calibration = _calibration(wanting[0].recipe, checkpoint, device, progress) if wanting else None
-    environment = _environment(device, dtype)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    work = _Run(options, checkpoint, work.spec, plans, calibration, device, str(dtype).removeprefix("torch."), environment)
+    work = replace(work, plans=plans, calibration=calibration, device=device)
     models, files = _write(work, dtype, progress)
-    return _report(work, models, files, time.monotonic() - started)
+    return done_report(work, models, files, time.monotonic() - started)
 
 
 def _is_finished(out: Path) -> bool:
     return out.is_dir() and not out.with_name(f"{out.name}.partial").exists()
 
 
-def _identity(work: _Run, plan: _Plan) -> dict[str, Any]:
+def _identity(work: Run, plan: ArtifactPlan, fingerprint: str) -> dict[str, Any]:
+    """The inputs that decide the bytes of one artifact."""
     return {
-        "source": {"fingerprint": work.facts["fingerprint"]},
+        "source": {"fingerprint": fingerprint},
         # Where the text lies is no part of the result; what it says is, and its digest stands beside it.
         "recipe": plan.recipe.model_dump(mode="json", exclude={"calibration"}),
-        "calibration": _calibration_facts(work.calibration) if plan.calibrated else None,
+        "calibration": calibration_facts(work.calibration) if plan.calibrated else None,
     }
 
 
-def _write(work: _Run, dtype: torch.dtype, progress: Progress) -> tuple[dict[str, QuantizedModel], dict[str, list[str]]]:
+def _write(work: Run, dtype: torch.dtype, progress: Progress) -> tuple[dict[str, QuantizedModel], dict[str, list[str]]]:
     """Quantize every block into the artifacts and publish them; what was done, and the names of the files."""
     import torch
 
@@ -351,30 +313,32 @@ def _write(work: _Run, dtype: torch.dtype, progress: Progress) -> tuple[dict[str
     from quantkit.quantizers.pipeline import Job, Source, quantize_models
 
     options, checkpoint, spec = work.options, work.checkpoint, work.spec
-    environment = dict(work.facts)
-    shared = {"fingerprint": checkpoint.fingerprint()}
+    environment, fingerprint = _environment(work.device, dtype), checkpoint.fingerprint()
+    identities = {name: _identity(work, plan, fingerprint) for name, plan in work.plans.items()}
     width = spec.dims["hidden"].elements * dtype.itemsize
     states = 0 if work.calibration is None else work.calibration.tokens.numel() * width
     if len(work.plans) > 1:
         fs.make_dir(options.out)
-    work = _Run(options, checkpoint, spec, work.plans, work.calibration, work.device, work.compute_dtype, shared)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         jobs: dict[str, Job] = {}
         for name, plan in work.plans.items():
             writer = ArtifactWriter(
                 plan.out,
-                identity={**_identity(work, plan), **environment},
+                identity={**identities[name], **environment},
                 overwrite=options.overwrite,
                 resume=options.resume,
                 need_bytes=plan.bytes_after + (states if plan.calibrated else 0),  # the resume point lies on the disk too
                 source=checkpoint.root,
             )
             jobs[name] = Job(plan.assignment, plan.quantizers, stack.enter_context(writer))
-        source = Source(checkpoint, spec, GGUF_FLOAT_DTYPE, dtype, work.device)
+        source = Source(checkpoint, spec, GGUF_DTYPE, dtype, work.device)
         offload = _offload(jobs) if options.offload else _in_memory(work.device)
         models = quantize_models(source, jobs, work.calibration, offload=offload, progress=progress)
-        files = {name: _publish(work, plan, jobs[name].writer, models[name], environment) for name, plan in work.plans.items()}
+        files = {}
+        for name, plan in work.plans.items():
+            facts = {**identities[name], "environment": environment}
+            files[name] = _publish(work, plan, jobs[name].writer, models[name], facts)
     return models, files
 
 
@@ -394,8 +358,8 @@ def _offload(jobs: Mapping[str, Job]) -> Callable[[str, Tensor], Tensor]:
     return place
 
 
-def _publish(work: _Run, plan: _Plan, writer: ArtifactWriter, model: QuantizedModel, environment: Mapping[str, Any]) -> list[str]:
-    """Assemble one artifact and put it in its place; the names of its files."""
+def _publish(work: Run, plan: ArtifactPlan, writer: ArtifactWriter, model: QuantizedModel, facts: Mapping[str, Any]) -> list[str]:
+    """Assemble one artifact and put it in its place, with ``facts`` in its manifest; the names of its files."""
     checkpoint, head = work.checkpoint, work.spec.architecture.head
     totals = {
         "bytes_before": plan.bytes_before,
@@ -406,9 +370,8 @@ def _publish(work: _Run, plan: _Plan, writer: ArtifactWriter, model: QuantizedMo
     manifest = {
         "kind": "artifact",
         "method": plan.recipe.method,
-        **_identity(work, plan),
+        **facts,
         "assignment": assignment_to_json(plan.assignment),
-        "environment": environment,
         "totals": totals,
         "blocks": model.facts,
         **({"expert_tokens": model.coverage} if model.coverage else {}),
@@ -418,144 +381,3 @@ def _publish(work: _Run, plan: _Plan, writer: ArtifactWriter, model: QuantizedMo
         config["tie_word_embeddings"] = False
     published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=work.options.max_shard_size)
     return [name for name, _ in published.files]
-
-
-def _warnings(work: _Run, plan: _Plan, model: QuantizedModel) -> tuple[str, ...]:
-    from quantkit.quantizers.pipeline import FLOAT16_ALARM
-
-    warnings = mixed_siblings(work.spec, plan.assignment)
-    ints = [s for s in plan.assignment.values() if s.layout in ("awq", "gptq", "gptq_v2", "packed")]
-    groups = {s.group_size for s in ints if s.group_size != -1 or s.layout == "awq"}
-    if others := sorted(groups - PORTABLE_GROUPS):
-        warnings.append(
-            f"group size {others[0]} runs here; other runtimes load these formats only with groups of 32, 64, 128 or whole rows"
-        )
-    if any(s.layout in ("gptq", "gptq_v2") and not s.sym for s in plan.assignment.values()):
-        warnings.append("asymmetric GPTQ runs here and in transformers; vLLM and SGLang load symmetric GPTQ only (--sym)")
-    if any(s.act_order for s in plan.assignment.values()):
-        warnings.append("act-order scatters the groups: vLLM refuses it, and row-parallel ranks keep all scales; order=static does neither")
-    if plan.calibrated and work.calibration is not None and work.calibration.source == "builtin":
-        warnings.append("calibrated on the built-in English text; text of your own domain is better (--calib FILE)")
-    if model.peak_activation is not None and model.peak_activation > FLOAT16_ALARM:
-        warnings.append(f"activations reach {model.peak_activation:.0f}; float16 kernels (limit 65504) may overflow: serve it in bfloat16")
-    borrowed = sum(bool(facts.get("borrowed_statistics")) for block in model.facts.values() for facts in block.values())
-    if borrowed:
-        warnings.append(f"{borrowed} expert linears saw too few tokens and used the statistics of their whole layer; more --samples helps")
-    return tuple(warnings)
-
-
-def _setting(recipe: Recipe, assignment: Mapping[str, LinearScheme]) -> str:
-    """The scheme of most linears, in words."""
-    schemes = [s for s in assignment.values() if not is_kept(s)]
-    most = max(schemes, key=schemes.count)
-    group = (
-        "whole rows"
-        if most.group_size == -1
-        else f"blocks of {most.group_size}"
-        if most.layout.startswith(("bnb", "fp8"))
-        else f"group {most.group_size}"
-    )
-    return f"{recipe.method}, {most.bits} bits, {group}, {'symmetric' if most.sym else 'asymmetric'}"
-
-
-def _inputs(plan: _Plan) -> str | None:
-    """Whose activations the methods saw."""
-    found = sorted({q.inputs for q in plan.quantizers.values() if q.needs})
-    words = {"float": "the float model's activations", "quantized": "activations of the model as quantized so far"}
-    return ", ".join(words[name] for name in found) or None
-
-
-def _report(work: _Run, models: Mapping[str, QuantizedModel], files: Mapping[str, list[str]], seconds: float) -> Report:
-    options = work.options
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    machine: dict[str, Any] = {"seconds": seconds, "peak_memory_bytes": peak_memory}
-    if work.device != "cpu":
-        import torch
-
-        machine["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-    tables, facts, warnings, data = [], [], list[str](), dict[str, Any]()
-    for name, plan in work.plans.items():
-        model, before, after = models[name], plan.bytes_before, plan.bytes_after
-        bits = 8 * model.quantized_bytes / model.quantized_weights
-        seen = _inputs(plan)
-        data[name] = {
-            "out": str(plan.out),
-            "method": name,
-            "tensors": model.tensors,
-            "bits_per_weight": bits,
-            "bytes_before": before,
-            "bytes_after": after,
-            "peak_activation": model.peak_activation,
-            "calibration": _calibration_facts(work.calibration) if plan.calibrated else None,
-            "inputs": seen,
-            "expert_tokens": model.coverage or None,
-            "files": files[name],
-            "warnings": list(_warnings(work, plan, model)),
-        }
-        warnings += [w for w in _warnings(work, plan, model) if w not in warnings]
-        facts += [("method", _setting(plan.recipe, plan.assignment)), ("written", str(plan.out))]
-        if seen is not None:
-            facts.append(("calibrated on", seen))
-        rows = [
-            ("linears quantized", f"{model.tensors} of {len(plan.assignment)}"),
-            ("bits per quantized weight", f"{bits:.3f}"),
-            ("size before", f"{before / 1e6:.1f} MB"),
-            ("size after", f"{after / 1e6:.1f} MB ({after / before:.1%})"),
-        ]
-        if name == list(work.plans)[-1]:
-            rows += [("time", f"{seconds:.1f} s"), ("peak memory", f"{peak_memory / 2**20:.0f} MiB")]
-            if "peak_device_bytes" in machine:
-                rows.append(("peak GPU memory", f"{machine['peak_device_bytes'] / 2**20:.0f} MiB"))
-        tables.append(Table("Summary" if len(work.plans) == 1 else name, ("", ""), tuple(rows)))
-        if model.coverage:
-            tables.append(_coverage(model.coverage))
-    first = next(iter(work.plans.values())).out
-    outs = [plan.out for plan in work.plans.values()]
-    return Report(
-        command="quantize",
-        data={**data[next(iter(data))], **machine} if len(data) == 1 else {"artifacts": data, **machine},
-        facts=tuple(facts),
-        tables=tuple(tables),
-        warnings=tuple(warnings),
-        next_steps=(next_step("verify", first, "--deep"), next_step("report", options.path, *outs), next_step("serve", first)),
-    )
-
-
-def _coverage(coverage: Mapping[str, Mapping[str, int]]) -> Table:
-    """How many calibration tokens reached the experts of each layer."""
-    rows = []
-    for layer, experts in coverage.items():
-        counts = sorted(experts.values())
-        starved = [expert for expert, tokens in experts.items() if tokens == 0]
-        rows.append((layer, counts[0], counts[len(counts) // 2], counts[-1], ", ".join(starved) or "none"))
-    return Table("Tokens per expert", ("layer", "least", "median", "most", "experts on their layer's statistics"), tuple(rows))
-
-
-def _dry_run(work: _Run) -> Report:
-    data, facts, tables, warnings = dict[str, Any](), list[tuple[str, str]](), [], list[str]()
-    for name, plan in work.plans.items():
-        rows = tuple((path, s.method, s.layout, s.bits, s.group_size) for path, s in plan.assignment.items())
-        data[name] = {
-            "dry_run": True,
-            "recipe": plan.recipe.model_dump(mode="json"),
-            "assignment": assignment_to_json(plan.assignment),
-            "bytes_before": plan.bytes_before,
-            "bytes_after": plan.bytes_after,
-        }
-        facts += [
-            ("size before", f"{plan.bytes_before / 1e6:.1f} MB"),
-            (
-                "size after",
-                f"{plan.bytes_after / 1e6:.1f} MB, {'about' if 'bnb4' in {s.layout for s in plan.assignment.values()} else 'exact'}",
-            ),
-        ]
-        title = "Assignment" if len(work.plans) == 1 else f"Assignment, {name}"
-        tables.append(Table(title, ("linear", "method", "layout", "bits", "group"), rows))
-        warnings += [w for w in mixed_siblings(work.spec, plan.assignment) if w not in warnings]
-    return Report(
-        command="quantize",
-        data=data[next(iter(data))] if len(data) == 1 else {"dry_run": True, "artifacts": data},
-        facts=(*facts, ("written", "nothing (dry run)")),
-        tables=tuple(tables),
-        warnings=tuple(warnings),
-    )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from quantkit import fs
 from quantkit.errors import InputError
-from quantkit.quant_config import MethodFacts, format_of
+from quantkit.method_facts import MethodFacts
+from quantkit.quant_config import format_of
 from quantkit.recipe import Recipe, bundled_recipes, load_recipe, parse_recipe, read_recipe_text
 from quantkit.report import Report, Table, next_step
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry, gemv_columns
-from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.base import GroupedInt, dequantized
 from quantkit.layouts.words import pack_rows, unpack_rows
 from quantkit.ops.dtypes import TORCH_DTYPES
-from quantkit.ops.grouped import dequantize
 
 NIBBLE_OF_ELEMENT = (0, 4, 1, 5, 2, 6, 3, 7)
 """Element ``e`` of eight consecutive outputs sits in this nibble of its word."""
@@ -63,8 +62,7 @@ class AwqCodec:
         )
 
     def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
-        result = self.unpack(parts, geometry)
-        return dequantize(result.codes, result.scales, result.zeros, dtype)
+        return dequantized(self.unpack(parts, geometry), dtype)
 
 
 class AwqGemvCodec:
@@ -98,5 +96,4 @@ class AwqGemvCodec:
         )
 
     def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
-        result = self.unpack(parts, geometry)
-        return dequantize(result.codes, result.scales, result.zeros, dtype)
+        return dequantized(self.unpack(parts, geometry), dtype)

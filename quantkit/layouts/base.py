@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry
+from quantkit.ops.grouped import dequantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class GroupedInt:
     bits: int
     bias: Tensor | None = None
     g_idx: Tensor | None = None
+
+
+def dequantized(result: GroupedInt, dtype: torch.dtype) -> Tensor:
+    """The dense weight ``[N, K]`` that ``result`` stands for."""
+    return dequantize(result.codes, result.scales, result.zeros, dtype, result.g_idx)
 
 
 @dataclass(frozen=True, slots=True)

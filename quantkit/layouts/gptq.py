@@ -10,10 +10,9 @@ from torch import Tensor
 
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry
-from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.base import GroupedInt, dequantized
 from quantkit.layouts.words import pack_rows, unpack_rows
 from quantkit.ops.dtypes import TORCH_DTYPES
-from quantkit.ops.grouped import dequantize
 
 
 def _consecutive(geometry: Geometry, device: torch.device) -> Tensor:
@@ -63,5 +62,4 @@ class GptqCodec:
         )
 
     def dequant(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
-        result = self.unpack(parts, geometry)
-        return dequantize(result.codes, result.scales, result.zeros, dtype, result.g_idx)
+        return dequantized(self.unpack(parts, geometry), dtype)

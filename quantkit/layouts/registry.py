@@ -11,14 +11,14 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
 from quantkit.layouts.awq import AwqCodec, AwqGemvCodec
-from quantkit.layouts.base import Codebook, Codec, GroupedInt, LinearOp, Neutral, with_bias
+from quantkit.layouts.base import Codebook, Codec, GroupedInt, LinearOp, Neutral, dequantized, with_bias
 from quantkit.layouts.bnb import Bnb4Codec
 from quantkit.layouts.gptq import GptqCodec
 from quantkit.layouts.packed import PackedCodec
 from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
 from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
 from quantkit.ops.eightbit import llm_int8_linear, scaled_linear
-from quantkit.ops.grouped import Int4CpuLinear, dequantize, int4_cpu_supports
+from quantkit.ops.grouped import Int4CpuLinear, int4_cpu_supports
 from quantkit.scheme import LinearScheme
 
 _ALL: tuple[Codec, ...] = (
@@ -107,7 +107,7 @@ def load_linear(
 def dense_weight(result: Neutral, scheme: LinearScheme, dtype: torch.dtype) -> Tensor:
     """The weight ``[N, K]`` that a linear stored by ``scheme`` multiplies by once ``result`` is written."""
     if isinstance(result, GroupedInt):
-        return dequantize(result.codes, result.scales, result.zeros, dtype, result.g_idx)
+        return dequantized(result, dtype)
     n, k = (result.codes if isinstance(result, Codebook) else result.values).shape
     geometry = geometry_of(scheme, n, k, dtype="F32")
     chosen = codec(scheme.layout)

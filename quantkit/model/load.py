@@ -18,7 +18,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.comm import Comm, Solo
 from quantkit.errors import InputError
-from quantkit.geometry import FLOAT_LAYOUTS, Geometry, plain
+from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry, plain
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.plain import DenseLinear
 from quantkit.layouts.registry import load_linear
@@ -30,8 +30,6 @@ from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, linear_
 from quantkit.quant_config import assignment_from_config
 from quantkit.scheme import KEEP, Assignment
 from quantkit.slices import fused_name
-
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +306,6 @@ def load_block(
     for want in loader.source.block(layer):
         _require(checkpoint, want)
     return loader.block(layer, loader.rotary(layer))
-
-
-def load_embedding(checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu") -> Embedding:
-    """The embedding alone, whole: call it with tokens and positions ``[T]``. Raises InputError as ``load_decoder`` does."""
-    return _whole_loader(checkpoint, spec, dtype, device, False).embedding()
 
 
 EMBEDDING_ROWS = 4096

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.layouts.base import Neutral
-from quantkit.quant_config import METHODS, MethodFacts
+from quantkit.method_facts import METHODS, MethodFacts
 from quantkit.scheme import LinearScheme
 
 ENTRY_POINT_GROUP = "quantkit.quantizers"
@@ -117,7 +117,7 @@ class Method:
 
 
 def built_in(name: str, summary: str, factory: QuantizerFactory) -> Method:
-    """A method of quantkit's own, whose facts are in ``quant_config.METHODS``."""
+    """A method of quantkit's own, whose facts are in ``method_facts.METHODS``."""
     return Method(name, summary, METHODS[name], "built-in", factory)
 
 

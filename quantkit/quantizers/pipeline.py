@@ -17,20 +17,21 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.checkpoint.artifact import ArtifactWriter, StoredTensor
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputError
-from quantkit.geometry import Geometry, geometry_of
+from quantkit.geometry import geometry_of
 from quantkit.layouts.base import Neutral, stacked, with_bias
 from quantkit.layouts.plain import DenseLinear
-from quantkit.layouts.registry import codec, dense_weight
+from quantkit.layouts.registry import dense_weight
 from quantkit.model.decoder import Block
 from quantkit.model.load import embedded, load_block
 from quantkit.ops.dtypes import DTYPE_NAMES, TORCH_DTYPES, as_bytes, as_tensor
-from quantkit.plan import role_scheme
+from quantkit.plan import quantized_size, role_scheme
 from quantkit.progress import Progress
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, QUANTIZED, BlockFit, BlockWeights, InputStats, Quantizer
 from quantkit.quantizers.calibration import CalibrationStream, CalibrationTokens, StatsCollector, owners, stages
 from quantkit.quantizers.rtn import quantize_weight
 from quantkit.scheme import LinearScheme
+from quantkit.transcode import stored_parts
 
 OUTER_UNIT = "outer"
 TILE_TOKENS = 4096
@@ -130,17 +131,10 @@ def _store(name: str, value: Tensor) -> StoredTensor:
 
 
 def _packed(path: str, result: Neutral, scheme: LinearScheme, shape: tuple[int, int], bias_dtype: str) -> Iterator[StoredTensor]:
-    """The stored parts of one quantized linear, checked against its geometry."""
+    """The stored parts of one quantized linear, its bias in ``bias_dtype``."""
     if result.bias is not None:
         result = with_bias(result, result.bias.to(TORCH_DTYPES[bias_dtype]))
-    geometry = geometry_of(scheme, *shape, dtype=bias_dtype, bias=result.bias is not None)
-    parts = codec(scheme.layout).pack(result, geometry)
-    for part in geometry.parts:
-        value = parts[part.suffix]
-        if not part.free:
-            assert tuple(value.shape) == geometry.shape(part), (path, part.suffix, value.shape)
-            value = value.reshape(geometry.stored_shape(part))
-        yield _store(f"{path}.{part.suffix}", value)
+    yield from stored_parts(path, result, geometry_of(scheme, *shape, dtype=bias_dtype, bias=result.bias is not None))
 
 
 def block_tensors(source: Source, block: BlockWeights, fit: BlockFit, schemes: Mapping[str, LinearScheme]) -> Iterator[StoredTensor]:
@@ -238,13 +232,13 @@ def quantize_models(
             assert streams is not None
             stream = streams.at(FLOAT, layer, carries)
             needs = frozenset().union(*(job.wants(FLOAT) for job in shared.values()))
-            collector = StatsCollector(owners(spec, layer), spec.block_linears(layer), needs)
+            collector = StatsCollector(owners(spec, layer), spec.block_linears(layer), needs) if needs else None
             stream.advance(source.loaded(layer), collector, source.device)
-            stats = collector.stats()
+            stats = {} if collector is None else collector.stats()
         for name, job in pending.items():
             if name not in fits:
                 used = stream if name in shared else None
-                fits[name] = (_fit(job, block, stats if used is not None else {}, spec), _activations(used, stats, spec), used)
+                fits[name] = (_fit(job, block, stats if used is not None else {}, spec), _activations(used, stats), used)
             fit, facts, carried = fits.pop(name)
             schemes = _schemes(spec, job, layer)
             last = layer == spec.layers - 1
@@ -265,7 +259,7 @@ def _schemes(spec: ModelSpec, job: Job, layer: int) -> dict[str, LinearScheme]:
     return {role: role_scheme(spec, role, job.assignment[path]) for role, path in spec.block_linears(layer).items()}
 
 
-def _activations(stream: CalibrationStream | None, stats: Mapping[str, InputStats], spec: ModelSpec) -> dict[str, Any]:
+def _activations(stream: CalibrationStream | None, stats: Mapping[str, InputStats]) -> dict[str, Any]:
     """What the manifest says of a block's calibration: the greatest activation, and how many tokens reached each expert."""
     peak = None if stream is None else max([stream.peak, *(s.peak for s in stats.values())])
     gates = {role.split(".")[1]: s for role, s in stats.items() if role.startswith("experts.") and role.endswith(".gate")}
@@ -332,7 +326,7 @@ def _fit_in_stages(
             work.replace(role, DenseLinear(dense, bias))
         fit = _merged(fit, found)
     stream.advance(work, None, device)
-    return fit, _activations(stream, seen, spec), stream
+    return fit, _activations(stream, seen), stream
 
 
 def _outer(source: Source, job: Job) -> Iterator[StoredTensor]:
@@ -353,7 +347,6 @@ def _outer(source: Source, job: Job) -> Iterator[StoredTensor]:
 
 
 def _summary(spec: ModelSpec, job: Job) -> QuantizedModel:
-    weights = nbytes = count = 0
     peaks, facts, coverage = [], {}, {}
     for layer in range(spec.layers):
         stored = job.writer.facts(block_unit(layer))
@@ -362,9 +355,4 @@ def _summary(spec: ModelSpec, job: Job) -> QuantizedModel:
             peaks.append(stored["peak_activation"])
         if "expert_tokens" in stored:
             coverage[str(layer)] = stored["expert_tokens"]
-        for path, roles in spec.block_modules(layer).items():
-            if not is_kept(job.assignment[path]):
-                n, k = spec.stored_shape(roles[0])
-                geometry: Geometry = geometry_of(job.assignment[path], n, k, dtype="F16")
-                weights, nbytes, count = weights + n * k, nbytes + geometry.total_bytes, count + 1
-    return QuantizedModel(count, weights, nbytes, max(peaks, default=None), facts, coverage)
+    return QuantizedModel(*quantized_size(spec, job.assignment), max(peaks, default=None), facts, coverage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.arch.table import spec_for
 from quantkit.errors import InputError
 from quantkit.model.decoder import Batch
-from quantkit.model.load import load_block, load_decoder, load_embedding
+from quantkit.model.load import embedded, load_block, load_decoder
 from quantkit.ops.grouped import dequantize
 from quantkit.quantizers import awq, rtn
 from quantkit.quantizers.awq import Awq, AwqOptions, candidate_scale, create, fold_scale, output_error
@@ -28,12 +27,7 @@ FOLDED = ("llama", "llama-biases", "llama-mqa", "mistral", "qwen2", "qwen3-bias-
 W4 = LinearScheme("awq", "awq", 4, 8, False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -51,7 +45,7 @@ def block_of(family: str, layer: int = 0) -> tuple[ModelSpec, BlockWeights, dict
         inputs[role] = x
 
     with torch.inference_mode():
-        x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0], torch.arange(60))
+        x = embedded(checkpoint, spec, texts_of((60,))[0][None], dtype=torch.float32)[0]
         load_block(checkpoint, spec, layer, dtype=torch.float32).forward(x, Batch(torch.arange(60), (60,), None), None, tap)
     return spec, Source(checkpoint, spec, "F32", torch.float32, "cpu").block(layer), collector.stats(), inputs, checkpoint
 
@@ -232,7 +226,7 @@ def test_a_fitted_block_computes_nearly_what_it_did(family: str, kept: tuple[str
             values[f"{path}.bias"] = fit.biases[role]
             assert role not in fit.results or torch.equal(fit.results[role].bias, fit.biases[role])  # type: ignore[arg-type]
     values |= {spec.tensor(0, spec.norms[role].name) + ".weight": norm for role, norm in fit.norms.items()}
-    x = load_embedding(checkpoint, spec, dtype=torch.float32)(texts_of((60,))[0], torch.arange(60))
+    x = embedded(checkpoint, spec, texts_of((60,))[0][None], dtype=torch.float32)[0]
     batch = Batch(torch.arange(60), (60,), None)
     before = load_block(checkpoint, spec, 0, dtype=torch.float32).forward(x, batch) - x
     after = load_block(MemoryCheckpoint(checkpoint.config, values), spec, 0, dtype=torch.float32).forward(x, batch) - x

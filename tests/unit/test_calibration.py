@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from decoder_fixtures import MemoryCheckpoint, batch_of, config_of, random_twin,
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError
-from quantkit.model.load import load_block, load_decoder, load_embedding
+from quantkit.model.load import embedded, load_block, load_decoder
 from quantkit.progress import silent
 from quantkit.quantizers.calibration import (
     CalibrationStream,
@@ -34,12 +33,7 @@ from quantkit.text.tokenizer import Tokenizer, load_tokenizer
 MODELS = Path(__file__).parent.parent / "data" / "models"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +168,7 @@ def test_the_stream_is_the_model_itself() -> None:
     spec = spec_for(checkpoint.config)
     texts = texts_of((20, 20, 20))
     tokens = torch.stack(texts)
-    hidden = load_embedding(checkpoint, spec, dtype=torch.float32)(tokens.reshape(-1), torch.arange(20).repeat(3)).reshape(3, 20, -1)
+    hidden = embedded(checkpoint, spec, tokens, dtype=torch.float32)
     stream = CalibrationStream(hidden.clone(), 2)
     seen: list[tuple[str, int]] = []
 

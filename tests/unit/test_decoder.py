@@ -28,7 +28,7 @@ from quantkit.comm import Comm, run_threads
 from quantkit.model import attention
 from quantkit.model.attention import Attention, Batch, kv_index
 from quantkit.model.decoder import Decoder
-from quantkit.model.load import load_block, load_decoder, load_embedding, load_head
+from quantkit.model.load import embedded, load_block, load_decoder, load_head
 from quantkit.plan import GATHER, ParallelPlan
 
 BAR = 1e-8
@@ -263,7 +263,7 @@ def test_blocks_one_at_a_time_are_the_decoder() -> None:
     texts = texts_of(LENGTHS)
     decoder = load_decoder(checkpoint, dtype=torch.float64)
     spec, batch = decoder.spec, batch_of([(0, len(text)) for text in texts])
-    x = load_embedding(checkpoint, spec, dtype=torch.float64)(torch.cat(texts), batch.positions)
+    x = torch.cat([embedded(checkpoint, spec, text[None], dtype=torch.float64)[0] for text in texts])
     for layer in range(spec.layers):
         seen: dict[str, Tensor] = {}
 

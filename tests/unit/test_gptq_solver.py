@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,7 @@ PAPER = SolverOptions(4, 16, False, mse=False, sweeps=0)
 """What the paper does; the defaults do more."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(tokens: int = 500, k: int = 96, seed: int = 0) -> Tensor:

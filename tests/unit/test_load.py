@@ -29,7 +29,7 @@ from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.comm import Comm, Solo, run_threads, thread_group
 from quantkit.errors import InputError
 from quantkit.model.decoder import Decoder
-from quantkit.model.load import load_block, load_decoder, load_embedding
+from quantkit.model.load import embedded, load_block, load_decoder
 from quantkit.quant_config import assignment_from_config
 from quantkit.scheme import Assignment
 from quantkit.slices import rank_slices
@@ -163,7 +163,7 @@ def test_a_block_reads_only_itself(llama: MemoryCheckpoint) -> None:
     source = MemoryCheckpoint(llama.config, llama.values)
     load_block(source, spec_for(llama.config), 1, dtype=torch.float32)
     assert {name for name, _ in source.reads} == {name for name in llama.values if name.startswith("model.layers.1.")}
-    load_embedding(source, spec_for(llama.config), dtype=torch.float32)
+    embedded(source, spec_for(llama.config), torch.tensor([[1, 2]]), dtype=torch.float32)
     assert source.reads[-1][0] == "model.embed_tokens.weight"
 
 

@@ -12,7 +12,8 @@ from quantkit.arch.table import spec_for
 from quantkit.commands.assign import assign
 from quantkit.commands.quantize import QuantizeOptions, effective_recipe
 from quantkit.errors import InputError
-from quantkit.quant_config import METHODS, assignment_from_config, quantization_config
+from quantkit.method_facts import METHODS
+from quantkit.quant_config import assignment_from_config, quantization_config
 from quantkit.recipe import Recipe, parse_override
 from quantkit.scheme import KEEP, LinearScheme, Rule, assignment_to_json, resolve
 
