@@ -1,14 +1,17 @@
 """How long does one GPU take to quantize a model of Llama-3-8B's shapes (or Qwen2-72B's), and how much of it does that need?
 
 Writes a random checkpoint of LAYERS layers (bfloat16, a vocabulary of VOCAB), calibrates on random words, runs the methods one
-after the other, and extrapolates to the whole model's layers. One JSON line per method goes to OUT/gpu_quantize.jsonl.
+after the other, each on every number of DEVICES, and extrapolates to the whole model's layers. One JSON line per run goes to
+OUT/gpu_quantize.jsonl.
 
     python benchmarks/gpu_quantize.py --layers 8 --methods rtn,nf4,gptq,awq --tokenizer tests/data/models/llama --out results
+    python benchmarks/gpu_quantize.py --layers 4 --methods gptq --devices 1,2 --tokenizer tests/data/models/llama --out results
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--devices", default="1", help="numbers of GPUs, with commas between them")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--option", action="append", default=[])
@@ -105,23 +109,25 @@ def main() -> None:
         model, text = Path(scratch) / "model", Path(scratch) / "text.txt"
         write_model(model, options.shape, options.layers, options.vocab, options.tokenizer, options.device)
         write_text(text, options.tokenizer)
-        for method in options.methods.split(","):
-            out = Path(scratch) / method
+        for method, devices in itertools.product(options.methods.split(","), map(int, options.devices.split(","))):
+            out = Path(scratch) / f"{method}-{devices}"
             calibrated = method in ("gptq", "awq", "w8a8")
             calibration = ("--calib", text, "--samples", options.samples, "--seq-len", options.seq_len) if calibrated else ()
             extra = [item for option in options.option if option.startswith(f"{method}.") for item in ("--option", option)]
-            command = [sys.executable, "-m", "quantkit", "quantize", model, out, "--method", method, "--device", options.device, "--json"]
+            where = ("--device", options.device, "--devices", devices)
+            command = [sys.executable, "-m", "quantkit", "quantize", model, out, "--method", method, *where, "--json"]
             begin = time.monotonic()
             done = subprocess.run([*map(str, [*command, *calibration, *extra])], capture_output=True, text=True, check=False)
             wall = time.monotonic() - begin
             if done.returncode:
-                print(method, "failed:", done.stderr[-2000:])
+                print(method, devices, "failed:", done.stderr[-2000:])
                 continue
             found = json.loads(done.stdout)
             found = found.get("data", found)
             blocks = json.loads((out / "quantkit.json").read_text())["blocks"]
             line = {
                 "method": method,
+                "devices": devices,
                 "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
                 "torch": torch.__version__,
                 "shape": options.shape,

@@ -1,9 +1,10 @@
-"""Does AWQ beat plain rounding at the same bits? One base, the methods side by side, on texts that no calibration saw.
+"""What does each method cost in quality at the same bits? One base, the methods side by side, on texts that no calibration saw.
 
-Quantizes BASE with every method and setting below, calibrated on the built-in text, measures perplexity on the built-in
-held-out text and on each TEXT, and appends one JSON line per text to quality.jsonl in OUT.
+Quantizes BASE with every setting below, calibrated on the built-in text, measures perplexity on the built-in held-out text and on each
+TEXT, and appends one JSON line per text to quality.jsonl in OUT. ``--also`` measures artifacts of other tools beside them, such as those
+that reference_quality.py makes.
 
-    python benchmarks/quality.py BASE --text wiki.test.raw --tokens 40960 --out benchmarks/results
+    python benchmarks/quality.py BASE --text wiki.test.raw --tokens 40960 --out benchmarks/results --also references/*
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from pathlib import Path
 
 from quantkit import __version__
 
-SETTINGS = (("rtn", "64", "--asym"), ("awq", "64", "--asym"), ("rtn", "64", "--sym"), ("awq", "64", "--sym"))
+CALIBRATED = ("awq", "gptq")
+SETTINGS = {
+    "rtn-asym": ("rtn", "--asym"),
+    "awq-asym": ("awq", "--asym"),
+    "awq-asym-no-duo": ("awq", "--asym", "--option", "duo=false"),
+    "gptq-asym": ("gptq", "--asym"),
+    "gptq-asym-upstream": ("gptq", "--asym", "--option", "upstream=true"),
+    "rtn-sym": ("rtn", "--sym"),
+    "awq-sym": ("awq", "--sym"),
+    "gptq-sym": ("gptq", "--sym"),
+    "gptq-sym-upstream": ("gptq", "--sym", "--option", "upstream=true"),
+    "nf4": ("nf4",),
+}
+"""Name of the artifact: method and options, at 4 bits in groups of 64."""
 
 
 def quantkit(*arguments: str | Path) -> None:
@@ -30,19 +44,26 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--also", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         made = []
-        for method, group, sym in SETTINGS:
-            artifact = Path(scratch) / f"{method}-g{group}{'-sym' if sym == '--sym' else ''}"
-            calibration = ("--samples", str(options.samples)) if method == "awq" else ()
-            quantkit("quantize", options.base, artifact, "--method", method, "--group-size", group, sym, *calibration)
-            made.append(artifact)
+        for name in options.only:
+            method, *rest = SETTINGS[name]
+            if method != "nf4":
+                rest += ["--group-size", "64"]
+            if method in CALIBRATED:
+                rest += ["--samples", str(options.samples)]
+            quantkit("quantize", options.base, Path(scratch) / name, "--method", method, "--device", options.device, *rest)
+            made.append(Path(scratch) / name)
         for text in (None, *options.text):
             report = Path(scratch) / "report"
             chosen = () if text is None else ("--text", text)
-            quantkit("report", options.base, *made, *chosen, "--tokens", str(options.tokens), "--out", report)
+            tokens = ("--tokens", str(options.tokens))
+            quantkit("report", options.base, *made, *options.also, *chosen, *tokens, "--device", options.device, "--out", report)
             found = json.loads((report / "report.json").read_text())
             line = {
                 "quantkit": __version__,

@@ -2,7 +2,7 @@
 
     python benchmarks/reference_quality.py tokens BASE TOKENS [--samples 128] [--seq-len 512]      in quantkit's environment
     python benchmarks/reference_quality.py all BASE TOKENS OUT [--only NAME ...]                   every run below, one after the other
-    ENVIRONMENT/bin/python benchmarks/reference_quality.py make NAME BASE TOKENS OUT               one run, in its tool's environment
+    ENVIRONMENT/bin/python benchmarks/reference_quality.py make NAME BASE TOKENS OUT [--device cuda]   one run, in its tool's environment
 
 TOKENS is JSON: windows of token ids of quantkit's built-in calibration text. `all` runs each tool in its environment of tests/oracles
 (`make -C tests/oracles envs` builds them), at the lowest priority on one thread, and appends a line per run to OUT/runs.jsonl. OUT/NAME is
@@ -31,38 +31,38 @@ Windows = list[list[int]]
 GROUP = 64
 
 
-def gptqmodel_save(base: Path, windows: Windows, out: Path, settings: dict[str, Any], backend: str) -> None:
+def gptqmodel_save(base: Path, windows: Windows, out: Path, settings: dict[str, Any], backend: str, device: str) -> None:
     import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
     # A dtype given as a string is ignored, and bfloat16 taken.
-    model = GPTQModel.load(str(base), QuantizeConfig(bits=4, group_size=GROUP, **settings), dtype=torch.float32, device="cpu")
+    model = GPTQModel.load(str(base), QuantizeConfig(bits=4, group_size=GROUP, **settings), dtype=torch.float32, device=device)
     calibration = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     model.quantize(calibration, batch_size=1, backend=getattr(BACKEND, backend))
     model.save(str(out))
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
 
 
-def gptqmodel_gptq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
-    gptqmodel_save(base, windows, out, {"method": "gptq", "format": "gptq", "desc_act": False, "sym": sym}, "AUTO")
+def gptqmodel_gptq(base: Path, windows: Windows, out: Path, sym: bool, device: str) -> None:
+    gptqmodel_save(base, windows, out, {"method": "gptq", "format": "gptq", "desc_act": False, "sym": sym}, "AUTO", device)
 
 
-def gptqmodel_awq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
+def gptqmodel_awq(base: Path, windows: Windows, out: Path, sym: bool, device: str) -> None:
     import torch
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear  # type: ignore[import-not-found]
 
     AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]  # its packer does; its kernel, not run here, may not
-    gptqmodel_save(base, windows, out, {"method": "awq", "format": "gemm", "sym": sym}, "AWQ_TORCH")
+    gptqmodel_save(base, windows, out, {"method": "awq", "format": "gemm", "sym": sym}, "AWQ_TORCH", device)
 
 
-def autoawq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
+def autoawq(base: Path, windows: Windows, out: Path, sym: bool, device: str) -> None:
     import torch
     from awq import AutoAWQForCausalLM  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoAWQForCausalLM.from_pretrained(str(base), torch_dtype=torch.float32, device_map="cpu", safetensors=True)
+    model = AutoAWQForCausalLM.from_pretrained(str(base), torch_dtype=torch.float32, device_map=device, safetensors=True)
     length = max(map(len, windows))
     settings = {"zero_point": not sym, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}
     model.quantize(tokenizer, quant_config=settings, calib_data=windows, max_calib_samples=len(windows), max_calib_seq_len=length)
@@ -70,7 +70,9 @@ def autoawq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
     tokenizer.save_pretrained(out)
 
 
-def llmcompressor_save(base: Path, windows: Windows, out: Path, modifiers: Callable[[dict[str, Any]], list[Any]], sym: bool) -> None:
+def llmcompressor_save(
+    base: Path, windows: Windows, out: Path, modifiers: Callable[[dict[str, Any]], list[Any]], sym: bool, device: str
+) -> None:
     import torch
     from datasets import Dataset  # type: ignore[import-not-found]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
@@ -79,7 +81,7 @@ def llmcompressor_save(base: Path, windows: Windows, out: Path, modifiers: Calla
     weights = {"num_bits": 4, "type": "int", "symmetric": sym, "strategy": "group", "group_size": GROUP}
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map=device)
     dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
     oneshot(
         model=model,
@@ -94,25 +96,26 @@ def llmcompressor_save(base: Path, windows: Windows, out: Path, modifiers: Calla
     tokenizer.save_pretrained(out)
 
 
-def llmcompressor_gptq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
+def llmcompressor_gptq(base: Path, windows: Windows, out: Path, sym: bool, device: str) -> None:
     def modifiers(scheme: dict[str, Any]) -> list[Any]:
         from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
 
         return [GPTQModifier(**scheme)]
 
-    llmcompressor_save(base, windows, out, modifiers, sym)
+    llmcompressor_save(base, windows, out, modifiers, sym, device)
 
 
-def llmcompressor_awq(base: Path, windows: Windows, out: Path, sym: bool) -> None:
+def llmcompressor_awq(base: Path, windows: Windows, out: Path, sym: bool, device: str) -> None:
     def modifiers(scheme: dict[str, Any]) -> list[Any]:
         from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
         from llmcompressor.modifiers.transform.awq import AWQModifier  # type: ignore[import-not-found]
         from llmcompressor.pipelines.cache import IntermediatesCache  # type: ignore[import-not-found]
 
-        IntermediatesCache.pin_memory = lambda *_, **__: None  # it pins for a GPU, and raises where there is none
+        if device == "cpu":
+            IntermediatesCache.pin_memory = lambda *_, **__: None  # it pins for a GPU, and raises where there is none
         return [AWQModifier(), QuantizationModifier(**scheme)]
 
-    llmcompressor_save(base, windows, out, modifiers, sym)
+    llmcompressor_save(base, windows, out, modifiers, sym, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class Run:
     """One artifact: who makes it, in which environment, with symmetric groups or not."""
 
     environment: str
-    make: Callable[[Path, Windows, Path, bool], None]
+    make: Callable[[Path, Windows, Path, bool, str], None]
     sym: bool
 
 
@@ -167,10 +170,10 @@ def check(artifact: Path) -> None:
             raise ValueError(f"{artifact}: has no {name}")
 
 
-def make(name: str, base: Path, tokens: Path, out: Path) -> None:
+def make(name: str, base: Path, tokens: Path, out: Path, device: str = "cpu") -> None:
     """One artifact, in this environment."""
     windows: Windows = json.loads(tokens.read_text())
-    RUNS[name].make(base, windows, out, RUNS[name].sym)
+    RUNS[name].make(base, windows, out, RUNS[name].sym, device)
     store_halves(out)
     check(out)
 
@@ -232,6 +235,7 @@ def main() -> None:
     task.add_argument("name", choices=list(RUNS))
     for name in ("base", "tokens", "out"):
         task.add_argument(name, type=Path)
+    task.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     task = tasks.add_parser("all")
     for name in ("base", "tokens", "out"):
         task.add_argument(name, type=Path)
@@ -240,7 +244,7 @@ def main() -> None:
     if given.task == "tokens":
         write_tokens(given.base, given.tokens, given.samples, given.seq_len)
     elif given.task == "make":
-        make(given.name, given.base, given.tokens, given.out)
+        make(given.name, given.base, given.tokens, given.out, given.device)
     else:
         sys.exit(bool(run_all(given.base, given.tokens, given.out, given.only)))
 

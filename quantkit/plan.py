@@ -16,7 +16,7 @@ from typing import Any
 from quantkit.arch.spec import Dim, ModelSpec
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, geometry_of, plain
-from quantkit.scheme import Assignment, LinearScheme
+from quantkit.scheme import KEEP, Assignment, LinearScheme
 
 VOCAB_GRANULE = 64
 """The vocabulary is padded with zero rows to a multiple of this, and cut in pieces of this (``formats.md`` 9.9)."""
@@ -64,6 +64,11 @@ class ParallelPlan:
             return n, self.elements(inp, rank)
         return self.elements(out, rank), k
 
+    def rows(self, rank: int) -> range:
+        """The rows of the vocabulary that ``rank`` owns, none of the padding: what it stores of a quantized embedding."""
+        owned = self.elements("vocab", rank)
+        return range(min(owned.start, self.vocab), min(owned.stop, self.vocab))
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data, for a manifest."""
         return {
@@ -100,8 +105,9 @@ class ParallelPlan:
             raise InputError(where, "is for a model of other dims or linears", "the plan of the config.json beside it")
         for (role, _), (path, geometry) in _distinct(spec, assignment, dtype).items():
             for rank in range(self.tp):
+                n, k = self.cut(role, rank)
                 try:
-                    geometry.cut(*self.cut(role, rank))
+                    geometry.cut(self.rows(rank) if role == EMBEDDING else n, k)
                 except InputError as exc:
                     raise InputError(where, f"rank {rank}: {path}: {exc.what}", exc.expected) from exc
 
@@ -226,8 +232,22 @@ def stored_geometries(
         yield roles, path, stored_geometry(spec, roles[0], path, assignment[path], dtype=dtype)
 
 
+def embedding_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geometry | None:
+    """A quantized embedding, of the true vocabulary: no token looks up a row of the padding. None: it is in floats.
+
+    Raises InputError as ``linear_geometry`` does.
+    """
+    name, vocab, hidden = spec.architecture.embedding, spec.dims["vocab"].elements, spec.dims["hidden"].elements
+    scheme = assignment.get(name, KEEP)
+    return None if scheme.layout in FLOAT_LAYOUTS else linear_geometry(name, vocab, hidden, scheme, dtype=dtype, bias=False)
+
+
 def stored_linears(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Iterable[tuple[tuple[str, ...], str, Geometry]]:
-    """``stored_geometries`` of every block, then a head of its own, unpadded, with the role HEAD. Raises InputError as a layout does."""
+    """``stored_geometries`` of every block, a quantized embedding before them, with the role EMBEDDING, and a head of its own after
+    them, unpadded, with the role HEAD. Raises InputError as a layout does."""
+    table = embedding_geometry(spec, assignment, dtype=dtype)
+    if table is not None:
+        yield (EMBEDDING,), spec.architecture.embedding, table
     for layer in range(spec.layers):
         yield from stored_geometries(spec, assignment, layer, dtype=dtype)
     if not spec.tied:
@@ -263,13 +283,17 @@ def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geo
 
 
 def _distinct(spec: ModelSpec, assignment: Assignment, dtype: str) -> dict[tuple[str, Geometry], tuple[str, Geometry]]:
-    """Each different (role, geometry) once, with the path of the first linear that has it; the head under "head"."""
+    """Each different (role, geometry) once, with the path of the first linear that has it; the head under "head", a quantized embedding
+    under "embedding"."""
     found: dict[tuple[str, Geometry], tuple[str, Geometry]] = {}
     for role, path, geometry in block_geometries(spec, assignment, dtype=dtype):
         found.setdefault((role, geometry), (path, geometry))
     if not spec.tied:
         geometry = head_geometry(spec, assignment, dtype=dtype)
         found[HEAD, geometry] = spec.architecture.head, geometry
+    table = embedding_geometry(spec, assignment, dtype=dtype)
+    if table is not None:
+        found[EMBEDDING, table] = spec.architecture.embedding, table
     return found
 
 
@@ -387,15 +411,18 @@ def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, 
     """Bytes per rank by geometry, with kept tensors in ``dtype`` and the KV cache in ``kv_dtype`` (safetensors names)."""
     widths = {"hidden": spec.dims["hidden"].elements, "head": spec.head_dim}
     norm_elements = spec.layers * sum(widths[norm.width] for norm in spec.norms.values()) + widths["hidden"]
-    embedding = plain(plan.dims["vocab"].size, widths["hidden"], dtype=dtype)
-    tables = [embedding] if spec.tied else [embedding, head_geometry(spec, assignment, dtype=dtype)]
+    rows, hidden = plan.dims["vocab"].size, range(widths["hidden"])
+    packed = embedding_geometry(spec, assignment, dtype=dtype)
+    floats = [] if packed is not None else [plain(rows, len(hidden), dtype=dtype)]
+    tables = floats if spec.tied else [*floats, head_geometry(spec, assignment, dtype=dtype)]
     counts: dict[tuple[str, Geometry], int] = {}
     for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):
         counts[role, geometry] = counts.get((role, geometry), 0) + 1
     return tuple(
         RankMemory(
             linears=sum(count * geometry.cut(*plan.cut(role, rank)).total_bytes for (role, geometry), count in counts.items()),
-            vocabulary=sum(table.cut(*plan.cut(HEAD, rank)).total_bytes for table in tables),
+            vocabulary=sum(table.cut(*plan.cut(HEAD, rank)).total_bytes for table in tables)
+            + (0 if packed is None else packed.cut(plan.rows(rank), hidden).total_bytes),
             norms=norm_elements * DTYPE_BYTES[dtype],
             kv_per_token=2 * spec.layers * len(plan.elements("kv_heads", rank)) * DTYPE_BYTES[kv_dtype],
         )

@@ -9,11 +9,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS
+from quantkit.method_facts import METHODS
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
 READABLE = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "fp8")
@@ -28,6 +30,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "fp8": ("fp8_block",),
 }
 """Format as users name it -> the layouts that one artifact of it can hold."""
+EMBEDDING_FORMAT = "compressed-tensors"
+"""The format whose loaders take a quantized embedding; those of the others read it as floats."""
 
 
 class Stored(Protocol):
@@ -69,17 +73,40 @@ def _patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return out
 
 
-def quantization_config(assignment: Assignment, head: str) -> dict[str, Any]:
-    """The ``quantization_config`` of an artifact; ``head`` is the module path of the output head, tied or not.
+def quantization_config(assignment: Assignment, head: str, embedding: str = "") -> dict[str, Any]:
+    """The ``quantization_config`` of an artifact; ``head`` is the module path of the output head, tied or not, ``embedding`` that of
+    an embedding that may be quantized.
 
-    Raises InputError when the linears' layouts belong to different formats, or the format cannot say what they differ in.
+    Raises InputError when the linears' layouts belong to different formats, or the format cannot say what they differ in, or
+    cannot hold a quantized embedding.
     """
-    quantized = {name: s for name, s in assignment.items() if not is_kept(s)}
+    table = assignment.get(embedding, KEEP)
+    quantized = {name: s for name, s in assignment.items() if not is_kept(s) and name != embedding}
     names = {format_of(s.layout) for s in quantized.values()}
     if len(names) != 1:
         raise InputError(WHERE, f"one artifact cannot be of the formats {', '.join(sorted(names)) or 'of no format'}", "one format")
-    kept = sorted({name for name, s in assignment.items() if is_kept(s)} | ({head} - set(quantized)))
-    return _WRITERS[names.pop()](quantized, kept, head)
+    kept = sorted({name for name, s in assignment.items() if is_kept(s) and name != embedding} | ({head} - set(quantized)))
+    name = names.pop()
+    config = _WRITERS[name](quantized, kept, head)
+    if is_kept(table):
+        return config
+    refuse_embedding(embedding, name)
+    if format_of(table.layout) != name:
+        raise InputError(embedding, f"is quantized in the {format_of(table.layout)} format and the linears in {name}", "one format")
+    groups = config["config_groups"]
+    groups[f"group_{len(groups)}"] = _ct_group(table, [f"re:^{re.escape(embedding)}$"])
+    formats = {group["format"] for group in groups.values()}
+    return {**config, "format": formats.pop() if len(formats) == 1 else "mixed-precision"}
+
+
+def refuse_embedding(name: str, fmt: str) -> None:
+    """Raise InputError naming the embedding when the format ``fmt`` cannot hold it quantized."""
+    if fmt != EMBEDDING_FORMAT:
+        methods = ", ".join(method for method, facts in METHODS.items() if EMBEDDING_FORMAT in facts.formats)
+        what = f"cannot be quantized in the {fmt} format, whose loaders read an embedding as floats"
+        raise InputError(
+            name, what, f"--format {EMBEDDING_FORMAT} (methods {methods})", "or leave the override out, and the embedding in floats"
+        )
 
 
 def _one(quantized: Assignment, what: str, fields: Callable[[LinearScheme], Any]) -> LinearScheme:
@@ -148,7 +175,8 @@ def _ct_group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
     }
     activations = None
     if scheme.activations:
-        activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+        grid = "float" if scheme.activations == "fp8_token" else "int"
+        activations = {"num_bits": 8, "type": grid, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
     return {
         "targets": targets,
         "weights": weights,
@@ -251,16 +279,20 @@ def leaves_out(quant: Mapping[str, Any], name: str) -> bool:
     return _dynamic(quant, name) is None
 
 
-def claimed_tensors(config: Mapping[str, Any], linears: Iterable[str], head: str) -> dict[str, Stored]:
-    """What ``assignment_from_config`` needs to see of a checkpoint of which only ``config.json`` is there."""
+def claimed_tensors(config: Mapping[str, Any], linears: Iterable[str], head: str, embedding: str = "") -> dict[str, Stored]:
+    """What ``stored_assignment`` needs to see of a checkpoint of which only ``config.json`` is there."""
     quant = config.get("quantization_config")
     if not isinstance(quant, Mapping):
         return {}
     code = str(quant.get("bnb_4bit_quant_type", "nf4"))
     parts = {"awq": ("qweight",), "gptq": ("qweight",), "fp8": ("weight_scale_inv",)}.get(str(quant.get("quant_method")), ())
     if quant.get("quant_method") == "compressed-tensors":
-        parts = ("weight_packed",) if quant.get("format") == "pack-quantized" else ("weight_scale",)
-    elif quant.get("load_in_4bit"):
+        return {
+            f"{name}.{part}": _Claimed("F16", (1,))
+            for name, kind in (*((name, "Linear") for name in linears if name != head), (embedding, "Embedding"))
+            for part in _ct_claims(quant, name, kind)
+        }
+    if quant.get("load_in_4bit"):
         nested = ("weight.nested_absmax",) if quant.get("bnb_4bit_use_double_quant") else ()
         parts = ("weight", "weight.absmax", f"weight.quant_state.bitsandbytes__{code}", *nested)
     elif quant.get("load_in_8bit"):
@@ -289,6 +321,24 @@ def assignment_from_config(config: Mapping[str, Any], linears: Iterable[str], te
     if not isinstance(method, str) or method not in _READERS:
         raise InputError(WHERE, f"quant_method {method!r}", f"one of {', '.join(_READERS)}")
     return _READERS[method](quant, names, tensors)
+
+
+def stored_assignment(config: Mapping[str, Any], spec: ModelSpec, tensors: Mapping[str, Stored]) -> dict[str, LinearScheme]:
+    """``assignment_from_config`` of every linear of a model, and of its embedding when that is quantized.
+
+    Raises InputError as it does, and for a quantized embedding that a tied head would have to multiply by.
+    """
+    found = assignment_from_config(config, spec.all_linears(), tensors)
+    name, quant = spec.architecture.embedding, config.get("quantization_config")
+    if not isinstance(quant, Mapping) or quant.get("quant_method") != EMBEDDING_FORMAT:
+        return found
+    scheme = _read_compressed(quant, [name], tensors, "Embedding")[name]
+    if is_kept(scheme):
+        return found
+    if spec.tied:
+        raise InputError(name, "is quantized, and config.json ties the head to it", "tie_word_embeddings false, and a head of its own")
+    # Nothing is multiplied by it: what its config says of inputs, which are token ids, has no meaning.
+    return {**found, name: replace(scheme, activations="")}
 
 
 def _int(quant: Mapping[str, Any], keys: Sequence[str], default: int) -> int:
@@ -378,6 +428,24 @@ def _targets(entries: Any, name: str, where: str) -> bool:
     return False
 
 
+def _ct_activations(group: Mapping[str, Any]) -> str:
+    """How the linears of a config group round their inputs: ``LinearScheme.activations``."""
+    where, inputs = f"{WHERE}.config_groups", group.get("input_activations")
+    if group.get("output_activations") is not None:
+        raise InputError(where, f"output_activations {group['output_activations']!r:.100}", "null")
+    if inputs is None:
+        return ""
+    if not isinstance(inputs, Mapping):
+        raise InputError(where, f"input_activations {inputs!r:.50}", "an object or null")
+    if inputs.get("dynamic") is not True or inputs.get("strategy") != "token":
+        found = f"activations quantized {'per ' + str(inputs.get('strategy'))}, dynamic {inputs.get('dynamic')}"
+        raise InputError(where, found, "dynamic per-token activations, or none")
+    bits, kind, sym = _int(inputs, ("num_bits",), 8), str(inputs.get("type", "int")), bool(inputs.get("symmetric", True))
+    if bits != 8 or kind not in ("int", "float") or not sym:
+        raise InputError(where, f"activations of {bits} bits, {kind}, {'' if sym else 'a'}symmetric", "8 bits, int or float, symmetric")
+    return "fp8_token" if kind == "float" else "int8_token"
+
+
 def _ct_scheme(group: Mapping[str, Any], name: str, tensors: Mapping[str, Stored]) -> LinearScheme:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
@@ -385,13 +453,7 @@ def _ct_scheme(group: Mapping[str, Any], name: str, tensors: Mapping[str, Stored
     bits, kind = _int(weights, ("num_bits",), 8), str(weights.get("type", "int"))
     strategy = str(weights.get("strategy") or ("group" if weights.get("group_size") not in (None, -1) else "tensor"))
     sym = bool(weights.get("symmetric", True))
-    inputs = group.get("input_activations")
-    activations = ""
-    if isinstance(inputs, Mapping):
-        if not inputs.get("dynamic") or inputs.get("strategy") not in ("token", None):
-            found = f"activations quantized {'per ' + str(inputs.get('strategy'))}, dynamic {inputs.get('dynamic')}"
-            raise InputError(f"{WHERE}.config_groups", found, "dynamic per-token activations, or none")
-        activations = "fp8_token" if kind == "float" else "int8_token"
+    activations = _ct_activations(group)
     if f"{name}.weight_packed" in tensors:
         if kind != "int" or strategy not in ("group", "channel"):
             raise InputError(f"{WHERE}.config_groups", f"packed weights of type {kind}, strategy {strategy}", "int, by group or channel")
@@ -406,18 +468,38 @@ def _ct_scheme(group: Mapping[str, Any], name: str, tensors: Mapping[str, Stored
     return LinearScheme(layout, layout, 8, group_size, True, scale, activations=activations)
 
 
-def _read_compressed(quant: Mapping[str, Any], names: list[str], tensors: Mapping[str, Stored]) -> dict[str, LinearScheme]:
+def _ct_groups(quant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = quant.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise InputError(f"{WHERE}.config_groups", f"is {groups!r:.100}", "an object of config groups")
-    found: dict[str, LinearScheme] = {}
+    return list(groups.values())
+
+
+def _ct_group_of(groups: list[Mapping[str, Any]], name: str, kind: str) -> Mapping[str, Any] | None:
+    """The config group whose targets mean the module ``name`` of the class ``kind``; one that names it goes before its class."""
+    by_name = [g for g in groups if _targets(g.get("targets"), name, f"{WHERE}.config_groups")]
+    by_class = [g for g in groups if kind in g["targets"]]
+    return next(iter([*by_name, *by_class]), None)
+
+
+def _ct_claims(quant: Mapping[str, Any], name: str, kind: str) -> tuple[str, ...]:
+    """The part by which a module's format is known, as its config group promises it; none where it is not quantized."""
+    group = None if leaves_out(quant, name) else _ct_group_of(_ct_groups(quant), name, kind)
+    if group is None:
+        return ()
+    return ("weight_packed",) if (group.get("format") or quant.get("format")) == "pack-quantized" else ("weight_scale",)
+
+
+def _read_compressed(
+    quant: Mapping[str, Any], names: list[str], tensors: Mapping[str, Stored], kind: str = "Linear"
+) -> dict[str, LinearScheme]:
+    """``kind`` is the class of the modules ``names``, which targets may name."""
+    groups, found = _ct_groups(quant), dict[str, LinearScheme]()
     for name in names:
         if f"{name}.weight_packed" not in tensors and f"{name}.weight_scale" not in tensors:
             found[name] = KEEP
             continue
-        by_name = [g for g in groups.values() if _targets(g.get("targets"), name, f"{WHERE}.config_groups")]
-        by_class = [g for g in groups.values() if "Linear" in g["targets"]]
-        chosen = next(iter([*by_name, *by_class]), None)
+        chosen = _ct_group_of(groups, name, kind)
         if chosen is None:
             raise InputError(f"{WHERE}.config_groups", f"no group's targets mean {name}", "a group for each quantized linear")
         found[name] = _ct_scheme(chosen, name, tensors)

@@ -27,7 +27,7 @@ from quantkit.formats.jsonfile import parse_object
 from quantkit.formats.safetensors import Header, TensorEntry, encode_header, parse_header, read_header
 from quantkit.plan import ParallelPlan, make_plan
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import assignment_from_config
+from quantkit.quant_config import stored_assignment
 from quantkit.scheme import Assignment, assignment_to_json
 from quantkit.slices import RankSlice, rank_slices
 
@@ -105,7 +105,7 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
         what = f"holds {renamed[0]} under another name or stacked with others"
         raise InputError(where, what, "a tensor for each linear", "quantkit convert --to hf writes it so")
     spec = spec_for(checkpoint.config)
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     plan = make_plan(spec, assignment, tp, dtype="BF16")
     ranks = [list(rank_slices(spec, assignment, plan, rank, checkpoint.tensors)) for rank in range(tp)]
     heads = [encode_header(_entries(pieces), {"format": "pt"}, align=PAGE) for pieces in ranks]
@@ -265,7 +265,7 @@ def _open_shards(path: Path) -> _Shards:
         raise InputError(where, "names a tensor in two files of the parent", "each tensor once")
     assert isinstance(parent, dict)
     shards = _Shards(path, config, spec, {}, plan, parents, files, tuple(weights.values()), parent.get("sums_sha256"))
-    assignment = assignment_from_config(config, spec.all_linears(), shards.tensors)
+    assignment = stored_assignment(config, spec, shards.tensors)
     plan.check(spec, assignment, dtype="BF16", where=where)
     return replace(shards, assignment=assignment)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, Part
-from quantkit.plan import HEAD, ParallelPlan, head_geometry, stored_geometries
+from quantkit.plan import HEAD, ParallelPlan, embedding_geometry, head_geometry, stored_geometries
 from quantkit.scheme import Assignment
 
 
@@ -112,7 +112,18 @@ def rank_slices(
             name = f"{module}.{suffix}"
             yield out(_whole(name, _found(tensors, name, (size,))))
 
-    yield out(_vocab_slice(f"{arch.embedding}.weight", plan, rank, tensors))
+    def packed(module: str, geometry: Geometry, n: range, k: range) -> Iterator[RankSlice]:
+        for part in geometry.parts:
+            name = f"{module}.{part.suffix}"
+            stored = _found(tensors, name, None if part.free else geometry.stored_shape(part), part.dtype)
+            index, view = part_index(geometry, part, stored, n, k)
+            yield out(RankSlice(name, stored.dtype, index, 0, view))
+
+    table = embedding_geometry(spec, assignment, dtype="BF16")
+    if table is None:
+        yield out(_vocab_slice(f"{arch.embedding}.weight", plan, rank, tensors))
+    else:
+        yield from packed(arch.embedding, table, plan.rows(rank), range(table.k))
     if spec.position_table is not None:
         name = f"{spec.position_table}.weight"
         yield out(_whole(name, _found(tensors, name, (spec.max_positions, spec.dims["hidden"].elements))))
@@ -135,12 +146,7 @@ def rank_slices(
                     yield out(piece)
     yield from norm(arch.final_norm, "hidden")
     if not spec.tied and assignment[arch.head].layout not in FLOAT_LAYOUTS:
-        geometry = head_geometry(spec, assignment, dtype="BF16")
-        for part in geometry.parts:
-            name = f"{arch.head}.{part.suffix}"
-            stored = _found(tensors, name, None if part.free else geometry.stored_shape(part), part.dtype)
-            index, view = part_index(geometry, part, stored, *plan.cut(HEAD, rank))
-            yield out(RankSlice(name, stored.dtype, index, 0, view))
+        yield from packed(arch.head, head_geometry(spec, assignment, dtype="BF16"), *plan.cut(HEAD, rank))
     elif not spec.tied or f"{arch.head}.weight" in tensors:
         yield out(_vocab_slice(f"{arch.head}.weight", plan, rank, tensors))
     modules = {*spec.all_linears(), arch.head, arch.embedding}

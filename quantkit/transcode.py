@@ -18,8 +18,8 @@ from quantkit.checkpoint.reader import Checkpoint, read_manifest
 from quantkit.errors import InputError
 from quantkit.formats.quant_state import parse_quant_state
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, Part, geometry_of
-from quantkit.plan import HEAD, linear_geometry, stored_linears
-from quantkit.quant_config import assignment_from_config, quantization_config
+from quantkit.plan import linear_geometry, stored_linears
+from quantkit.quant_config import EMBEDDING_FORMAT, assignment_from_config, quantization_config, stored_assignment
 from quantkit.scheme import KEEP, LinearScheme
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, QuantizedLinear]:
 
 def _by_table(checkpoint: Checkpoint) -> Iterator[QuantizedLinear]:
     spec = spec_for(checkpoint.config)
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     for roles, path, geometry in stored_linears(spec, assignment, dtype="BF16"):
         if geometry.layout not in FLOAT_LAYOUTS:
-            yield QuantizedLinear(path, geometry, roles != (HEAD,) and spec.linears[roles[0]].transposed)
+            yield QuantizedLinear(path, geometry, roles[0] in spec.linears and spec.linears[roles[0]].transposed)
 
 
 def _by_name(checkpoint: Checkpoint) -> Iterator[QuantizedLinear]:
@@ -193,6 +193,8 @@ def exact_conversion(checkpoint: Checkpoint, to: str) -> ExactConversion:
         kind = "is a GGUF file" if checkpoint.kind == "gguf" else "is not quantized"
         hint = again if checkpoint.kind == "gguf" else f"quantkit quantize {root} OUT {options}"
         raise InputError(root, f"{kind}, and --to {to} is for integers that are there already", "gptq, awq or compressed-tensors", hint)
+    if spec.architecture.embedding in linears and to != EMBEDDING_FORMAT:
+        raise InputError(spec.architecture.embedding, f"is quantized, which {to} cannot hold", "an embedding in floats", again)
     for linear in linears.values():
         if linear.geometry.layout not in INTEGER_LAYOUTS:
             raise InputError(linear.path, f"is {linear.label}, which is not exactly convertible to {to}", "integers in groups", again)

@@ -19,9 +19,9 @@ from quantkit.checkpoint.artifact import INDEX, MANIFEST, MANIFEST_SCHEMA, SUMS,
 from quantkit.checkpoint.reader import EXTRA_FILES, Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry
-from quantkit.plan import HEAD, quantized_size, stored_linears
+from quantkit.plan import EMBEDDING, HEAD, embedding_geometry, quantized_size, stored_linears
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import assignment_from_config, is_kept, leaves_out
+from quantkit.quant_config import is_kept, leaves_out, stored_assignment
 from quantkit.scheme import Assignment, assignment_to_json
 from quantkit.shard import open_rank, rank_file, read_plan
 from quantkit.slices import Stored, fused_name
@@ -84,7 +84,7 @@ class _Stored:
 
 
 def _linears(spec: ModelSpec, assignment: Assignment) -> list[_Stored]:
-    """Every stored linear, a head of its own included. Raises InputError as a layout does."""
+    """Every stored linear, a head of its own and a quantized embedding included. Raises InputError as a layout does."""
     return [_Stored(*item) for item in stored_linears(spec, assignment, dtype="BF16")]
 
 
@@ -93,7 +93,8 @@ def expected_tensors(spec: ModelSpec, assignment: Assignment) -> dict[str, Expec
     arch, found = spec.architecture, dict[str, Expected]()
     hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
     widths = {"hidden": hidden, "head": spec.head_dim}
-    found[f"{arch.embedding}.weight"] = Expected((vocab, hidden), FLOATS)
+    if embedding_geometry(spec, assignment, dtype="BF16") is None:
+        found[f"{arch.embedding}.weight"] = Expected((vocab, hidden), FLOATS)
     if spec.position_table is not None:
         found[f"{spec.position_table}.weight"] = Expected((spec.max_positions, hidden), FLOATS)
     for linear in _linears(spec, assignment):
@@ -140,7 +141,7 @@ def verify(path: str | Path, *, deep: bool, progress: Progress = silent) -> Veri
         return _verify_shards(root, deep, progress)
     checkpoint = open_checkpoint(path)
     spec = spec_for(checkpoint.config)
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     stored_bytes = sum(ref.nbytes for ref in checkpoint.tensors.values())
     kind = "GGUF file" if checkpoint.kind == "gguf" else "checkpoint" if manifest is None else str(manifest.get("kind", "artifact"))
     found = Verification(kind, len(checkpoint.tensors), stored_bytes)
@@ -310,7 +311,8 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
             for item in _linears(spec, assignment):
                 for role in item.roles if item.geometry.layout not in FLOAT_LAYOUTS else ():
                     n, k = plan.cut(role, rank)
-                    first = 0 if role == HEAD else spec.rows(role).start
+                    n = plan.rows(rank) if role == EMBEDDING else n
+                    first = 0 if role in (HEAD, EMBEDDING) else spec.rows(role).start
                     cut = item.geometry.cut(range(n.start + first, n.stop + first), k)
                     packed[item.path if len(item.roles) == 1 else f"{item.path}@{role}"] = cut
             _check_values(checkpoint, packed, _symmetric(manifest), f"{rank_file(rank, plan.tp)}: ", found, progress)

@@ -398,6 +398,7 @@ def quantize(
         int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 2048 from a file, else 512.")
     ] = None,
     device: Device = "auto",
+    devices: Annotated[int, typer.Option("--devices", min=1, metavar="N", help="GPUs of this machine to split the work over.")] = 1,
     compute_dtype: Annotated[
         str,
         typer.Option(
@@ -438,6 +439,7 @@ def quantize(
             samples=samples,
             seq_len=seq_len,
             device=device,
+            devices=devices,
             compute_dtype=compute_dtype,
             offload=offload,
             max_shard_size=_size(max_shard_size, "--max-shard-size"),
@@ -644,6 +646,7 @@ def report(
             help="Dtype in which perplexity is computed; speed and memory are measured in bfloat16, as served.",
         ),
     ] = "float32",
+    device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -666,6 +669,7 @@ def report(
             max_ppl_increase=None if max_ppl_increase is None else _fraction(max_ppl_increase, "--max-ppl-increase"),
             max_memory=None if max_memory is None else _size(max_memory, "--max-memory"),
             dtype=dtype,
+            device=device,
         )
         return report.run(options, progress)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from quantkit.arch.spec import ModelSpec
+from quantkit.arch.table import TABLE
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, geometry_of
-from quantkit.method_facts import MethodFacts, fitting_formats, make_scheme
+from quantkit.method_facts import METHODS, MethodFacts, fitting_formats, make_scheme
 from quantkit.plan import stored_geometry
-from quantkit.quant_config import is_kept
+from quantkit.quant_config import EMBEDDING_FORMAT, is_kept, refuse_embedding
 from quantkit.recipe import Override, Recipe
 from quantkit.scheme import KEEP, LinearScheme, Rule, resolve
 
@@ -23,6 +24,42 @@ def float_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     """The safetensors dtype of a model's floats, by its embedding."""
     name = f"{spec.architecture.embedding}.weight"
     return GGUF_DTYPE if checkpoint.kind == "gguf" or name not in checkpoint.tensors else checkpoint.dtype(name)
+
+
+def _format(recipe: Recipe, facts: Mapping[str, MethodFacts]) -> str:
+    return recipe.format or fitting_formats(facts[recipe.method], recipe.bits)[0]
+
+
+def _means(pattern: str, name: str, linears: Iterable[str]) -> bool:
+    """Whether an override means ``name``, which lies outside the blocks: it matches that and none of ``linears``."""
+    return re.search(pattern, name) is not None and not any(re.search(pattern, linear) for linear in linears)
+
+
+def _embedding_scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, override: Override, name: str) -> LinearScheme:
+    """How the embedding ``name`` is stored by an override that means it: rounded to nearest, to 8 bits and symmetric with a scale for each
+    row where ``override`` does not say otherwise; what the recipe says of linears is not meant for it.
+
+    Rows of 8 bits lie unpacked, as transformers loads them; anything else is packed, as vLLM looks it up. Raises InputError for a
+    format that cannot hold it, and for a method that has nothing to solve here: no activations reach it.
+    """
+    if override.keep:
+        return KEEP
+    refuse_embedding(name, _format(recipe, facts))
+    where = f"override {override.pattern!r}"
+    if override.method not in (None, "rtn"):
+        raise InputError(where, f"method {override.method!r} for {name}, which is looked up and not multiplied by", "rtn, or no method")
+    scheme = make_scheme(
+        "rtn",
+        METHODS["rtn"],
+        fmt=EMBEDDING_FORMAT,
+        bits=8 if override.bits is None else override.bits,
+        group_size=-1 if override.group_size is None else override.group_size,
+        sym=override.sym is not False,
+        options={},
+        dtype=dtype,
+        where=dict.fromkeys(("bits", "group_size", "sym", "format"), where),
+    )
+    return replace(scheme, layout="int8") if (scheme.bits, scheme.group_size, scheme.sym) == (8, -1, True) else scheme
 
 
 def _scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, override: Override | None = None) -> LinearScheme:
@@ -46,7 +83,7 @@ def _scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, overri
     return make_scheme(
         method,
         facts[method],
-        fmt=recipe.format or fitting_formats(facts[recipe.method], recipe.bits)[0],
+        fmt=_format(recipe, facts),
         bits=values["bits"],
         group_size=values["group_size"],
         sym=values["sym"],
@@ -57,26 +94,33 @@ def _scheme(recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str, overri
 
 
 def check_recipe(recipe: Recipe, facts: Mapping[str, MethodFacts]) -> LinearScheme:
-    """The scheme of ``recipe`` for a 16-bit model. Raises InputError when no model could be quantized by it."""
-    schemes = [_scheme(recipe, facts, "F16", override) for override in (None, *recipe.overrides)]
-    return schemes[0]
+    """The scheme of ``recipe`` for a 16-bit model. Raises InputError when no model could be quantized by it; what an override for
+    an embedding says is judged with the model."""
+    main = _scheme(recipe, facts, "F16")
+    for override in recipe.overrides:
+        others = ((arch.embedding, [arch.head, *(arch.block.format(layer=0) + linear.name for linear in arch.linears)]) for arch in TABLE)
+        if not any(_means(override.pattern, name, linears) for name, linears in others):
+            _scheme(recipe, facts, "F16", override)
+    return main
 
 
 def assign(spec: ModelSpec, recipe: Recipe, facts: Mapping[str, MethodFacts], dtype: str) -> dict[str, LinearScheme]:
     """Which linear is stored how: overrides, then every other linear of the blocks by the recipe; routers and gates are kept.
 
-    The head is quantized, rounded to nearest, by an override that means it alone; a tied one is untied. Raises InputError naming
-    the linear, the numbers and the remedy when a layout cannot hold its shape.
+    Head and embedding are quantized, rounded to nearest, by an override that means nothing else. Either unties them: a tied head
+    is then stored beside the embedding. An embedding in floats has no entry. Raises InputError naming the linear, the numbers and
+    the remedy when a layout cannot hold its shape, or the format no embedding.
     """
-    head = spec.architecture.head
-    names = list(dict.fromkeys([*spec.all_linears(), head]))
+    head, embedding = spec.architecture.head, spec.architecture.embedding
+    blocks = [name for name in spec.all_linears() if name != head]
     main = _scheme(recipe, facts, dtype)
-    rules = [Rule(o.pattern, _scheme(recipe, facts, dtype, o)) for o in recipe.overrides]
-    assignment = resolve([*rules, Rule("", main)], names)
-    by_itself = [rule for rule in rules if [name for name in names if re.search(rule.pattern, name)] == [head]]
-    chosen = by_itself[0].scheme if by_itself else KEEP
+    tables = [o for o in recipe.overrides if _means(o.pattern, embedding, blocks)]
+    rules = [Rule(o.pattern, _scheme(recipe, facts, dtype, o)) for o in recipe.overrides if o not in tables or re.search(o.pattern, head)]
+    assignment = resolve([*rules, Rule("", main)], [*blocks, head])
+    chosen = next((rule.scheme for rule in rules if _means(rule.pattern, head, blocks)), KEEP)
+    table = _embedding_scheme(recipe, facts, dtype, tables[0], embedding) if tables else KEEP
     assignment[head] = chosen if is_kept(chosen) else replace(chosen, method="rtn")
-    if is_kept(chosen) and spec.tied:
+    if is_kept(chosen) and is_kept(table) and spec.tied:
         del assignment[head]
     for layer in range(spec.layers):
         for path, roles in spec.block_modules(layer).items():
@@ -91,12 +135,14 @@ def assign(spec: ModelSpec, recipe: Recipe, facts: Mapping[str, MethodFacts], dt
     for layer in range(spec.layers):
         for path, roles in spec.block_modules(layer).items():
             stored_geometry(spec, roles[0], path, assignment[path], dtype="F16")
-    if not is_kept(assignment.get(head, KEEP)):
+    for name, scheme in ((head, chosen), (embedding, table)):
+        if is_kept(scheme):
+            continue
         try:
-            geometry_of(assignment[head], spec.dims["vocab"].elements, spec.dims["hidden"].elements, dtype="F16")
+            geometry_of(scheme, spec.dims["vocab"].elements, spec.dims["hidden"].elements, dtype="F16")
         except InputError as exc:
-            raise InputError(head, exc.what, exc.expected) from exc
-    return assignment
+            raise InputError(name, exc.what, exc.expected, "group_size=-1 in its override makes each row a group") from exc
+    return assignment if is_kept(table) else {**assignment, embedding: table}
 
 
 def artifact_bytes(checkpoint: Checkpoint, spec: ModelSpec, assignment: Mapping[str, LinearScheme]) -> tuple[int, int]:
@@ -115,6 +161,7 @@ def artifact_bytes(checkpoint: Checkpoint, spec: ModelSpec, assignment: Mapping[
             n, k = spec.stored_shape(roles[module]) if module in roles else ref.shape
             after += geometry_of(scheme, n, k, dtype=dtype).total_bytes
     head = spec.architecture.head
-    if spec.tied and head in assignment:  # untied: the embedding stays beside it
-        after += geometry_of(assignment[head], spec.dims["vocab"].elements, spec.dims["hidden"].elements, dtype="F16").total_bytes
+    if spec.tied and head in assignment and f"{head}.weight" not in checkpoint.tensors:  # untied: the embedding stays beside it
+        rows, hidden = spec.dims["vocab"].elements, spec.dims["hidden"].elements
+        after += geometry_of(assignment[head], rows, hidden, dtype=float_dtype(checkpoint, spec)).total_bytes
     return before, after

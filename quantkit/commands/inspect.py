@@ -18,7 +18,7 @@ from quantkit.formats.gguf import BY_NAME
 from quantkit.formats.jsonfile import read_object
 from quantkit.geometry import DTYPE_BYTES, geometry_of
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import READABLE, assignment_from_config, is_kept
+from quantkit.quant_config import READABLE, is_kept, stored_assignment
 from quantkit.report import Report, Table, next_step
 from quantkit.scheme import Assignment
 from quantkit.shard import open_rank
@@ -147,6 +147,7 @@ def _linears(tensors: Mapping[str, TensorRef], spec: ModelSpec, assignment: Assi
         n, k = spec.stored_shape(roles[name][0]) if name in roles else (spec.dims["vocab"].elements, spec.dims["hidden"].elements)
         bits = round(8 * geometry_of(scheme, n, k, dtype="F16").total_bytes / (n * k), 4)
         label = scheme.code if scheme.layout == "bnb4" else f"{scheme.layout}, {scheme.bits} bits"
+        label += " (embedding)" * (name == spec.architecture.embedding)
         found.append(_Stored(label, bits, k if scheme.group_size == -1 else scheme.group_size))
     return dict(Counter(found))
 
@@ -163,7 +164,7 @@ def _assignment(checkpoint: Checkpoint, spec: ModelSpec) -> Assignment:
     quant = checkpoint.config.get("quantization_config")
     if isinstance(quant, dict) and quant.get("quant_method") not in READABLE:
         return {}
-    return assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    return stored_assignment(checkpoint.config, spec, checkpoint.tensors)
 
 
 def _files(root: Path) -> tuple[Path, ...]:
@@ -203,7 +204,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     quant = config.get("quantization_config")
     if not isinstance(quant, dict):
         return None
-    known = "" if quant.get("quant_method") == "awq" else "; quantkit does not read it"
+    known = "" if quant.get("quant_method") in READABLE else "; quantkit does not read it"
     numbers = [f"{quant[key]} {unit}" for key, unit in (("bits", "bits"),) if key in quant]
     group = [f"group {quant['group_size']}"] if "group_size" in quant else []
     return ", ".join([str(quant.get("quant_method")), *numbers, *group]) + known

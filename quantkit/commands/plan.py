@@ -13,6 +13,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
+from quantkit.geometry import FLOATS
 from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
     Obstacle,
@@ -24,7 +25,7 @@ from quantkit.plan import (
     rank_memory,
 )
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import Stored, assignment_from_config, claimed_tensors, is_kept
+from quantkit.quant_config import Stored, claimed_tensors, is_kept, stored_assignment
 from quantkit.report import Cell, Report, Table, next_step
 from quantkit.scheme import KEEP, Assignment, assignment_to_json
 
@@ -99,17 +100,19 @@ def _read(options: PlanOptions) -> _Model:
     config = _bare_config(Path(options.path))
     if config is not None:
         spec = spec_for(config)
-        tensors: Mapping[str, Stored] = claimed_tensors(config, spec.all_linears(), spec.architecture.head)
+        tensors: Mapping[str, Stored] = claimed_tensors(config, spec.all_linears(), spec.architecture.head, spec.architecture.embedding)
         stored = kind = None
     else:
         checkpoint = open_checkpoint(options.path)
         config, spec, tensors = dict(checkpoint.config), spec_for(checkpoint.config), checkpoint.tensors
         kind, table = checkpoint.kind, f"{spec.architecture.embedding}.weight"
         stored = checkpoint.dtype(table) if kind == "hf" and table in checkpoint.tensors else None
+        if stored not in FLOATS:  # a quantized embedding
+            stored = None
     declared = FLOAT_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))
     dtype = stored or declared or "BF16"
     source = "the embedding's" if stored else "config.json" if declared else "assumed"
-    return _Model(spec, assignment_from_config(config, spec.all_linears(), tensors), dtype, source, kind)
+    return _Model(spec, stored_assignment(config, spec, tensors), dtype, source, kind)
 
 
 def _as_quantized(model: _Model, options: PlanOptions) -> Assignment:

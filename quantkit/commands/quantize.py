@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands.assign import artifact_bytes, assign, check_recipe, float_dtype
 from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report, dry_run_report
 from quantkit.convert import GGUF_DTYPE
-from quantkit.errors import InputError
+from quantkit.errors import InputError, MachineError
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, quantization_config
 from quantkit.recipe import Calibration, Recipe, checked_recipe, load_recipe, parse_override
@@ -57,6 +57,8 @@ class QuantizeOptions:
     samples: int | None = None
     seq_len: int | None = None
     device: str = "auto"
+    devices: int = 1
+    """GPUs to split the work over."""
     compute_dtype: str = "auto"
     offload: bool = False
     max_shard_size: int = 5_000_000_000
@@ -172,6 +174,23 @@ def _device(name: str) -> str:
     return name
 
 
+def _devices(name: str, count: int) -> tuple[str, ...]:
+    """The torch devices that ``--device`` and ``--devices`` name. Raises InputError for several CPUs, MachineError for too few GPUs."""
+    import torch
+
+    device = _device(name)
+    if count == 1:
+        return (device,)
+    if name == "cpu":
+        raise InputError("--devices", f"is {count} with --device cpu", "--device cuda, or no --devices")
+    present = torch.cuda.device_count()
+    if count > present:
+        devices = "1 CUDA device" if present == 1 else f"{present} CUDA devices"
+        right = f"at most {present}" if present else "no --devices, or a machine with GPUs"
+        raise MachineError("--devices", f"{count} asked, this machine has {devices}", right)
+    return tuple(f"cuda:{index}" for index in range(count))
+
+
 def _compute_dtype(name: str, device: str, stored: str) -> torch.dtype:
     """The dtype of calibration's forward passes: float32 on a CPU, on a GPU that in which a 16-bit model is stored."""
     from quantkit.ops.dtypes import TORCH_DTYPES
@@ -211,7 +230,7 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
             options.out if len(names) == 1 else options.out / name,
             assignment,
             {method: q for method, q in quantizers[name].items() if method in used},
-            quantization_config(assignment, spec.architecture.head),
+            quantization_config(assignment, spec.architecture.head, spec.architecture.embedding),
             *artifact_bytes(checkpoint, spec, assignment),
         )
     work = Run(options, checkpoint, spec, plans)
@@ -250,14 +269,16 @@ def _calibration(recipe: Recipe, checkpoint: Checkpoint, device: str, progress: 
     return text_tokens(tokenizer, wanted.source, wanted.samples, wanted.seq_len)
 
 
-def _environment(device: str, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """What besides the inputs decides the bytes of the result."""
+def _environment(devices: Sequence[str], compute_dtype: torch.dtype) -> dict[str, Any]:
+    """What besides the inputs decides the bytes of the result; ``devices`` where there are several, whose parts were summed."""
     import torch
 
+    names = [device if device == "cpu" else torch.cuda.get_device_name(device) for device in devices]
     return {
         "quantkit": __version__,
         "torch": torch.__version__,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "device": names[0] if len(set(names)) == 1 else ", ".join(names),
+        **({"devices": len(devices)} if len(devices) > 1 else {}),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -280,13 +301,15 @@ def _quantize(work: Run, progress: Progress) -> Report:
         if not options.resume:
             fs.refuse_existing(plan.out, options.overwrite)
     started = time.monotonic()
-    device = _device(options.device)
-    dtype = _compute_dtype(options.compute_dtype, device, float_dtype(checkpoint, work.spec))
+    devices = _devices(options.device, options.devices)
+    dtype = _compute_dtype(options.compute_dtype, devices[0], float_dtype(checkpoint, work.spec))
     wanting = [plan for plan in plans.values() if plan.calibrated]
-    calibration = _calibration(wanting[0].recipe, checkpoint, device, progress) if wanting else None
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    work = replace(work, plans=plans, calibration=calibration, device=device)
+    calibration = _calibration(wanting[0].recipe, checkpoint, devices[0], progress) if wanting else None
+    if devices[0] != "cpu":
+        torch.cuda.synchronize()  # before its first use there is nothing to reset on the other devices
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+    work = replace(work, plans=plans, calibration=calibration, devices=devices)
     models, files = _write(work, dtype, progress)
     return done_report(work, models, files, time.monotonic() - started)
 
@@ -313,7 +336,7 @@ def _write(work: Run, dtype: torch.dtype, progress: Progress) -> tuple[dict[str,
     from quantkit.quantizers.pipeline import Job, Source, quantize_models
 
     options, checkpoint, spec = work.options, work.checkpoint, work.spec
-    environment, fingerprint = _environment(work.device, dtype), checkpoint.fingerprint()
+    environment, fingerprint = _environment(work.devices, dtype), checkpoint.fingerprint()
     identities = {name: _identity(work, plan, fingerprint) for name, plan in work.plans.items()}
     width = spec.dims["hidden"].elements * dtype.itemsize
     states = 0 if work.calibration is None else work.calibration.tokens.numel() * width
@@ -325,15 +348,15 @@ def _write(work: Run, dtype: torch.dtype, progress: Progress) -> tuple[dict[str,
         for name, plan in work.plans.items():
             writer = ArtifactWriter(
                 plan.out,
-                identity={**identities[name], **environment},
+                identity={**identities[name], **environment, "devices": len(work.devices)},
                 overwrite=options.overwrite,
                 resume=options.resume,
                 need_bytes=plan.bytes_after + (states if plan.calibrated else 0),  # the resume point lies on the disk too
                 source=checkpoint.root,
             )
             jobs[name] = Job(plan.assignment, plan.quantizers, stack.enter_context(writer))
-        source = Source(checkpoint, spec, GGUF_DTYPE, dtype, work.device)
-        offload = _offload(jobs) if options.offload else _in_memory(work.device)
+        source = Source(checkpoint, spec, GGUF_DTYPE, dtype, work.devices)
+        offload = _offload(jobs) if options.offload else _in_memory(work.devices[0])
         models = quantize_models(source, jobs, work.calibration, offload=offload, progress=progress)
         files = {}
         for name, plan in work.plans.items():

@@ -52,7 +52,7 @@ class Run:
     spec: ModelSpec
     plans: Mapping[str, ArtifactPlan]
     calibration: CalibrationTokens | None = None
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
 
 
 def calibration_facts(calibration: CalibrationTokens | None) -> dict[str, Any] | None:
@@ -74,6 +74,16 @@ def _warnings(work: Run, plan: ArtifactPlan, model: QuantizedModel) -> tuple[str
         )
     if any(s.layout in ("gptq", "gptq_v2") and not s.sym for s in plan.assignment.values()):
         warnings.append("asymmetric GPTQ runs here and in transformers; vLLM and SGLang load symmetric GPTQ only (--sym)")
+    table = plan.assignment.get(work.spec.architecture.embedding)
+    if table is not None and table.layout == "int8":
+        warnings.append(
+            "an embedding of whole rows runs here and in transformers; vLLM reads one in groups only (group_size=N in its override)"
+        )
+    elif table is not None:
+        where = "here, and vLLM reads it" if table.sym else "here; vLLM reads symmetric ones"
+        warnings.append(
+            f"a packed embedding runs {where}; transformers loads 8-bit symmetric whole rows only (an override of bits=8 alone)"
+        )
     if any(s.act_order for s in plan.assignment.values()):
         warnings.append("act-order scatters the groups: vLLM refuses it, and row-parallel ranks keep all scales; order=static does neither")
     if plan.calibrated and work.calibration is not None and work.calibration.source == "builtin":
@@ -107,10 +117,10 @@ def done_report(work: Run, models: Mapping[str, QuantizedModel], files: Mapping[
     options = work.options
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     machine: dict[str, Any] = {"seconds": seconds, "peak_memory_bytes": peak_memory}
-    if work.device != "cpu":
+    if work.devices[0] != "cpu":
         import torch
 
-        machine["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+        machine["peak_device_bytes"] = max(torch.cuda.max_memory_allocated(device) for device in work.devices)
     tables, facts, warnings, data = [], [], list[str](), dict[str, Any]()
     for name, plan in work.plans.items():
         model, before, after = models[name], plan.bytes_before, plan.bytes_after
@@ -135,7 +145,8 @@ def done_report(work: Run, models: Mapping[str, QuantizedModel], files: Mapping[
         if seen is not None:
             facts.append(("calibrated on", seen))
         rows = [
-            ("linears quantized", f"{model.tensors} of {len(plan.assignment)}"),
+            ("linears quantized", f"{model.tensors} of {sum(path != work.spec.architecture.embedding for path in plan.assignment)}"),
+            *_embedding_row(work, plan),
             ("bits per quantized weight", f"{bits:.3f}"),
             ("size before", f"{before / 1e6:.1f} MB"),
             ("size after", f"{after / 1e6:.1f} MB ({after / before:.1%})"),
@@ -143,7 +154,12 @@ def done_report(work: Run, models: Mapping[str, QuantizedModel], files: Mapping[
         if name == list(work.plans)[-1]:
             rows += [("time", f"{seconds:.1f} s"), ("peak memory", f"{peak_memory / 2**20:.0f} MiB")]
             if "peak_device_bytes" in machine:
-                rows.append(("peak GPU memory", f"{machine['peak_device_bytes'] / 2**20:.0f} MiB"))
+                rows.append(
+                    (
+                        "peak GPU memory" if len(work.devices) == 1 else "peak memory of one GPU",
+                        f"{machine['peak_device_bytes'] / 2**20:.0f} MiB",
+                    )
+                )
         tables.append(Table("Summary" if len(work.plans) == 1 else name, ("", ""), tuple(rows)))
         if model.coverage:
             tables.append(_coverage(model.coverage))
@@ -157,6 +173,15 @@ def done_report(work: Run, models: Mapping[str, QuantizedModel], files: Mapping[
         warnings=tuple(warnings),
         next_steps=(next_step("verify", first, "--deep"), next_step("report", options.path, *outs), next_step("serve", first)),
     )
+
+
+def _embedding_row(work: Run, plan: ArtifactPlan) -> list[tuple[str, str]]:
+    scheme = plan.assignment.get(work.spec.architecture.embedding)
+    if scheme is None:
+        return []
+    untied = ", and the head untied from it" if work.spec.tied else ""
+    group = "whole rows" if scheme.group_size == -1 else f"group {scheme.group_size}"
+    return [("embedding", f"{scheme.bits} bits, {group}, {'symmetric' if scheme.sym else 'asymmetric'}{untied}")]
 
 
 def _coverage(coverage: Mapping[str, Mapping[str, int]]) -> Table:

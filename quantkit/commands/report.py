@@ -16,7 +16,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifes
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import assignment_from_config, is_kept
+from quantkit.quant_config import is_kept, stored_assignment
 from quantkit.report import Report, Table, to_markdown
 from quantkit.text.builtin import builtin_text
 
@@ -41,6 +41,7 @@ class ReportOptions:
     """Bytes of weights in process, for every artifact."""
     dtype: str = "float32"
     """In which perplexity is computed; speed and memory are always measured in bfloat16, as served."""
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def _label(checkpoint: Checkpoint) -> str:
     manifest = read_manifest(checkpoint.root) or {}
     name = str(manifest.get("method") or quant.get("quant_method"))
     spec = spec_for(checkpoint.config)
-    schemes = [s for s in assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors).values() if not is_kept(s)]
+    schemes = [s for s in stored_assignment(checkpoint.config, spec, checkpoint.tensors).values() if not is_kept(s)]
     if not schemes:
         return name
     bits, groups = sorted({s.bits for s in schemes}), sorted({s.group_size for s in schemes})
@@ -77,7 +78,7 @@ def _disk_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in {ref.file for ref in checkpoint.tensors.values()})
 
 
-def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], steps: int = 16) -> tuple[int, float]:
+def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], device: str, steps: int = 16) -> tuple[int, float]:
     """Bytes of weights as served (bfloat16), and the median milliseconds of one decoded token after ``prompt``."""
     import torch
 
@@ -85,7 +86,7 @@ def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], steps: int = 16
     from quantkit.model.load import load_decoder
     from quantkit.runtime.kv_cache import contiguous_cache
 
-    decoder = load_decoder(checkpoint, dtype=torch.bfloat16)
+    decoder = load_decoder(checkpoint, dtype=torch.bfloat16, device=device)
     cache = contiguous_cache(decoder, len(prompt) + steps)
     times = []
     with torch.inference_mode():
@@ -94,12 +95,12 @@ def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], steps: int = 16
         for step in range(steps):
             start = time.perf_counter()
             hidden = decoder.forward(token, Batch(torch.tensor([len(prompt) + step]), (1,), (0,)), cache)
-            token = decoder.logits(hidden).argmax(-1)
+            token = decoder.logits(hidden).argmax(-1).cpu()
             times.append(time.perf_counter() - start)
     return decoder.nbytes, 1000 * sorted(times)[steps // 2]
 
 
-def _measure(path: str, text: str, options: ReportOptions, progress: Progress) -> Measured:
+def _measure(path: str, text: str, options: ReportOptions, device: str, progress: Progress) -> Measured:
     from quantkit.evaluate.perplexity import perplexity
     from quantkit.model.load import load_decoder
     from quantkit.ops.dtypes import float_dtype
@@ -111,7 +112,7 @@ def _measure(path: str, text: str, options: ReportOptions, progress: Progress) -
     tokenizer = load_tokenizer(checkpoint.root)
     ids = tokenizer.encode(text, special=False)[: options.tokens]
     window = min(options.window, spec.max_positions)
-    decoder = load_decoder(checkpoint, dtype=float_dtype(options.dtype), parity=True)
+    decoder = load_decoder(checkpoint, dtype=float_dtype(options.dtype), device=device, parity=True)
     result = perplexity(
         decoder,
         ids,
@@ -122,7 +123,7 @@ def _measure(path: str, text: str, options: ReportOptions, progress: Progress) -
         stage=f"perplexity of {Path(path).name}",
     )
     del decoder
-    memory, speed = _decode_speed(checkpoint, ids[:64])
+    memory, speed = _decode_speed(checkpoint, ids[:64], device)
     return Measured(
         path,
         _label(checkpoint),
@@ -180,11 +181,14 @@ def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping
 
 def run(options: ReportOptions, progress: Progress = silent) -> Report:
     """Measure base and artifacts on the same text, write ``report.json`` and ``report.md`` when ``out`` is given, apply the gates."""
+    from quantkit.runtime.devices import place_for
+
+    device = place_for(options.device, 1)
     text, source = _text(options)
     reference = _baseline(options) if options.baseline else None
     for path in (options.base, *options.artifacts):
         open_checkpoint(path)  # a slip in the last of them must not cost the measuring of the first
-    models = [_measure(path, text, options, progress) for path in (options.base, *options.artifacts)]
+    models = [_measure(path, text, options, device, progress) for path in (options.base, *options.artifacts)]
     base = models[0]
     rows = tuple(
         (
@@ -223,7 +227,7 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
         facts=(
             ("text", source),
             ("perplexity", base.convention),
-            ("memory and speed", "weights as served in bfloat16; decoding one sequence"),
+            ("memory and speed", f"weights as served in bfloat16; decoding one sequence on {device}"),
             *((("written", ", ".join(written)),) if written else ()),
         ),
         tables=(Table("Memory and perplexity", ("model", "method", "disk MB", "memory MB", "ms/token", "perplexity", "increase"), rows),),

@@ -6,7 +6,7 @@ A layout knows bytes and dims; it knows no rank, no model and no file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +74,13 @@ Neutral = GroupedInt | Codebook | Scaled
 def with_bias(result: Neutral, bias: Tensor | None) -> Neutral:
     """``result`` with another bias."""
     return replace(result, bias=bias)
+
+
+def on_device(result: Neutral, device: str) -> Neutral:
+    """``result`` with its tensors on ``device``."""
+    parts = {f.name: getattr(result, f.name) for f in fields(result)}
+    moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(result, **moved)
 
 
 def stacked(results: Sequence[Neutral]) -> Neutral:

@@ -17,7 +17,7 @@ from quantkit.layouts.gptq import GptqCodec
 from quantkit.layouts.packed import PackedCodec
 from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
 from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
-from quantkit.ops.eightbit import llm_int8_linear, scaled_linear
+from quantkit.ops.eightbit import llm_int8_linear, rounded_linear
 from quantkit.ops.grouped import Int4CpuLinear, int4_cpu_supports
 from quantkit.scheme import LinearScheme
 
@@ -68,13 +68,14 @@ class UnpackingLinear:
 
 
 class EightBitLinear(UnpackingLinear):
-    """A linear of 8-bit weights whose input is quantized too, token by token, when it runs."""
+    """A linear whose input is quantized to 8 bits too, token by token, when it runs; in float32 (float64 in a float64 model)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         kind = self._geometry.scheme.activations
         if kind == "int8_outlier":
             return llm_int8_linear(x, self._parts["weight"], self._parts["SCB"])
-        return scaled_linear(x, self._parts["weight"], self._parts["weight_scale"], kind)
+        work = torch.promote_types(x.dtype, torch.float32)
+        return rounded_linear(x, codec(self._geometry.layout).dequant(self._parts, self._geometry, work), kind)
 
 
 def load_linear(

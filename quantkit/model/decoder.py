@@ -17,6 +17,7 @@ from torch.nn import functional
 from quantkit.arch.spec import ModelSpec, Moe
 from quantkit.comm import Comm
 from quantkit.layouts.base import LinearOp
+from quantkit.layouts.table import PackedTable
 from quantkit.model.attention import Attention, Batch, KVCache
 from quantkit.model.moe import Steps, mix
 from quantkit.model.rope import Rotary, rotate
@@ -204,12 +205,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Rows ``first`` to ``first + len(weight)`` of the vocabulary ``weight [rows, hidden]``, and the factor on what is looked up.
+    """Rows ``first`` to ``first + rows`` of the vocabulary ``weight [rows, hidden]``, and the factor on what is looked up.
 
-    ``table [max_positions, hidden]`` are learned positions, which are added.
+    A quantized ``weight`` stays packed: what is looked up is dequantized. ``table [max_positions, hidden]`` are learned positions,
+    which are added.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedTable
     first: int
     scale: float | None
     comm: Comm
@@ -226,19 +228,22 @@ class Embedding:
 
     def _rows(self, tokens: Tensor) -> Tensor:
         if self.comm.size == 1:
-            found = functional.embedding(tokens, self.weight)
+            found = self._look_up(tokens)
         else:
             rows = self.weight.shape[0]
             local = tokens - self.first
             inside = (local >= 0) & (local < rows)
-            found = self.weight.new_zeros(tokens.shape[0], self.weight.shape[1])
+            found = torch.zeros(tokens.shape[0], self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
             if rows:
-                found = functional.embedding(local.clamp(0, rows - 1), self.weight).masked_fill_(~inside.unsqueeze(-1), 0)
+                found = self._look_up(local.clamp(0, rows - 1)).masked_fill_(~inside.unsqueeze(-1), 0)
             found = self.comm.all_reduce(found)
         if self.scale is None:
             return found
         # transformers holds the factor in float32 and rounds it to the embedding's dtype.
         return found * torch.tensor(self.scale, dtype=torch.float32).to(found.dtype)
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        return self.weight(rows) if isinstance(self.weight, PackedTable) else functional.embedding(rows, self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,13 @@ from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry, plain
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.plain import DenseLinear
 from quantkit.layouts.registry import load_linear
+from quantkit.layouts.table import PackedTable
 from quantkit.model.attention import Attention, kv_index
 from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
 from quantkit.model.rope import Rotary
 from quantkit.ops.dtypes import as_tensor
-from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, linear_geometry, stored_geometry
-from quantkit.quant_config import assignment_from_config
+from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, embedding_geometry, linear_geometry, stored_geometry
+from quantkit.quant_config import stored_assignment
 from quantkit.scheme import KEEP, Assignment
 from quantkit.slices import fused_name
 
@@ -114,6 +115,14 @@ class _Source:
         index = (slice(start, stop), slice(0, hidden))
         return _Stored(name, (vocab, hidden), FLOATS, index, len(rows) - (stop - start))
 
+    def packed_embedding(self) -> tuple[Geometry, dict[str, _Stored]] | None:
+        """The rank's rows of a quantized embedding; None when it is in floats."""
+        whole = embedding_geometry(self.spec, self.assignment, dtype="BF16")
+        if whole is None:
+            return None
+        rows = range(whole.n) if self.plan is None else self.plan.rows(self.rank)
+        return self._parts(self.spec.architecture.embedding, EMBEDDING, whole, rows, range(whole.k), True)
+
     def head(self) -> tuple[Geometry, dict[str, _Stored]]:
         """The rank's rows of a head of its own (not tied)."""
         name, hidden = self.spec.architecture.head, self.spec.dims["hidden"].elements
@@ -135,7 +144,8 @@ class _Source:
     def everything(self) -> Iterator[_Stored]:
         """Every tensor of the model."""
         arch = self.spec.architecture
-        yield self.vocabulary(arch.embedding, EMBEDDING)
+        packed = self.packed_embedding()
+        yield from (self.vocabulary(arch.embedding, EMBEDDING),) if packed is None else packed[1].values()
         table = self.positions()
         if table is not None:
             yield table
@@ -235,10 +245,15 @@ class _Loader:
         return Rotary(spec.ropes[layer], spec.rotary_dim, spec.max_positions, self.dtype, self.device)
 
     def embedding(self) -> Embedding:
+        packed = self.source.packed_embedding()
+        if packed is not None:
+            geometry, parts = packed
+            read = {suffix: self.read(part) for suffix, part in parts.items()}
+            return self.embedding_of(PackedTable(read, geometry, self.dtype, self.device))
         weight = self.read(self.source.vocabulary(self.source.spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
         return self.embedding_of(weight)
 
-    def embedding_of(self, weight: Tensor) -> Embedding:
+    def embedding_of(self, weight: Tensor | PackedTable) -> Embedding:
         """The embedding that looks up in ``weight``, this rank's rows."""
         spec, plan = self.source.spec, self.source.plan
         scale = math.sqrt(spec.dims["hidden"].elements) if spec.architecture.embedding_scale else None
@@ -249,13 +264,18 @@ class _Loader:
     def head(self, embedding: Embedding | None) -> Head:
         """The head; of a tied model it shares the memory of ``embedding`` when that is given."""
         spec, plan = self.source.spec, self.source.plan
-        op = DenseLinear((embedding or self.embedding()).weight, None) if spec.tied else self._op(*self.source.head())
+        op = self._tied(embedding or self.embedding()) if spec.tied else self._op(*self.source.head())
         vocab = spec.dims["vocab"].elements
         return Head(op, vocab, (vocab,) if plan is None else plan.sizes("vocab"), spec.logit_softcap, self.comm)
 
+    @staticmethod
+    def _tied(embedding: Embedding) -> LinearOp:
+        assert isinstance(embedding.weight, Tensor)  # no head is tied to a quantized embedding: stored_assignment refuses that
+        return DenseLinear(embedding.weight, None)
+
 
 def _whole_loader(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str, parity: bool) -> _Loader:
-    assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     return _Loader(_Source(checkpoint, spec, assignment, None, 0, False), dtype, device, Solo(), parity)
 
 
@@ -278,7 +298,7 @@ def load_decoder(
     another shape or dtype than the model needs, or has no place in it, and for a plan that is not for this model and group.
     """
     spec, comm = spec_for(checkpoint.config), comm or Solo()
-    assignment = presliced or assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+    assignment = presliced or stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     ranks = 1 if plan is None else plan.tp
     if ranks != comm.size:
         raise InputError("plan", f"is for {ranks} ranks, {comm.size} are running", "a rank for each part", f"--tp {ranks}")
@@ -318,6 +338,9 @@ def embedded(checkpoint: Checkpoint, spec: ModelSpec, tokens: Tensor, *, dtype: 
     Only rows that are asked for stay in memory, however large the vocabulary. Raises InputError as ``load_decoder`` does.
     """
     loader = _whole_loader(checkpoint, spec, dtype, "cpu", False)
+    positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0])
+    if loader.source.packed_embedding() is not None:
+        return loader.embedding()(tokens.reshape(-1), positions).reshape(*tokens.shape, -1)
     want = loader.source.vocabulary(spec.architecture.embedding, EMBEDDING)
     _require(checkpoint, want)
     ids, index = torch.unique(tokens, return_inverse=True)
@@ -327,7 +350,6 @@ def embedded(checkpoint: Checkpoint, spec: ModelSpec, tokens: Tensor, *, dtype: 
         here = (ids >= first) & (ids < last)
         part = loader.read(replace(want, index=(slice(first, last), want.index[1])))
         rows[here] = part[ids[here] - first].to(dtype)
-    positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0])
     return replace(loader.embedding_of(rows), first=0)(index.reshape(-1), positions).reshape(*tokens.shape, -1)
 
 

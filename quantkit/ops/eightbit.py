@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantkit.errors import InputError
 from quantkit.geometry import FP8_BLOCK
@@ -18,6 +19,11 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 INT8_STEPS = 127.5
 """Half of the 255 steps of a symmetric range: the largest magnitude is 127.5 scales, so it rounds to 128 and clips to 127."""
+
+LLM_INT8_UNIT = 6.200012e-05
+LLM_INT8_UNIT_CPU = 6.200124e-05
+"""1/127^2 as bitsandbytes writes it in its CUDA kernels and in its CPU code, where it is 2e-5 too large. A model needs the same: the
+next linear rounds what this one made, and values that lie between two steps then fall to different sides."""
 
 
 def llm_int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +53,8 @@ def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6
     """``x [T, K]`` -> ``[T, N]`` in the dtype of x; the caller adds ``bias``.
 
     Columns of x with a float16 magnitude of at least ``threshold`` in any of these tokens are multiplied by the dequantized weight
-    in the dtype of x; the rest is rounded to int8 per token and multiplied in integers. 0 sends everything through int8. The CPU
-    build of bitsandbytes scales by 6.200124e-05 where 1/127^2 is 6.200012e-05: its results are 2e-5 larger than these.
+    in the dtype of x; the rest is rounded to int8 per token and multiplied in integers. 0 sends everything through int8. On a CPU
+    every step rounds as in bitsandbytes 0.50, so the results have its bits.
     """
     half = x.to(torch.float16)
     outliers = half.abs() >= threshold if threshold > 0 else torch.zeros_like(half, dtype=torch.bool)
@@ -56,7 +62,8 @@ def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6
     absmax = half.abs().amax(1, keepdim=True).float()  # [T, 1]
     columns = outliers.any(0).nonzero().view(-1)
     rounded = _to_steps(half, absmax).index_fill_(1, columns, 0)
-    y = (_int_product(rounded, values) * (absmax * scb.float()) * (1 / 127**2)).to(x.dtype)
+    unit = LLM_INT8_UNIT_CPU if x.device.type == "cpu" else LLM_INT8_UNIT
+    y = (_int_product(rounded, values) * (absmax * scb.float()) * unit).to(x.dtype)
     if not columns.numel():
         return y
     return y.addmm(x[:, columns], llm_int8_dequantize(values[:, columns], scb, x.dtype).T)
@@ -113,34 +120,36 @@ def dequantize_scaled(values: Tensor, scales: Tensor, block: int | None, dtype: 
 
 
 def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[T, K]`` and scales float32 ``[T, 1]`` of ``x [T, K]``: symmetric, ``absmax / 127.5``, as for weights."""
-    work = x.float()
+    """int8 ``[T, K]`` and scales ``[T, 1]``, float32 (float64 for float64), of ``x [T, K]``: ``absmax / 127.5``, as for weights."""
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
     scales = _token_scales(work, INT8_STEPS)
     return _to_int8(work, scales), scales
 
 
 def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn ``[T, K]`` and scales float32 ``[T, 1]`` of ``x [T, K]``: ``absmax / 448``."""
-    work = x.float()
+    """float8_e4m3fn ``[T, K]`` and scales ``[T, 1]``, float32 (float64 for float64), of ``x [T, K]``: ``absmax / 448``."""
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
     scales = _token_scales(work, FP8_MAX)
     return _to_fp8(work, scales), scales
 
 
-def scaled_linear(x: Tensor, values: Tensor, scales: Tensor, activations: str) -> Tensor:
-    """What a W8A8 linear computes: ``x [T, K]`` rounded per token, times ``values [N, K]``, rescaled -> ``[T, N]`` in the dtype of x.
+def rounded_linear(x: Tensor, weight: Tensor, activations: str) -> Tensor:
+    """What a linear computes that rounds its input as it runs: ``x [T, K]`` times ``weight [N, K]`` -> ``[T, N]`` in the dtype of x.
 
-    ``activations``: "int8_token" (int8 values) or "fp8_token" (float8 values). ``scales [N, 1]`` or ``[1]``. The caller adds ``bias``.
+    ``activations``: "int8_token" or "fp8_token", the grid that each token is rounded to. ``weight`` is dequantized, in float32 (float64
+    where x is). The caller adds ``bias``. The rounded tokens are multiplied by their scales before the product, which is made in the
+    weight's dtype: on a CPU in float32 results have the bits of compressed-tensors 0.20. Scaling the product instead would differ in
+    its last bits alone, but the next linear rounds again, and at the end of a model that is a difference of 1e-2.
     """
     match activations:
         case "int8_token":
-            rounded, by_token = quantize_tokens_int8(x)
-            product = _int_product(rounded, values)
+            values, scales = quantize_tokens_int8(x)
         case "fp8_token":
-            rounded, by_token = quantize_tokens_fp8(x)
-            product = rounded.float() @ values.float().T
+            values, scales = quantize_tokens_fp8(x)
         case _:
             raise AssertionError(activations)
-    return product.mul_(by_token).mul_(scales.float().view(1, -1)).to(x.dtype)
+    assert weight.dtype == scales.dtype
+    return functional.linear(values.to(scales.dtype).mul_(scales), weight).to(x.dtype)
 
 
 def smooth_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -172,18 +181,18 @@ def _scales(absmax: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
 
 
 def _token_scales(x: Tensor, steps: float) -> Tensor:
-    """``absmax / steps`` per row of ``x [T, K]`` float32: ``[T, 1]``. Tokens too small to divide by get epsilon."""
+    """``absmax / steps`` per row of ``x [T, K]``, float32 or float64: ``[T, 1]``. Tokens too small to divide by get epsilon."""
     scales = x.abs().amax(1, keepdim=True) / steps
     return torch.where(scales < torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).eps, scales)
 
 
 def _to_int8(x: Tensor, scales: Tensor) -> Tensor:
-    return (x / scales.float()).round_().clamp_(-128, 127).to(torch.int8)
+    return (x / scales.to(x.dtype)).round_().clamp_(-128, 127).to(torch.int8)
 
 
 def _to_fp8(x: Tensor, scales: Tensor) -> Tensor:
     # Clamped first: casts of more than 448 saturate in some versions of torch and give NaN in others.
-    return (x / scales.float()).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    return (x / scales.to(x.dtype)).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _spread(scales: Tensor, n: int, k: int, block: int) -> Tensor:

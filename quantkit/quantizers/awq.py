@@ -17,10 +17,12 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.errors import InputError
+from quantkit.layouts.base import GroupedInt, on_device, with_bias
 from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.ops.grouped import dequantize, fake_quantize
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, built_in, choice, number, refuse_unknown_options
+from quantkit.quantizers.devices import each, spread
 from quantkit.quantizers.rtn import group_of, min_zero, refuse_not_finite, round_to_nearest
 from quantkit.scheme import LinearScheme
 
@@ -147,16 +149,17 @@ class Awq:
         self.options = options
 
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
-        for role, weight in block.linears.items():
+        before = dict(block.linears)
+        for role, weight in before.items():
             refuse_not_finite(weight, spec.tensor(block.layer, spec.linears[role].name))
-        linears, biases = dict(block.linears), dict(block.biases)
+        linears, biases = dict(before), dict(block.biases)
         norms, norm_biases = dict(block.norms), dict(block.norm_biases)
         input_scales: dict[str, Tensor] = {}  # role -> [K], the scale that its input was divided by
         facts: dict[str, Any] = {}
         for group in spec.scale_groups(block.layer):
             if all(is_kept(schemes[role]) or schemes[role].method != self.name for role in group.targets):
                 continue
-            scale, kind = self._search_scale(group, linears, stats, schemes, spec)
+            scale, kind = self._search_scale(group, linears, stats, schemes, spec, block.devices)
             if scale is None:
                 continue
             scale = fold_scale(group, scale, linears, biases, norms, norm_biases, block.norm_dtypes, spec)
@@ -164,29 +167,36 @@ class Awq:
                 input_scales[role] = scale
                 if not is_kept(schemes[role]):
                     facts.setdefault(role, {}).update(kind)
-        results = {}
-        for role, weight in linears.items():
-            scheme = schemes[role]
-            if is_kept(scheme) or scheme.method != self.name:
-                continue
+        roles = [role for role in linears if not is_kept(schemes[role]) and schemes[role].method == self.name]
+
+        def work(job: int, device: str) -> tuple[GroupedInt, dict[str, Any]]:
+            role = roles[job]
             where = spec.tensor(block.layer, spec.linears[role].name)
-            gram = stats[role].gram
-            if role in input_scales:
-                gram = gram / torch.outer(input_scales[role], input_scales[role])
-            shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
-            if stats[role].borrowed:
-                facts.setdefault(role, {})["borrowed_statistics"] = True
-            if self.options.clip and role not in UNCLIPPED_ROLES:
-                shrink = self._search_clip(weight, gram, scheme)
-            found = round_to_nearest(weight, scheme, biases.get(role), where, shrink)
-            results[role] = found
-            error = output_error(weight - dequantize(found.codes, found.scales, found.zeros), gram)
-            facts.setdefault(role, {}).update(
-                clipped=round(float((shrink < 1).float().mean()), 6),
-                output_error=round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6),
-            )
-        changed = {role: weight for role, weight in linears.items() if role not in results and weight is not block.linears[role]}
+            gram, scale = stats[role].gram.to(device), input_scales.get(role)
+            if scale is not None:
+                gram = gram / torch.outer(scale, scale).to(device)
+            return self._round(role, linears[role].to(device), gram, schemes[role], where)
+
+        costs = [linears[role].numel() * linears[role].shape[1] for role in roles]
+        results = {}
+        for role, (found, measured) in zip(roles, spread(block.devices, costs, work), strict=True):
+            results[role] = with_bias(on_device(found, block.devices[0]), biases.get(role))
+            borrowed = {"borrowed_statistics": True} if stats[role].borrowed else {}
+            facts[role] = {**facts.get(role, {}), **borrowed, **measured}
+        changed = {role: weight for role, weight in linears.items() if role not in results and weight is not before[role]}
         return BlockFit(results, changed, biases, norms, norm_biases, facts)
+
+    def _round(self, role: str, weight: Tensor, gram: Tensor, scheme: LinearScheme, where: str) -> tuple[GroupedInt, dict[str, Any]]:
+        """``weight [N, K]`` on its grid, clipped where that helps its outputs over ``gram [K, K]``; and how good that is."""
+        shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
+        if self.options.clip and role not in UNCLIPPED_ROLES:
+            shrink = self._search_clip(weight, gram, scheme)
+        found = round_to_nearest(weight, scheme, None, where, shrink)
+        error = output_error(weight - dequantize(found.codes, found.scales, found.zeros), gram)
+        return found, {
+            "clipped": round(float((shrink < 1).float().mean()), 6),
+            "output_error": round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6),
+        }
 
     def _search_scale(
         self,
@@ -195,10 +205,12 @@ class Awq:
         stats: Mapping[str, InputStats],
         schemes: Mapping[str, LinearScheme],
         spec: ModelSpec,
+        devices: tuple[str, ...],
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The per-input scale [K] with the least summed output error of the group's targets, None for no scaling; and its facts.
 
-        Raises InputError when no candidate gives a finite error.
+        The candidates are dealt over ``devices``, to each of which the weights and Gram matrices are copied. Raises InputError when no
+        candidate gives a finite error.
         """
         chosen = [role for role in group.targets if not is_kept(schemes[role]) and schemes[role].method == self.name]
         first = stats[group.targets[0]]
@@ -214,17 +226,25 @@ class Awq:
         candidates += [(candidate_scale(mean_abs, point / points), {"scale_ratio": point / points}) for point in range(1, points)]
         duo = range(points if self.options.duo and points > 1 else 0)
         candidates += [(candidate_scale(mean_abs, point / points, weights), {"scale_ratio": point / points, "duo": True}) for point in duo]
-        best: tuple[float, Tensor | None, dict[str, Any]] | None = None
-        for candidate, kind in candidates:
-            scale = torch.ones_like(linears[chosen[0]][0]) if candidate is None else candidate
-            if shared and candidate is not None:
-                scale = _repeat_to_query_heads(scale, spec)
-            loss = sum(_rounding_error(linears[role], scale, stats[role].gram, schemes[role]) for role in chosen)
-            if math.isfinite(loss) and (best is None or loss < best[0]):
-                best = (loss, None if candidate is None else scale, kind)
-        if best is None:
+        if shared:
+            candidates = [(None if scale is None else _repeat_to_query_heads(scale, spec), kind) for scale, kind in candidates]
+
+        def search(index: int, device: str) -> list[float]:
+            """The losses of every candidate that is this device's: one of as many as there are devices."""
+            grams = {id(stats[role].gram): stats[role].gram.to(device) for role in chosen}
+            mine = [(linears[role].to(device), grams[id(stats[role].gram)], schemes[role]) for role in chosen]
+            losses = []
+            for candidate, _ in candidates[index :: len(devices)]:
+                scale = torch.ones_like(mine[0][0][0]) if candidate is None else candidate.to(device)
+                losses.append(sum(_rounding_error(weight, scale, gram, scheme) for weight, gram, scheme in mine))
+            return losses
+
+        found = each(devices, search)
+        losses = [found[place % len(devices)][place // len(devices)] for place in range(len(candidates))]
+        usable = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
+        if not usable:
             raise InputError("calibration", f"gave no usable scale for {', '.join(group.targets)}", "finite weights and activations")
-        return best[1], best[2]
+        return candidates[min(usable, key=losses.__getitem__)]
 
     def _search_clip(self, weight: Tensor, gram: Tensor, scheme: LinearScheme) -> Tensor:
         """The shrink factor of each group's range, [N, G], with the least output error through the group's own Gram block."""

@@ -39,6 +39,11 @@ class InputStats:
     cross: Tensor | None = None
     borrowed: bool = False
 
+    def on(self, device: str) -> InputStats:
+        """These statistics on ``device``."""
+        gram, cross = self.gram.to(device), None if self.cross is None else self.cross.to(device)
+        return replace(self, gram=gram, abs_sum=self.abs_sum.to(device), abs_max=self.abs_max.to(device), cross=cross)
+
     @property
     def peak(self) -> float:
         """The greatest \\|x\\|."""
@@ -61,6 +66,8 @@ class BlockWeights:
     linear_dtypes: Mapping[str, Any] = field(default_factory=dict)
     """Role -> torch dtype in which the weight is stored."""
     norm_biases: Mapping[str, Tensor] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu",)
+    """Where a method may work (``devices.spread``). All tensors lie on the first, and so must its results."""
 
 
 @dataclass(frozen=True, slots=True)

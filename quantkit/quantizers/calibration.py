@@ -23,6 +23,7 @@ from quantkit.errors import InputError
 from quantkit.model.decoder import Batch, Block
 from quantkit.ops.dtypes import as_bytes
 from quantkit.quantizers.base import InputStats
+from quantkit.quantizers.devices import each, shares
 from quantkit.text.builtin import builtin_text
 from quantkit.text.tokenizer import Tokenizer
 
@@ -195,6 +196,18 @@ class StatsCollector:
             self._reference[role] = x
 
     @torch.inference_mode()
+    def add(self, other: StatsCollector, device: str) -> None:
+        """Add what a collector of the same roles on another device saw; the sums are on ``device``, and ``other`` is used up."""
+        for role, tokens in other._tokens.items():
+            greatest, known = other._max[role].to(device), role in self._tokens
+            self._max[role] = torch.maximum(self._max[role], greatest) if known else greatest
+            self._tokens[role] = self._tokens.get(role, 0) + tokens
+            for own, theirs in ((self._abs, other._abs), (self._gram, other._gram), (self._cross, other._cross)):
+                if role in theirs:
+                    found = theirs.pop(role).to(device)
+                    own[role] = own[role].add_(found) if known else found
+
+    @torch.inference_mode()
     def stats(self) -> dict[str, InputStats]:
         """The statistics by linear role; roles that share an input share the object. They are handed over: call it once."""
         own: dict[str, InputStats] = {}
@@ -232,6 +245,14 @@ class StatsCollector:
         return out
 
 
+def gathered(collectors: Sequence[StatsCollector], device: str) -> dict[str, InputStats]:
+    """The statistics of all devices, added in their order on ``device``; the collectors are used up."""
+    first, *others = collectors
+    for other in others:
+        first.add(other, device)
+    return first.stats()
+
+
 def in_file(path: Path, values: Tensor) -> Tensor:
     """``values`` in a file at ``path`` that is mapped into memory: the system holds as much of it as it has room for."""
     array = fs.scratch_array(path, values.numel() * values.element_size())
@@ -265,38 +286,57 @@ class CalibrationStream:
             raise InputError("resume point", f"holds {done} bytes of activations", f"{flat.numel()}", "start again with --overwrite")
         self.peak = peak_of(self.hidden)
 
-    def tiles(self, device: str) -> Iterator[tuple[slice, Tensor, Batch]]:
-        """The samples of each tile, its hidden states ``[T, hidden]`` on ``device``, and the batch that they are."""
-        samples, length, width = self.hidden.shape
-        for start in range(0, samples, self.tile_samples):
-            rows = slice(start, min(start + self.tile_samples, samples))
+    def tiles(self, device: str, windows: slice) -> Iterator[tuple[slice, Tensor, Batch]]:
+        """The samples of each tile of ``windows``, its hidden states ``[T, hidden]`` on ``device``, and the batch that they are."""
+        _, length, width = self.hidden.shape
+        for start in range(windows.start, windows.stop, self.tile_samples):
+            rows = slice(start, min(start + self.tile_samples, windows.stop))
             count = rows.stop - rows.start
             positions = torch.arange(length, device=device).repeat(count)
             batch = Batch(positions=positions, lengths=(length,) * count, sequences=None)
             yield rows, self.hidden[rows].reshape(-1, width).to(device, non_blocking=True), batch
 
     def observe(
-        self, block: Block, collector: StatsCollector, until: frozenset[str], device: str, reference: tuple[CalibrationStream, Block] | None
+        self,
+        blocks: Sequence[Block],
+        collectors: Sequence[StatsCollector],
+        until: frozenset[str],
+        devices: Sequence[str],
+        reference: tuple[CalibrationStream, Sequence[Block]] | None,
     ) -> None:
-        """Let the collector see the inputs of the linears ``until``; the hidden states stay. ``reference`` is the float model's stream
-        and block, whose inputs of the same tokens the collector sees first."""
-        others = None if reference is None else reference[0].tiles(device)
-        for _, tile, batch in self.tiles(device):
-            if others is not None and reference is not None:
-                _, other, _ = next(others)
-                reference[1].observe(other, batch, collector.tap_reference, until)
-            block.observe(tile, batch, collector.tap, until)
+        """Let the collectors see the inputs of the linears ``until``; the hidden states stay. Each device has its part of the samples,
+        a copy of the block and a collector. ``reference`` is the float model's stream and block, whose inputs of the same tokens the
+        collectors see first."""
+        parts = shares(self.hidden.shape[0], len(devices))
 
-    def advance(self, block: Block, collector: StatsCollector | None, device: str) -> None:
-        """Run ``block`` (on ``device``) over every tile: the collector sees its inputs, the hidden states become its outputs.
+        def work(index: int, device: str) -> None:
+            others = None if reference is None else reference[0].tiles(device, parts[index])
+            for _, tile, batch in self.tiles(device, parts[index]):
+                if others is not None and reference is not None:
+                    _, other, _ = next(others)
+                    reference[1][index].observe(other, batch, collectors[index].tap_reference, until)
+                blocks[index].observe(tile, batch, collectors[index].tap, until)
 
-        One tile at a time is on the device. Raises InputError when an activation is not finite.
+        each(devices, work)
+
+    def advance(self, blocks: Sequence[Block], collectors: Sequence[StatsCollector] | None, devices: Sequence[str]) -> None:
+        """Run the block over every tile: the collectors see its inputs, the hidden states become its outputs.
+
+        Each device has its part of the samples, one tile of it at a time, a copy of the block and a collector. Raises InputError when
+        an activation is not finite.
         """
-        for rows, tile, batch in self.tiles(device):
-            out = block.forward(tile, batch, None, None if collector is None else collector.tap)
-            self.hidden[rows] = out.reshape(self.hidden[rows].shape).to(self.hidden.device)
-        self.peak = peak_of(self.hidden)
+        parts = shares(self.hidden.shape[0], len(devices))
+
+        def work(index: int, device: str) -> float:
+            peaks = [0.0]
+            for rows, tile, batch in self.tiles(device, parts[index]):
+                out = blocks[index].forward(tile, batch, None, None if collectors is None else collectors[index].tap)
+                self.hidden[rows].copy_(out.reshape(self.hidden[rows].shape))
+                peaks.append(peak_of(out))
+            return max(peaks) if all(map(math.isfinite, peaks)) else math.inf
+
+        self.peak = max(each(devices, work))
         if not math.isfinite(self.peak):
             raise InputError(
-                f"block {block.layer}", "its activations on the calibration text are not finite", "a model that runs in float32"
+                f"block {blocks[0].layer}", "its activations on the calibration text are not finite", "a model that runs in float32"
             )

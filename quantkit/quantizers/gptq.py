@@ -6,7 +6,7 @@ By default each linear sees the activations of the model as quantized so far, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ from quantkit.quantizers.base import (
     number,
     refuse_unknown_options,
 )
-from quantkit.quantizers.gptq_solver import SolverOptions, solve
+from quantkit.quantizers.devices import shares, spread
+from quantkit.quantizers.gptq_solver import Solved, SolverOptions, joined, solve
 from quantkit.quantizers.rtn import min_zero, refuse_not_finite
 from quantkit.scheme import LinearScheme
 
@@ -63,29 +64,13 @@ class Gptq:
             if role not in stats:
                 raise InputError(where, "no calibration token reached it", "text that does", "more --samples, or --override to keep it")
             alike.setdefault((id(stats[role]), schemes[role]), []).append(role)
+        groups = [(scheme, roles) for (_, scheme), roles in alike.items()]
         results: dict[str, GroupedInt] = {}
         facts: dict[str, Any] = {}
-        for (_, scheme), roles in alike.items():
-            seen = stats[roles[0]]
-            options = SolverOptions(
-                bits=scheme.bits,
-                group_size=scheme.group_size,
-                sym=scheme.sym,
-                scale_dtype=TORCH_DTYPES[scheme.scale_dtype],
-                min_zero=min_zero(scheme),
-                damp=self.damp,
-                block=self.block,
-                order=self.order,
-                mse=self.mse,
-                sweeps=self.sweeps,
-            )
-            where = spec.tensor(block.layer, spec.linears[roles[0]].name)
-            weights = [block.linears[role] for role in roles]
-            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-            solved = solve(stacked, seen.gram, seen.tokens, options, where, seen.cross)
+        for (scheme, roles), solved in zip(groups, self._solve(block, stats, groups, spec), strict=True):
             first = 0
-            for role, weight in zip(roles, weights, strict=True):
-                rows = slice(first, first + weight.shape[0])
+            for role in roles:
+                rows = slice(first, first + spec.linear_shape(role)[0])
                 first = rows.stop
                 codes, scales, zeros = (part[rows].contiguous() for part in (solved.codes, solved.scales, solved.zeros))
                 results[role] = GroupedInt(codes, scales, zeros, scheme.bits, block.biases.get(role), solved.g_idx)
@@ -93,9 +78,46 @@ class Gptq:
                     "output_error": round(solved.error, 6),
                     "damp": solved.damp,
                     **({"dead_inputs": solved.dead} if solved.dead else {}),
-                    **({"borrowed_statistics": True} if seen.borrowed else {}),
+                    **({"borrowed_statistics": True} if stats[role].borrowed else {}),
                 }
         return BlockFit(results, facts=facts)
+
+    def _solve(
+        self, block: BlockWeights, stats: Mapping[str, InputStats], groups: Sequence[tuple[LinearScheme, Sequence[str]]], spec: ModelSpec
+    ) -> Iterator[Solved]:
+        """Each of ``groups``, linears of one input and scheme as one. Dealt whole over the devices when there is one for each; else each
+        is cut by rows, which know nothing of each other: every device decomposes the same Gram matrix."""
+        rows = [sum(spec.linear_shape(role)[0] for role in roles) for _, roles in groups]
+        cuts = 1 if len(groups) >= len(block.devices) else len(block.devices)
+        jobs = [(group, part) for group, total in enumerate(rows) for part in shares(total, cuts) if part.stop > part.start]
+        costs = [(part.stop - part.start) * spec.linear_shape(groups[group][1][0])[1] ** 2 for group, part in jobs]
+
+        def work(job: int, device: str) -> Solved:
+            group, part = jobs[job]
+            scheme, roles = groups[group]
+            weights = [block.linears[role] for role in roles]
+            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+            seen = stats[roles[0]].on(device)
+            where = spec.tensor(block.layer, spec.linears[roles[0]].name)
+            return solve(stacked[part].to(device), seen.gram, seen.tokens, self._options(scheme), where, seen.cross)
+
+        solved = spread(block.devices, costs, work)
+        for group in range(len(groups)):
+            yield joined([solved.pop(0) for owner, _ in jobs if owner == group], block.devices[0])
+
+    def _options(self, scheme: LinearScheme) -> SolverOptions:
+        return SolverOptions(
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            sym=scheme.sym,
+            scale_dtype=TORCH_DTYPES[scheme.scale_dtype],
+            min_zero=min_zero(scheme),
+            damp=self.damp,
+            block=self.block,
+            order=self.order,
+            mse=self.mse,
+            sweeps=self.sweeps,
+        )
 
 
 def create(options: Mapping[str, Any]) -> Gptq:

@@ -35,6 +35,8 @@ MIN_SCALE = 1e-5
 """As ``scales_and_zeros`` has it."""
 SLAB = 1 << 22
 """Weights that the range search and the loss look at at a time."""
+PANEL = 1 << 24
+"""Values of a K x K matrix that are converted at a time."""
 SEARCH = {2: (30, 0.4), 3: (24, 0.5), 4: (20, 0.6), 8: (8, 0.8)}
 """By bits: steps of the range search, and the least part of the range that it tries."""
 
@@ -68,8 +70,8 @@ class Solved:
     """``codes [N, K]`` uint8 in the order of the inputs, ``scales [N, G]``, ``zeros [N, G]`` uint8, ``g_idx [K]`` int32 or None.
 
     ``loss`` is tr(D H D^T) for D = W - What: the squared output error of a mean token, summed over outputs, on the inputs of ``gram``
-    whatever was aimed at. ``error`` is sqrt(loss / tr(W H W^T)). ``damp`` was used in the last of ``attempts`` decompositions.
-    ``dead`` inputs were always 0.
+    whatever was aimed at; ``total`` is tr(W H W^T). ``damp`` was used in the last of ``attempts`` decompositions. ``dead`` inputs were
+    always 0.
     """
 
     codes: Tensor
@@ -77,10 +79,28 @@ class Solved:
     zeros: Tensor
     g_idx: Tensor | None
     loss: float
-    error: float
+    total: float
     damp: float
     dead: int
     attempts: int
+
+    @property
+    def error(self) -> float:
+        """sqrt(loss / total)."""
+        return math.sqrt(self.loss / self.total) if self.total else 0.0
+
+
+def joined(parts: Sequence[Solved], device: str) -> Solved:
+    """One linear from parts of its rows, which were solved each with the statistics of all, on ``device``."""
+    first = parts[0]
+    g_idx = None if first.g_idx is None else first.g_idx.to(device)
+
+    def whole(name: str) -> Tensor:
+        found = [getattr(part, name).to(device) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    lost, total = sum(part.loss for part in parts), sum(part.total for part in parts)
+    return Solved(whole("codes"), whole("scales"), whole("zeros"), g_idx, lost, total, first.damp, first.dead, first.attempts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +139,36 @@ def _added(dead: Tensor, damp: float) -> Tensor:
     return torch.where(dead, 1.0, torch.tensor(damp, dtype=torch.float64, device=dead.device))
 
 
+def _panels(k: int) -> Iterator[slice]:
+    """The rows of a K x K matrix, some at a time."""
+    some = max(1, PANEL // k)
+    return (slice(first, min(first + some, k)) for first in range(0, k, some))
+
+
+def _reversed_single(lower: Tensor) -> Tensor:
+    """``lower [K, K]`` float64 as float32 with both axes reversed, in its own memory: converted to the front, reversed to the back."""
+    k = lower.shape[0]
+    front, back = lower.view(torch.float32).reshape(2, k, k).unbind()
+    for rows in _panels(k):
+        front[rows] = lower[rows].float()
+    for rows in _panels(k):
+        back[k - rows.stop : k - rows.start] = front[rows].flip(0, 1)
+    return back
+
+
 def _factorize(gram: Tensor, tokens: int, dead: Tensor, perm: Tensor, damp: float, where: str) -> _Factor:
-    """Decompose the damped H, in float64 and in place: 12 K^2 bytes. Raises InputError when no damping up to ``MAX_DAMP`` helps."""
+    """Decompose the damped H, in float64 and in place: 8 K^2 bytes. Raises InputError when no damping up to ``MAX_DAMP`` helps."""
+    k = gram.shape[0]
     level = _level(gram, tokens, dead)
     backward = perm.flip(0)  # lower triangular backwards is upper triangular forwards
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     attempts = 0
     while True:
         attempts += 1
-        lower = gram.index_select(0, backward).index_select(1, backward).double().div_(tokens)
+        lower = torch.empty(k, k, dtype=torch.float64, device=gram.device)
+        for rows in _panels(k):
+            lower[rows] = gram.index_select(0, backward[rows]).index_select(1, backward)
+        lower.div_(tokens)
         lower.diagonal().add_(_added(dead, damp * level)[backward])
         torch.linalg.cholesky_ex(lower.mT, out=(lower.mT, info))  # H is symmetric: its transpose will do
         pivots = lower.diagonal().clone()
@@ -141,9 +182,7 @@ def _factorize(gram: Tensor, tokens: int, dead: Tensor, perm: Tensor, damp: floa
             )
         damp = min(damp * 10, MAX_DAMP)
         del lower, pivots  # before the next attempt makes its own
-    feed = lower.div_(pivots.unsqueeze(1)).float()
-    del lower
-    return _Factor(feed.flip(0, 1), pivots.flip(0).float(), damp, attempts)
+    return _Factor(_reversed_single(lower.div_(pivots.unsqueeze(1))), pivots.flip(0).float(), damp, attempts)
 
 
 def _aim_at_float(weight: Tensor, gram: Tensor, cross: Tensor, tokens: int, perm: Tensor, factor: _Factor) -> Tensor:
@@ -152,9 +191,9 @@ def _aim_at_float(weight: Tensor, gram: Tensor, cross: Tensor, tokens: int, perm
     Least squares, damped towards no change: ``W (X X~^T - X~ X~^T) (X~ X~^T + damping)^-1``. Source: the aim of Li et al. 2025
     (arXiv 2504.02692), solved before rounding.
     """
-    gap = (cross - gram).index_select(0, perm)
-    add = gap @ weight.mT
-    del gap
+    add = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
+    for rows in _panels(gram.shape[0]):
+        add[rows] = (cross.index_select(0, perm[rows]) - gram.index_select(0, perm[rows])) @ weight.mT
     add = torch.linalg.solve_triangular(factor.feed.mT, add.div_(tokens), upper=True, unitriangular=True)
     add.div_(factor.diagonal.square().unsqueeze(1))
     found: Tensor = torch.linalg.solve_triangular(factor.feed, add, upper=False, unitriangular=True)
@@ -350,8 +389,8 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
 
     With ``gram_cross [K, K]``, X~^T X for the inputs X~ of the quantized model (those of ``gram``) and X of the float model, the aim is
     ``||W X - What X~||``. Inputs that were always 0 (dead) get a diagonal of 1 and their weights become 0, as in the paper's code; if
-    all are, the weights are rounded to nearest. Nothing given is changed; 12 K^2 + 5 N K bytes are used beyond it, 12 K^2 + 12 N K
-    with ``gram_cross``.
+    all are, the weights are rounded to nearest. Nothing given is changed; with ``gram`` itself 12 K^2 bytes are used, and 5 N K beyond
+    the weight (with ``gram_cross`` 20 K^2 and 12 N K).
 
     Raises InputError naming ``where``: a group that does not divide K, statistics that no damping makes positive definite, weights
     whose scale leaves its dtype.
@@ -399,7 +438,7 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
         grid.zeros.mT.contiguous(),
         g_idx,
         lost,
-        math.sqrt(lost / total) if total else 0.0,
+        total,
         damp,
         int(dead.sum()),
         attempts,

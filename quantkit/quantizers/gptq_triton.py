@@ -6,6 +6,7 @@ Each program holds all columns of some outputs in registers and rounds them one 
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,8 @@ def _round_columns(
 
 
 _kernel = triton.jit(_round_columns)
+_launching = threading.Lock()
+"""The first launch on a device compiles, which the threads of several devices do one after the other."""
 
 
 def round_columns(x: Tensor, weight: Tensor, feed: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> None:
@@ -65,4 +68,6 @@ def round_columns(x: Tensor, weight: Tensor, feed: Tensor, scales: Tensor, low: 
         programs = (triton.cdiv(outputs, TILE),)
         width = max(16, triton.next_power_of_2(columns))
         across = feed.mT.contiguous()
-        _kernel[programs](x, weight, across, scales, low, high, columns, outputs, scales.stride(0), width=width, tile=TILE, num_warps=1)
+        stride = scales.stride(0)
+        with _launching:
+            _kernel[programs](x, weight, across, scales, low, high, columns, outputs, stride, width=width, tile=TILE, num_warps=1)

@@ -6,7 +6,8 @@ model. Several methods can share a run: they see the same block, and those that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,8 @@ from quantkit.plan import quantized_size, role_scheme
 from quantkit.progress import Progress
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, QUANTIZED, BlockFit, BlockWeights, InputStats, Quantizer
-from quantkit.quantizers.calibration import CalibrationStream, CalibrationTokens, StatsCollector, owners, stages
+from quantkit.quantizers.calibration import CalibrationStream, CalibrationTokens, StatsCollector, gathered, owners, stages
+from quantkit.quantizers.devices import each
 from quantkit.quantizers.rtn import quantize_weight
 from quantkit.scheme import LinearScheme
 from quantkit.transcode import stored_parts
@@ -36,6 +38,8 @@ from quantkit.transcode import stored_parts
 OUTER_UNIT = "outer"
 TILE_TOKENS = 4096
 """Statistics are summed over tiles of about this many tokens, in order: part of what makes two runs equal."""
+GLIBC_MMAP_THRESHOLD, LARGE = -3, 1 << 20
+"""mallopt's name for the size from which memory is mapped by itself, and the bytes that are worth it."""
 FLOAT16_ALARM = 3e4
 """Activations beyond this are close to float16's 65504; kernels that compute in float16 would overflow."""
 
@@ -71,15 +75,45 @@ def block_unit(layer: int) -> str:
     return f"block-{layer:05d}"
 
 
+class _Weights(Mapping[str, Tensor]):
+    """Weights by role, read each time they are asked for: only who uses one has it in memory."""
+
+    def __init__(self, roles: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._roles, self._read = tuple(roles), read
+
+    def __getitem__(self, role: str) -> Tensor:
+        if role not in self._roles:
+            raise KeyError(role)
+        return self._read(role)
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._roles  # Mapping's own would read the weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The checkpoint that is read, and how: ``float_dtype`` is what the floats of a GGUF source are written as."""
+    """The checkpoint that is read, and how: ``float_dtype`` is what the floats of a GGUF source are written as.
+
+    With several ``devices`` each runs its part of the calibration and its part of the methods' work; weights and statistics are
+    gathered on the first.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     float_dtype: str
     compute_dtype: torch.dtype
-    device: str
+    devices: tuple[str, ...]
+
+    @property
+    def device(self) -> str:
+        """The device where weights are read to and results are packed."""
+        return self.devices[0]
 
     def stored_dtype(self, name: str) -> str:
         """The dtype in which a tensor is written: its own, or ``float_dtype`` for a source that holds GGUF blocks."""
@@ -100,11 +134,10 @@ class Source:
         return self.read(name, (cut, slice(0, both[1])))
 
     def block(self, layer: int) -> BlockWeights:
-        """The float32 weights, biases and norms of one block."""
-        linears, biases, norms, norm_biases, norm_dtypes, dtypes = ({} for _ in range(6))
+        """The float32 weights, biases and norms of one block; the weights are read when they are used."""
+        biases, norms, norm_biases, norm_dtypes, dtypes = ({} for _ in range(5))
         for role, path in self.spec.block_linears(layer).items():
             rows = self.spec.rows(role)
-            linears[role] = self.weight(layer, role)
             dtypes[role] = TORCH_DTYPES[self.stored_dtype(f"{path}.weight")]
             if f"{path}.bias" in self.checkpoint.tensors:
                 biases[role] = self.read(f"{path}.bias", (slice(rows.start, rows.stop),))
@@ -114,11 +147,20 @@ class Source:
             norm_dtypes[role] = TORCH_DTYPES[self.stored_dtype(f"{name}.weight")]
             if "bias" in self.spec.norm_parts:
                 norm_biases[role] = self.read(f"{name}.bias")
-        return BlockWeights(layer, linears, biases, norms, norm_dtypes, dtypes, norm_biases)
+        linears = _Weights(self.spec.block_linears(layer), lambda role: self.weight(layer, role))
+        return BlockWeights(layer, linears, biases, norms, norm_dtypes, dtypes, norm_biases, self.devices)
 
-    def loaded(self, layer: int) -> Block:
-        """One block ready to run, in the compute dtype."""
-        return load_block(self.checkpoint, self.spec, layer, dtype=self.compute_dtype, device=self.device)
+    def loaded(self, layer: int) -> list[Block]:
+        """One block ready to run, in the compute dtype, on each device."""
+
+        def load(_: int, device: str) -> Block:
+            return load_block(self.checkpoint, self.spec, layer, dtype=self.compute_dtype, device=device)
+
+        return each(self.devices, load)
+
+    def collectors(self, layer: int, roles: Iterable[str], needs: frozenset[str]) -> list[StatsCollector]:
+        """What gathers the statistics ``needs`` of these linears, for each device."""
+        return [StatsCollector(owners(self.spec, layer), roles, needs) for _ in self.devices]
 
     def copied(self, name: str) -> StoredTensor:
         """A tensor that is written as it was read; GGUF blocks are written as ``float_dtype``."""
@@ -155,7 +197,7 @@ def block_tensors(source: Source, block: BlockWeights, fit: BlockFit, schemes: M
             packed |= {f"{path}.weight", f"{path}.bias"}
             continue
         if any(role in fit.linears for role in roles):
-            whole = torch.cat([fit.linears.get(role, block.linears[role]) for role in roles])
+            whole = torch.cat([fit.linears[role] if role in fit.linears else block.linears[role] for role in roles])
             changed[f"{path}.weight"] = whole.T.contiguous() if spec.linears[roles[0]].transposed else whole
         if any(role in fit.biases for role in roles) and f"{path}.bias" in checkpoint.tensors:
             changed[f"{path}.bias"] = torch.cat([fit.biases.get(role, block.biases[role]) for role in roles])
@@ -194,9 +236,17 @@ class _Streams:
                 assert carry is not None
                 stream.restore(carry)
             for earlier in range(layer if writer is None else 0):
-                stream.advance(self.source.loaded(earlier), None, self.source.device)
+                stream.advance(self.source.loaded(earlier), None, self.source.devices)
             self.found[name] = stream
         return self.found[name]
+
+
+def _free_at_once() -> None:
+    """Have glibc give freed tensors back to the system. Left to itself it keeps those of up to 32 MiB in a heap that grows with every
+    block, as small things come to lie between them. Another C library is left as it is."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(GLIBC_MMAP_THRESHOLD, LARGE)
 
 
 def quantize_models(
@@ -212,6 +262,7 @@ def quantize_models(
     ``calibration`` is needed exactly when a method says so; ``offload`` says where a stream's activations lie. Raises InputError
     for weights or activations that cannot be used, naming the tensor.
     """
+    _free_at_once()
     spec = source.spec
     streams = None if calibration is None else _Streams(source, calibration.tokens, offload)
     done = {name: sum(block_unit(layer) in job.writer.committed for layer in range(spec.layers)) for name, job in jobs.items()}
@@ -232,9 +283,9 @@ def quantize_models(
             assert streams is not None
             stream = streams.at(FLOAT, layer, carries)
             needs = frozenset().union(*(job.wants(FLOAT) for job in shared.values()))
-            collector = StatsCollector(owners(spec, layer), spec.block_linears(layer), needs) if needs else None
-            stream.advance(source.loaded(layer), collector, source.device)
-            stats = {} if collector is None else collector.stats()
+            collectors = source.collectors(layer, spec.block_linears(layer), needs) if needs else None
+            stream.advance(source.loaded(layer), collectors, source.devices)
+            stats = {} if collectors is None else gathered(collectors, source.device)
         for name, job in pending.items():
             if name not in fits:
                 used = stream if name in shared else None
@@ -248,6 +299,7 @@ def quantize_models(
                 facts={"linears": fit.facts, **facts},
                 carry=None if carried is None or last else carried.carry(),
             )
+            del fit  # the codes of a whole block, which the next one has no room for
     for job in jobs.values():
         if OUTER_UNIT not in job.writer.committed:
             job.writer.commit(OUTER_UNIT, _outer(source, job), facts={})
@@ -278,10 +330,17 @@ def _fit(job: Job, block: BlockWeights, stats: Mapping[str, InputStats], spec: M
     schemes = _schemes(spec, job, block.layer)
     fit = BlockFit({})
     for name, quantizer in sorted(job.quantizers.items(), key=lambda item: not item[1].needs):
-        mine = {role: s for role, s in schemes.items() if not is_kept(s) and s.method == name}
+        mine = {role: s for role, s in schemes.items() if role in block.linears and not is_kept(s) and s.method == name}
         if not mine:
             continue
-        seen = replace(block, linears={**block.linears, **fit.linears}, biases={**block.biases, **fit.biases})
+        changed: Mapping[str, Tensor] = fit.linears
+
+        def current(role: str, changed: Mapping[str, Tensor] = changed) -> Tensor:
+            return changed[role] if role in changed else block.linears[role]
+
+        # A method without statistics looks at one weight after the other; the others compare and change those of the whole block.
+        linears = {role: current(role) for role in block.linears} if quantizer.needs else _Weights(mine, current)
+        seen = replace(block, linears=linears, biases={**block.biases, **fit.biases})
         kept = {role: s if role in mine else replace(s, layout="plain") for role, s in schemes.items()}
         fit = _merged(fit, quantizer.fit(seen, stats, kept, spec))
     return replace(fit, linears={role: w for role, w in fit.linears.items() if role not in fit.results})
@@ -294,10 +353,10 @@ def _fit_in_stages(
 
     ``float_writer`` is that of a job which carries the float model's activations at this block, if there is one.
     """
-    spec, layer, device = source.spec, block.layer, source.device
+    spec, layer, devices = source.spec, block.layer, source.devices
     stream = streams.at(name, layer, job.writer)
     schemes, needs = _schemes(spec, job, layer), job.wants(QUANTIZED)
-    work = source.loaded(layer)
+    copies = source.loaded(layer)
     reference = None
     if "cross" in needs:
         reference = streams.at(FLOAT, layer, float_writer), source.loaded(layer)
@@ -308,42 +367,42 @@ def _fit_in_stages(
             continue
         stats: Mapping[str, InputStats] = {}
         if any(job.quantizers[schemes[role].method].needs for role in wanted):
-            collector = StatsCollector(owners(spec, layer), stage, needs)
-            stream.observe(work, collector, frozenset(stage), device, reference)
-            stats = collector.stats()
+            collectors = source.collectors(layer, stage, needs)
+            stream.observe(copies, collectors, frozenset(stage), devices, reference)
+            stats = gathered(collectors, source.device)
             seen |= {role: replace(s, gram=s.gram.new_zeros(0, 0), cross=None) for role, s in stats.items()}
-        part = replace(
-            block,
-            linears={role: block.linears[role] for role in wanted},
-            biases={role: block.biases[role] for role in wanted if role in block.biases},
-            norms={},
-            norm_biases={},
-        )
-        found = _fit(job, part, stats, spec)
+        linears = _Weights(wanted, block.linears.__getitem__)
+        biases = {role: block.biases[role] for role in wanted if role in block.biases}
+        found = _fit(job, replace(block, linears=linears, biases=biases, norms={}, norm_biases={}), stats, spec)
         for role, result in found.results.items():
             dense = dense_weight(result, schemes[role], source.compute_dtype)
             bias = None if result.bias is None else result.bias.to(source.compute_dtype)
-            work.replace(role, DenseLinear(dense, bias))
+            for device, copy in zip(devices, copies, strict=True):
+                copy.replace(role, DenseLinear(dense.to(device), None if bias is None else bias.to(device)))
         fit = _merged(fit, found)
-    stream.advance(work, None, device)
+    stream.advance(copies, None, devices)
     return fit, _activations(stream, seen), stream
 
 
 def _outer(source: Source, job: Job) -> Iterator[StoredTensor]:
-    """What lies outside the blocks, as it is; or a head that is quantized, rounded to nearest, of its own or untied."""
+    """What lies outside the blocks, as it is; or an embedding and a head that are quantized, rounded to nearest, or untied."""
     spec, checkpoint = source.spec, source.checkpoint
     inside = tuple(spec.tensor(layer, "") for layer in range(spec.layers))
-    head = spec.architecture.head
-    scheme = job.assignment.get(head)
-    quantized = scheme is not None and not is_kept(scheme)
+    head, embedding = spec.architecture.head, spec.architecture.embedding
+    schemes = {path: job.assignment[path] for path in (embedding, head) if path in job.assignment}
+    # A head that is stored beside the embedding that it was tied to, and whatever is quantized.
+    changed = {path: s for path, s in schemes.items() if not is_kept(s) or (path == head and spec.tied)}
     for name in sorted(name for name in checkpoint.tensors if not name.startswith(inside)):
-        if not (quantized and name.rpartition(".")[0] == head):
+        if name.rpartition(".")[0] not in changed:
             yield source.copied(name)
-    if quantized and scheme is not None:
-        name = f"{spec.architecture.embedding if spec.tied else head}.weight"
+    for path, scheme in changed.items():
+        name = f"{embedding if spec.tied else path}.weight"
+        if is_kept(scheme):
+            yield replace(source.copied(name), name=f"{path}.weight")
+            continue
         weight, dtype = source.read(name), source.stored_dtype(name)
-        result = quantize_weight(weight, scheme, None, TORCH_DTYPES[dtype], head)
-        yield from _packed(head, result, scheme, (weight.shape[0], weight.shape[1]), dtype)
+        result = quantize_weight(weight, scheme, None, TORCH_DTYPES[dtype], path)
+        yield from _packed(path, result, scheme, (weight.shape[0], weight.shape[1]), dtype)
 
 
 def _summary(spec: ModelSpec, job: Job) -> QuantizedModel:

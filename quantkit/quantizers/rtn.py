@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled
+from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled, on_device, with_bias
 from quantkit.ops.codebook import quantize_4bit
 from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.ops.eightbit import fp8_block_quantize, fp8_channel_quantize, int8_channel_quantize, llm_int8_quantize
 from quantkit.ops.grouped import encode, group_range, scales_and_zeros
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, QuantizerFactory, built_in, choice, refuse_unknown_options
+from quantkit.quantizers.devices import spread
 from quantkit.scheme import LinearScheme
 
 
@@ -80,6 +82,21 @@ def quantize_weight(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, d
     return round_to_nearest(weight, scheme, bias, where)
 
 
+def quantize_linears(
+    block: BlockWeights, linears: Mapping[str, Tensor], biases: Mapping[str, Tensor], schemes: Mapping[str, LinearScheme], spec: ModelSpec
+) -> dict[str, Neutral]:
+    """``quantize_weight`` of those of ``linears`` that are not kept, dealt over the devices of ``block``. Raises InputError as it does."""
+    roles = [role for role in linears if not is_kept(schemes[role])]
+
+    def work(job: int, device: str) -> Neutral:
+        role = roles[job]
+        where = spec.tensor(block.layer, spec.linears[role].name)
+        result = quantize_weight(linears[role].to(device), schemes[role], None, block.linear_dtypes[role], where)
+        return with_bias(on_device(result, block.devices[0]), biases.get(role))
+
+    return dict(zip(roles, spread(block.devices, [math.prod(spec.linear_shape(role)) for role in roles], work), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Direct:
     """A method without calibration: the layout of each linear's scheme says how it is rounded."""
@@ -89,12 +106,7 @@ class Direct:
     inputs: str = FLOAT
 
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
-        results = {}
-        for role, weight in block.linears.items():
-            if not is_kept(schemes[role]):
-                where = spec.tensor(block.layer, spec.linears[role].name)
-                results[role] = quantize_weight(weight, schemes[role], block.biases.get(role), block.linear_dtypes[role], where)
-        return BlockFit(results)
+        return BlockFit(quantize_linears(block, block.linears, block.biases, schemes, spec))
 
 
 def _factory(name: str, known: tuple[str, ...]) -> QuantizerFactory:

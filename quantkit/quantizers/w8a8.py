@@ -16,7 +16,7 @@ from quantkit.ops.eightbit import smooth_scale
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.awq import fold_scale
 from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, built_in, number, refuse_unknown_options
-from quantkit.quantizers.rtn import quantize_weight, refuse_not_finite
+from quantkit.quantizers.rtn import quantize_linears, refuse_not_finite
 from quantkit.scheme import LinearScheme
 
 
@@ -33,9 +33,10 @@ class W8A8:
         return frozenset({"range"}) if self.alpha else frozenset()
 
     def fit(self, block: BlockWeights, stats: Mapping[str, InputStats], schemes: Mapping[str, LinearScheme], spec: ModelSpec) -> BlockFit:
-        for role, weight in block.linears.items():
+        before = dict(block.linears)
+        for role, weight in before.items():
             refuse_not_finite(weight, spec.tensor(block.layer, spec.linears[role].name))
-        linears, biases = dict(block.linears), dict(block.biases)
+        linears, biases = dict(before), dict(block.biases)
         norms, norm_biases = dict(block.norms), dict(block.norm_biases)
         facts: dict[str, Any] = {}
         for group in spec.scale_groups(block.layer) if self.alpha else ():
@@ -48,12 +49,8 @@ class W8A8:
             fold_scale(group, scale, linears, biases, norms, norm_biases, block.norm_dtypes, spec)
             for role in smoothed:
                 facts.setdefault(role, {})["smoothed"] = round(float(scale.max() / scale.min()), 3)
-        results = {}
-        for role, weight in linears.items():
-            if not is_kept(schemes[role]):
-                where = spec.tensor(block.layer, spec.linears[role].name)
-                results[role] = quantize_weight(weight, schemes[role], biases.get(role), block.linear_dtypes[role], where)
-        changed = {role: weight for role, weight in linears.items() if role not in results and weight is not block.linears[role]}
+        results = quantize_linears(block, linears, biases, schemes, spec)
+        changed = {role: weight for role, weight in linears.items() if role not in results and weight is not before[role]}
         return BlockFit(results, changed, biases, norms, norm_biases, facts)
 
 

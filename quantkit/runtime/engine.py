@@ -20,7 +20,7 @@ from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import assignment_from_config
+from quantkit.quant_config import stored_assignment
 from quantkit.runtime.devices import default_dtype, place_for
 from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
@@ -360,7 +360,7 @@ def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:
         return checkpoint, plan.tp
     checkpoint, ranks = open_checkpoint(root), 1 if tp is None else tp
     spec = spec_for(checkpoint.config)
-    make_plan(spec, assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors), ranks, dtype="BF16")
+    make_plan(spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), ranks, dtype="BF16")
     return checkpoint, ranks
 
 

@@ -27,7 +27,7 @@ from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import make_plan
-from quantkit.quant_config import assignment_from_config
+from quantkit.quant_config import stored_assignment
 from quantkit.runtime.kv_cache import ContiguousCache, cache_for
 from quantkit.runtime.sampler import Sampled, SamplingParams, greedy, sample
 from quantkit.runtime.scheduler import Chunk
@@ -132,7 +132,7 @@ def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
         if job.tp == 1:
             return load_decoder(checkpoint, dtype=dtype, device=device, parity=job.parity)
         spec = spec_for(checkpoint.config)
-        assignment = assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors)
+        assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
         plan = make_plan(spec, assignment, job.tp, dtype="BF16")
         return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity)
     except torch.OutOfMemoryError as exc:

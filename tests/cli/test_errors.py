@@ -50,6 +50,7 @@ INPUT = {
     "group of zero": ["quantize", "{model}", "{out}", "--method", "rtn", "--group-size", "0"],
     "group that does not divide": ["quantize", "{model}", "{out}", "--method", "rtn", "--group-size", "96"],
     "bad override": ["quantize", "{model}", "{out}", "--method", "rtn", "--override", "down_proj"],
+    "devices of a CPU": ["quantize", "{model}", "{out}", "--method", "rtn", "--device", "cpu", "--devices", "2"],
     "no size": ["quantize", "{model}", "{out}", "--method", "rtn", "--max-shard-size", "5 apples"],
     "bits without a method": ["plan", "{model}", "--tp", "2", "--bits", "4"],
     "no recipe": ["quantize", "{model}", "{out}", "--recipe", "nothing"],

@@ -36,12 +36,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
             "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run --option mse=false --option block=64 "
-            "--inputs float --compute-dtype float16 --offload"
+            "--inputs float --compute-dtype float16 --offload --devices 2"
         ),
         {"method": "awq", "bits": 3, "group_size": -1, "sym": True, "format": "awq", "recipe": Path("r.yaml")}
         | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
         | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True}
-        | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True},
+        | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True}
+        | {"devices": 2},
     ),
     "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
     "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),
@@ -59,9 +60,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "report": (
         "m a",
         {"base": "m", "artifacts": ("a",)},
-        "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16",
+        "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16"
+        " --device cpu",
         {"artifacts": ("a", "b"), "out": Path("d"), "text": Path("t"), "window": 64, "stride": 32, "tokens": 500}
-        | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16"},
+        | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16", "device": "cpu"},
     ),
 }
 """Command: its least arguments, the fields that these set, further arguments, the fields that those set."""

@@ -220,6 +220,7 @@ def test_the_journal_says_what_made_the_bytes(killed: Path) -> None:
         "quantkit",
         "torch",
         "device",
+        "devices",
         "compute_dtype",
         "instruction_set",
         "threads",

@@ -5,7 +5,8 @@
     ct_reference.py logits ARTIFACT IDS OUT        IDS is JSON, a list of token ids; through transformers on a CPU; facts in OUT with .json
 
 The golden file holds, per case, the float ``input`` [N, K], the tensors of a saved layer, ``codes`` (int8 values or float8 bytes) and
-``dense``, what the library decompresses them to. A case is named FORMAT-KIND, such as pack-int4-asym-group.
+``dense``, what the library decompresses them to. A case is named FORMAT-KIND, such as pack-int4-asym-group. Two more, token-int and
+token-float, hold activations as a linear rounds them when it runs: ``input`` [T, K], ``scale`` [T, 1], and ``rounded``, codes times scales.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from compressed_tensors.quantization import (  # type: ignore[import-not-found]
     QuantizationScheme,
     apply_quantization_config,
 )
-from compressed_tensors.quantization.lifecycle.forward import quantize  # type: ignore[import-not-found]
-from compressed_tensors.quantization.utils import calculate_qparams  # type: ignore[import-not-found]
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize  # type: ignore[import-not-found]
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp  # type: ignore[import-not-found]
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
@@ -88,7 +89,21 @@ def golden() -> Tensors:
             setting = scheme({"num_bits": 8, "type": "float", "strategy": strategy}, {"num_bits": 8, "type": "float", **TOKEN})
             name = f"float-{strategy}-{str(dtype).removeprefix('torch.')}"
             made |= prefixed(name, compress(normal.to(dtype), setting))
+    for kind in ("int", "float"):
+        made |= prefixed(f"token-{kind}", tokens(kind))
     return made
+
+
+def tokens(kind: str) -> Tensors:
+    """Activations of every size, one-sided and zero tokens among them, through what the library does to the input of a linear."""
+    generator = torch.Generator().manual_seed(41)
+    x = torch.randn(40, 96, generator=generator) * torch.logspace(-6, 5, 40).unsqueeze(1)
+    x[3], x[7], x[8] = 0.0, x[7].abs(), -x[8].abs()
+    x[9] = torch.arange(96) - 47.5
+    x[9, 0] = 127.5  # the scale is 1, and every value between two steps exactly
+    args, batch = QuantizationArgs(num_bits=8, type=kind, **TOKEN), x.unsqueeze(0)
+    scale, zero = compute_dynamic_scales_and_zp(batch, args, torch.nn.Identity())
+    return {"input": x, "scale": scale[0], "rounded": fake_quantize(batch, scale, zero, args)[0]}
 
 
 def prefixed(name: str, tensors: Mapping[str, Tensor]) -> Tensors:

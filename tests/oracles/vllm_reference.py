@@ -1,10 +1,13 @@
-"""vLLM on a CPU generates from an artifact as it is; runs in the vllm environment, which has no quantkit.
+"""vLLM on a CPU reads an artifact as it is and generates; runs in the vllm environment, which has no quantkit.
 
     vllm_reference.py logprobs ARTIFACT PROMPTS OUT [--tp N] [--tokens N] [--dtype DTYPE]
 
-PROMPTS is JSON: a list of prompts, each a list of token ids. OUT becomes JSON: per prompt the greedy ``tokens`` and ``logprobs``, for each
-of them the five likeliest ids (as strings) with their log probabilities, and what vLLM took the artifact for: its quantization and dtype.
+PROMPTS is JSON: a list of prompts, each a list of token ids. OUT becomes JSON: per prompt the ``tokens`` that vLLM continued it with
+(greedy), and ``logprobs``: for each token of the prompt but the first, and then for each of ``tokens``, the log-probabilities that the
+tokens before it give it and the 20 likeliest ids (as strings). Further, what vLLM took the artifact for: its quantization and dtype.
 With --tp 2 each rank has a core of its own.
+
+vLLM's 8-bit products with AMX know no float32: with ``--dtype float32`` it runs without AMX.
 
 vLLM's build for a CPU without AVX512 lacks the 4-bit product. There ``Kernel`` supplies it in plain torch, from the words that vLLM has
 read, sharded and repacked; ``kernel`` of OUT says which one ran.
@@ -29,8 +32,14 @@ SETTINGS = {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_INT4_W4A8": "0",
 }
-"""Read by vLLM when it is imported, and by its workers."""
+"""Read by vLLM when it is imported, and by its workers. The last: else, on a CPU with AMX, it rounds the activations of 4-bit linears to
+int8, which no artifact asks for."""
+
+AMX = "QUANTKIT_ORACLE_AMX"
+"""An environment variable. 0: this process and its workers do without AMX."""
+LIKELIEST = 20
 
 
 def placement(tp: int) -> dict[str, str]:
@@ -59,10 +68,19 @@ def gemm_wna16(
     out.copy_(y if bias is None else y + bias.float())
 
 
+def settle_amx() -> None:
+    """Hides AMX where it is not wanted; else asks Linux for it, which vLLM's 4-bit product does not, and dies of SIGILL."""
+    if os.environ.get(AMX) == "0":
+        torch.cpu._is_amx_tile_supported = lambda: False
+    elif torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise OSError("Linux refuses AMX to this process")
+
+
 def provide_kernel() -> bool:
     """Registers the product above where vLLM's build for this CPU has none. True where it has one."""
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
+    settle_amx()
     current_platform.import_kernels()
     if hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return not LIBRARY
@@ -79,7 +97,7 @@ LIBRARY: list[Any] = []
 
 
 class Kernel:
-    """What vLLM mixes into its workers: each of them imports this module by name, which registers the product there."""
+    """What vLLM mixes into its workers: each of them imports this module by name, which settles AMX and registers the product there."""
 
 
 def logprobs(artifact: str, prompts: list[list[int]], tp: int, tokens: int, dtype: str) -> dict[str, Any]:
@@ -96,12 +114,14 @@ def logprobs(artifact: str, prompts: list[list[int]], tp: int, tokens: int, dtyp
         disable_log_stats=True,
         worker_extension_cls="vllm_reference.Kernel",
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=5, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=LIKELIEST, prompt_logprobs=LIKELIEST, ignore_eos=True)
     outputs = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     answers = [
         {
             "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [{str(i): entry.logprob for i, entry in step.items()} for step in output.outputs[0].logprobs],
+            "logprobs": [
+                {str(i): entry.logprob for i, entry in step.items()} for step in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            ],
         }
         for output in outputs
     ]
@@ -119,7 +139,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
-    os.environ.update(SETTINGS | placement(given.tp) | {"PYTHONPATH": str(Path(__file__).parent)})
+    amx = "0" if given.dtype == "float32" else "1"
+    os.environ.update(SETTINGS | placement(given.tp) | {AMX: amx, "PYTHONPATH": str(Path(__file__).parent)})
     answer = logprobs(given.artifact, json.loads(given.prompts.read_text()), given.tp, given.tokens, given.dtype)
     given.out.write_text(json.dumps(answer, indent=1))
 

@@ -47,7 +47,7 @@ def block_of(family: str, layer: int = 0) -> tuple[ModelSpec, BlockWeights, dict
     with torch.inference_mode():
         x = embedded(checkpoint, spec, texts_of((60,))[0][None], dtype=torch.float32)[0]
         load_block(checkpoint, spec, layer, dtype=torch.float32).forward(x, Batch(torch.arange(60), (60,), None), None, tap)
-    return spec, Source(checkpoint, spec, "F32", torch.float32, "cpu").block(layer), collector.stats(), inputs, checkpoint
+    return spec, Source(checkpoint, spec, "F32", torch.float32, ("cpu",)).block(layer), collector.stats(), inputs, checkpoint
 
 
 def plain_round(weight: Tensor, group: int) -> Tensor:
@@ -104,7 +104,9 @@ def test_scales_that_look_at_the_weights_too_are_taken_where_they_lose_less() ->
 def test_the_scale_of_o_is_shared_by_the_query_heads_of_a_kv_head() -> None:
     spec, block, stats, inputs, _ = block_of("llama")
     group = next(group for group in spec.scale_groups(0) if group.prev == "v")
-    scale, kind = Awq(AwqOptions(duo=False))._search_scale(group, block.linears, stats, dict.fromkeys(spec.linears, W4), spec)
+    scale, kind = Awq(AwqOptions(duo=False))._search_scale(
+        group, block.linears, stats, dict.fromkeys(spec.linears, W4), spec, block.devices
+    )
     assert scale is not None
     ratio = kind["scale_ratio"]
     kv, per_kv = spec.dims["kv_heads"].size, spec.dims["heads"].size // spec.dims["kv_heads"].size

@@ -179,7 +179,7 @@ def test_the_stream_is_the_model_itself() -> None:
 
     for layer in range(spec.layers):
         collector = Collector(owners(spec, layer), spec.block_linears(layer), frozenset({"gram"}))
-        stream.advance(load_block(checkpoint, spec, layer, dtype=torch.float32), collector, "cpu")
+        stream.advance([load_block(checkpoint, spec, layer, dtype=torch.float32)], [collector], ["cpu"])
     decoder = load_decoder(checkpoint, dtype=torch.float32)
     expected = decoder.forward(torch.cat(texts), batch_of([(0, 20)] * 3))
     assert torch.allclose(decoder.norm(stream.hidden.reshape(60, -1)), expected, rtol=1e-4, atol=1e-4)
@@ -206,7 +206,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     block = load_block(MemoryCheckpoint(checkpoint.config, values), spec, 0, dtype=torch.float32)
     stream = CalibrationStream(torch.ones(1, 4, spec.dims["hidden"].size), 1)
     with pytest.raises(InputError, match="block 0: its activations on the calibration text are not finite"):
-        stream.advance(block, StatsCollector(owners(spec, 0), spec.block_linears(0), frozenset({"gram"})), "cpu")
+        stream.advance([block], [StatsCollector(owners(spec, 0), spec.block_linears(0), frozenset({"gram"}))], ["cpu"])
 
 
 def test_the_digest_is_of_the_tokens() -> None:

@@ -379,3 +379,24 @@ def test_cuda_finds_what_the_cpu_finds(order: str, group: int) -> None:
     assert there.codes.is_cuda and same_rows(here.zeros, there.zeros.cpu()) > 0.9
     assert float((here.codes == there.codes.cpu()).float().mean()) > 0.9
     assert there.loss == pytest.approx(here.loss, rel=0.01)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_large_matrices_are_converted_in_panels_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    weight, x = weights(), inputs()
+    options = SolverOptions(4, 16, False, order=order)
+    whole = solve(weight, x.T @ x, len(x), options, "w")
+    monkeypatch.setattr(gptq_solver, "PANEL", 7 * 96 + 5)
+    parts = solve(weight, x.T @ x, len(x), options, "w")
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("codes", "scales", "zeros"))
+    assert (whole.loss, whole.damp) == (parts.loss, parts.damp)
+
+
+@pytest.mark.parametrize("panel", [1, 40, 1000])
+def test_the_factor_becomes_float32_in_its_own_memory(monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    monkeypatch.setattr(gptq_solver, "PANEL", panel)
+    lower = torch.randn(17, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, memory = lower.float().flip(0, 1), lower.untyped_storage().data_ptr()
+    found = gptq_solver._reversed_single(lower)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous() and found.untyped_storage().data_ptr() == memory

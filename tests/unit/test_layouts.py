@@ -14,15 +14,17 @@ from decoder_fixtures import logits_of, texts_of
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.comm import Comm, run_threads
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry, geometry_of
 from quantkit.layouts.base import Codebook, GroupedInt, Scaled
-from quantkit.layouts.registry import codec
-from quantkit.model.load import load_decoder
+from quantkit.layouts.registry import UnpackingLinear, codec
+from quantkit.model.load import load_block, load_decoder
 from quantkit.ops.codebook import CODEBOOKS
 from quantkit.ops.dtypes import FLOAT_DTYPES, as_bytes
+from quantkit.ops.eightbit import quantize_tokens_fp8, quantize_tokens_int8
 from quantkit.scheme import LinearScheme
 from quantkit.shard import open_rank, shard_checkpoint, unshard
 from quantkit.verify import verify
@@ -197,7 +199,7 @@ def test_float8_bytes_of_the_format() -> None:
     assert values.view(torch.uint8).tolist() == [0x38, 0xB0, 0x7E, 0x77, 0x09, 0x01, 0x00]
 
 
-@pytest.mark.parametrize("case", sorted(name for name in CT if not name.startswith("pack") and "-asym-" not in name))
+@pytest.mark.parametrize("case", sorted(name for name in CT if not name.startswith(("pack", "token")) and "-asym-" not in name))
 def test_eight_bits_are_those_of_the_reference(case: str) -> None:
     parts = CT[case]
     stored = {name: parts[name] for name in ("weight", "weight_scale")}
@@ -308,6 +310,24 @@ def test_artifacts_are_cut_restored_and_verified(tmp_path: Path, name: str) -> N
     rank.write_bytes(data)
     assert [d.where for d in verify(shards, deep=False).defects] == [rank.name]
     shutil.rmtree(shards)
+
+
+@pytest.mark.parametrize("activations", ["int8_token", "fp8_token"])
+@pytest.mark.parametrize("name", ["packed-asym", "int8", "fp8"])
+def test_whatever_the_weights_are_the_tokens_are_rounded(tmp_path: Path, name: str, activations: str) -> None:
+    artifact(tmp_path / "q", replace(ARTIFACTS[name], activations=activations))
+    checkpoint = open_checkpoint(tmp_path / "q")
+    spec = spec_for(checkpoint.config)
+    block, plain = (load_block(checkpoint, spec, 0, dtype=torch.float32, parity=parity) for parity in (False, True))
+    for role, linear in block.linears.items():
+        dense = plain.linears[role].op
+        weight = dense.weight() if isinstance(dense, UnpackingLinear) else None
+        assert weight is not None
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(2))
+        values, scales = (quantize_tokens_int8 if activations == "int8_token" else quantize_tokens_fp8)(x)
+        got = linear.op(x)
+        torch.testing.assert_close(got, (values.float() * scales) @ weight.T)
+        assert not torch.allclose(got, dense(x))
 
 
 @pytest.mark.parametrize("tp", [2, 4])

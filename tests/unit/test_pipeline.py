@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from quantkit.errors import InputError, MachineError
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.layouts.awq import unpack_words
 from quantkit.model.load import load_decoder
+from quantkit.quantizers.pipeline import Source
 from quantkit.report import Report
 from quantkit.text.builtin import builtin_text
 from quantkit.text.tokenizer import load_tokenizer
@@ -321,3 +323,24 @@ def test_options_that_cannot_be_honoured_are_refused(tmp_path: Path, small: Path
     with pytest.raises(InputError, match=message):
         run(tmp_path / "out", path=str(small), **fields)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "reads", "most"), [("rtn", (), 14, 1), ("gptq", (), 14, 3), ("gptq", ("(mlp|q_proj):method=rtn",), 16, 3)]
+)
+def test_only_the_weights_that_are_worked_on_are_in_memory(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, method: str, override: tuple[str, ...], reads: int, most: int
+) -> None:
+    """One after the other without statistics; with GPTQ those of one input, q, k and v at most."""
+    read, counts, really = list[weakref.ref[torch.Tensor]](), list[int](), Source.weight
+
+    def weight(self: Source, layer: int, role: str) -> torch.Tensor:
+        found = really(self, layer, role)
+        read.append(weakref.ref(found))
+        counts.append(sum(ref() is not None for ref in read))
+        return found
+
+    monkeypatch.setattr(Source, "weight", weight)
+    run(tmp_path / "out", path=str(small), method=method, override=override)
+    assert verify(tmp_path / "out", deep=True).defects == []
+    assert (len(counts), max(counts)) == (reads, most)

@@ -122,3 +122,39 @@ def test_what_is_not_read_is_refused_by_name(scheme: LinearScheme, quant: Any) -
         quant = ["gptq"]
     with pytest.raises(InputError, match="quantization_config"):
         assignment_from_config({"quantization_config": quant}, assignment, tensors_of(assignment))
+
+
+EIGHT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        ({"weights": {**EIGHT, "symmetric": False}}, "unpacked weights of 8 bits, int, channel, asymmetric"),
+        ({"weights": {**EIGHT, "strategy": "tensor", "symmetric": False}}, "unpacked weights of 8 bits, int, tensor, asymmetric"),
+        ({"weights": EIGHT, "input_activations": {**TOKEN, "symmetric": False}}, "activations of 8 bits, int, asymmetric"),
+        ({"weights": EIGHT, "input_activations": {**TOKEN, "num_bits": 4}}, "activations of 4 bits, int, symmetric"),
+        ({"weights": EIGHT, "input_activations": {**TOKEN, "strategy": None}}, "activations quantized per None, dynamic True"),
+        ({"weights": EIGHT, "input_activations": {**TOKEN, "dynamic": "local"}}, "activations quantized per token, dynamic local"),
+        ({"weights": EIGHT, "input_activations": "int8"}, "input_activations 'int8'"),
+        ({"weights": EIGHT, "output_activations": TOKEN}, "output_activations {"),
+    ],
+)
+def test_eight_bits_that_our_linears_would_compute_otherwise_are_refused_in_one_line(group: dict[str, Any], found: str) -> None:
+    assignment = dict.fromkeys(NAMES[:2], SCHEMES["int8"])
+    tensors = tensors_of(assignment)
+    tensors |= {f"{name}.weight_zero_point": tensors[f"{name}.weight_scale"] for name in assignment}
+    with pytest.raises(InputError) as refused:
+        assignment_from_config({"quantization_config": ct(**group)}, assignment, tensors)
+    assert str(refused.value).startswith(f"config.json: quantization_config.config_groups: {found}")
+    assert "expected" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("name", ["packed_rows", "int8", "fp8"])
+def test_the_grid_of_activations_is_their_own_and_not_the_weights(name: str, kind: str) -> None:
+    scheme = replace(SCHEMES[name], activations="fp8_token" if kind == "float" else "int8_token")
+    assignment = {"lm_head": KEEP, **dict.fromkeys(NAMES, scheme)}
+    assert quantization_config(assignment, "lm_head")["config_groups"]["group_0"]["input_activations"]["type"] == kind
+    round_trip(assignment)
