@@ -60,8 +60,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "report": (
         "m a",
         {"base": "m", "artifacts": ("a",)},
-        "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16"
-        " --device cpu",
+        (
+            "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16"
+            " --device cpu"
+        ),
         {"artifacts": ("a", "b"), "out": Path("d"), "text": Path("t"), "window": 64, "stride": 32, "tokens": 500}
         | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16", "device": "cpu"},
     ),
