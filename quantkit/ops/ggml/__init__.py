@@ -1,0 +1,1 @@
+"""Blocks of ggml: what a GGUF file stores."""
