@@ -26,6 +26,12 @@ from safetensors.torch import save_file
 
 SHAPES = {"llama-3-8b": (4096, 14336, 32, 8, 32), "qwen2-72b": (8192, 29568, 64, 8, 80)}
 """Hidden, FFN, heads, KV heads, layers."""
+CALIBRATED = ("gptq", "awq", "w8a8")
+
+
+def method_options(method: str, given: list[str]) -> list[str]:
+    """The arguments for those of the options ``given``, METHOD.NAME=VALUE, that are the method's."""
+    return [item for option in given if option.startswith(f"{method}.") for item in ("--option", option)]
 
 
 def write_model(root: Path, shape: str, layers: int, vocab: int, tokenizer: Path, device: str) -> None:
@@ -111,9 +117,9 @@ def main() -> None:
         write_text(text, options.tokenizer)
         for method, devices in itertools.product(options.methods.split(","), map(int, options.devices.split(","))):
             out = Path(scratch) / f"{method}-{devices}"
-            calibrated = method in ("gptq", "awq", "w8a8")
+            calibrated = method in CALIBRATED
             calibration = ("--calib", text, "--samples", options.samples, "--seq-len", options.seq_len) if calibrated else ()
-            extra = [item for option in options.option if option.startswith(f"{method}.") for item in ("--option", option)]
+            extra = method_options(method, options.option)
             where = ("--device", options.device, "--devices", devices)
             command = [sys.executable, "-m", "quantkit", "quantize", model, out, "--method", method, *where, "--json"]
             begin = time.monotonic()

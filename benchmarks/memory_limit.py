@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_quantize import SHAPES, write_model, write_text
+from gpu_quantize import CALIBRATED, SHAPES, method_options, write_model, write_text
 
 SHAPES["llama-1.1b"] = (2048, 5632, 32, 4, 22)
 POLL_SECONDS = 0.1
@@ -96,11 +96,11 @@ def _measure(options: argparse.Namespace, model: Path, text: Path, method: str, 
     """One method under the limit. Ends the program with what it said when it failed, and with its defects when verify does."""
     out, limit = scratch / method, int(options.limit * 2**30)
     command = [sys.executable, "-m", "quantkit", "quantize", str(model), str(out), "--method", method, "--device", "cpu", "--json", "-q"]
-    calibrated = method in ("gptq", "awq", "w8a8")
+    calibrated = method in CALIBRATED
     if calibrated:
         command += ["--calib", str(text), "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
         command += ["--compute-dtype", options.compute_dtype, *(["--offload"] if options.offload else [])]
-    extra = [item for option in options.option if option.startswith(f"{method}.") for item in ("--option", option)]
+    extra = method_options(method, options.option)
     extra += [item for rule in options.override for item in ("--override", rule)]
     ran = run_limited([*command, *extra], out, limit, options.blocks, scratch)
     if ran.code != (0 if options.blocks is None else ENDED):

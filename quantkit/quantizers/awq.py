@@ -191,7 +191,7 @@ class Awq:
         shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
         if self.options.clip and role not in UNCLIPPED_ROLES:
             shrink = self._search_clip(weight, gram, scheme)
-        found = round_to_nearest(weight, scheme, None, where, shrink)
+        found = round_to_nearest(weight, scheme, where, shrink)
         error = output_error(weight - dequantize(found.codes, found.scales, found.zeros), gram)
         return found, {
             "clipped": round(float((shrink < 1).float().mean()), 6),

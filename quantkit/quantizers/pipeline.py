@@ -401,7 +401,7 @@ def _outer(source: Source, job: Job) -> Iterator[StoredTensor]:
             yield replace(source.copied(name), name=f"{path}.weight")
             continue
         weight, dtype = source.read(name), source.stored_dtype(name)
-        result = quantize_weight(weight, scheme, None, TORCH_DTYPES[dtype], path)
+        result = quantize_weight(weight, scheme, TORCH_DTYPES[dtype], path)
         yield from _packed(path, result, scheme, (weight.shape[0], weight.shape[1]), dtype)
 
 

@@ -40,8 +40,8 @@ def refuse_not_finite(weight: Tensor, where: str) -> None:
         raise InputError(where, f"holds {bad} values that are not finite", "finite weights")
 
 
-def round_to_nearest(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, where: str, shrink: Tensor | float = 1.0) -> GroupedInt:
-    """Quantize ``weight [N, K]`` float32 on the grid of its group ranges, each multiplied by ``shrink`` (broadcast to [N, G]).
+def round_to_nearest(weight: Tensor, scheme: LinearScheme, where: str, shrink: Tensor | float = 1.0) -> GroupedInt:
+    """``weight [N, K]`` float32 on the grid of its group ranges, each multiplied by ``shrink`` (broadcast to [N, G]); without bias.
 
     Raises InputError naming ``where`` for values that are not finite or whose scale leaves its dtype.
     """
@@ -53,11 +53,11 @@ def round_to_nearest(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, 
         )
     except InputError as exc:
         raise InputError(where, exc.what, exc.expected) from exc
-    return GroupedInt(encode(weight, scales, zeros, scheme.bits), scales, zeros, scheme.bits, bias)
+    return GroupedInt(encode(weight, scales, zeros, scheme.bits), scales, zeros, scheme.bits)
 
 
-def quantize_weight(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, dtype: torch.dtype, where: str) -> Neutral:
-    """Quantize ``weight [N, K]``, float32 of a weight stored in ``dtype``, without calibration, as its layout wants it.
+def quantize_weight(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype, where: str) -> Neutral:
+    """``weight [N, K]``, float32 of a weight stored in ``dtype``, quantized without calibration as its layout wants it; without bias.
 
     Raises InputError naming ``where`` for weights that the layout cannot represent.
     """
@@ -67,19 +67,19 @@ def quantize_weight(weight: Tensor, scheme: LinearScheme, bias: Tensor | None, d
         match scheme.layout:
             case "bnb4":
                 codes, absmax = quantize_4bit(weight.to(dtype), scheme.code, scheme.group_size)
-                return Codebook(codes.reshape(weight.shape), absmax, scheme.code, scheme.group_size, dtype, bias)
+                return Codebook(codes.reshape(weight.shape), absmax, scheme.code, scheme.group_size, dtype)
             case "bnb8":
                 values, scb = llm_int8_quantize(weight.to(dtype))
-                return Scaled(values, scb.unsqueeze(1), bias, divisor=127)
+                return Scaled(values, scb.unsqueeze(1), divisor=127)
             case "int8":
-                return Scaled(*int8_channel_quantize(weight, scales), bias)
+                return Scaled(*int8_channel_quantize(weight, scales))
             case "fp8":
-                return Scaled(*fp8_channel_quantize(weight, scales), bias)
+                return Scaled(*fp8_channel_quantize(weight, scales))
             case "fp8_block":
-                return Scaled(*fp8_block_quantize(weight), bias)
+                return Scaled(*fp8_block_quantize(weight))
     except InputError as exc:
         raise InputError(where, exc.what, exc.expected, exc.hint) from exc
-    return round_to_nearest(weight, scheme, bias, where)
+    return round_to_nearest(weight, scheme, where)
 
 
 def quantize_linears(
@@ -91,7 +91,7 @@ def quantize_linears(
     def work(job: int, device: str) -> Neutral:
         role = roles[job]
         where = spec.tensor(block.layer, spec.linears[role].name)
-        result = quantize_weight(linears[role].to(device), schemes[role], None, block.linear_dtypes[role], where)
+        result = quantize_weight(linears[role].to(device), schemes[role], block.linear_dtypes[role], where)
         return with_bias(on_device(result, block.devices[0]), biases.get(role))
 
     return dict(zip(roles, spread(block.devices, [math.prod(spec.linear_shape(role)) for role in roles], work), strict=True))

@@ -94,7 +94,7 @@ def test_a_lookup_gives_the_rows_of_the_dequantized_table(name: str, dtype: torc
     scheme, (n, k) = SCHEMES[name], (96, 128)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.05
     geometry, chosen = geometry_of(scheme, n, k, dtype="BF16"), codec(scheme.layout)
-    parts = chosen.pack(quantize_weight(weight, scheme, None, torch.float32, "table"), geometry)
+    parts = chosen.pack(quantize_weight(weight, scheme, torch.float32, "table"), geometry)
     again = chosen.pack(chosen.unpack(parts, geometry), geometry)
     assert all(as_bytes(again[suffix]) == as_bytes(part) for suffix, part in parts.items())
     table = PackedTable(parts, geometry, dtype)

@@ -24,7 +24,7 @@ def weights(n: int = 24, k: int = 64, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", [ASYM, SYM])
 def test_codes_come_from_the_scale_that_is_stored(scheme: LinearScheme) -> None:
     weight = weights()
-    found = round_to_nearest(weight, scheme, None, "w")
+    found = round_to_nearest(weight, scheme, "w")
     assert found.scales.dtype == torch.float16 and found.codes.dtype == torch.uint8
     scale = found.scales.double().repeat_interleave(16, 1)
     zero = found.zeros.double().repeat_interleave(16, 1)
@@ -36,19 +36,19 @@ def test_codes_come_from_the_scale_that_is_stored(scheme: LinearScheme) -> None:
 
 
 def test_symmetric_zeros_are_all_eight() -> None:
-    assert bool((round_to_nearest(weights(), SYM, None, "w").zeros == 8).all())
+    assert bool((round_to_nearest(weights(), SYM, "w").zeros == 8).all())
 
 
 def test_group_of_minus_one_is_the_row() -> None:
-    found = round_to_nearest(weights(), LinearScheme("rtn", "awq", 4, -1, False), None, "w")
+    found = round_to_nearest(weights(), LinearScheme("rtn", "awq", 4, -1, False), "w")
     assert found.scales.shape == (24, 1)
-    assert torch.equal(found.codes, round_to_nearest(weights(), LinearScheme("rtn", "awq", 4, 64, False), None, "w").codes)
+    assert torch.equal(found.codes, round_to_nearest(weights(), LinearScheme("rtn", "awq", 4, 64, False), "w").codes)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
     weight = weights()
     weight[3, 16:32] = 0
-    found = round_to_nearest(weight, ASYM, None, "w")
+    found = round_to_nearest(weight, ASYM, "w")
     assert bool((found.codes[3, 16:32] == found.zeros[3, 1]).all())
     assert float(found.scales[3, 1]) > 0
 
@@ -58,7 +58,7 @@ def test_the_weight_that_cannot_be_stored_is_named(bad: float, message: str) -> 
     weight = weights()
     weight[0, 0] = bad
     with pytest.raises(InputError, match=f"layer.q: .*{message}"):
-        round_to_nearest(weight, ASYM, None, "layer.q")
+        round_to_nearest(weight, ASYM, "layer.q")
 
 
 def test_it_leaves_what_is_kept_alone_and_passes_biases_on() -> None:
