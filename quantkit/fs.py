@@ -222,7 +222,7 @@ def scratch_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
             return np.memmap(file, dtype=np.uint8, mode="r+", shape=(nbytes,))
 
 
-def append(path: Path, data: bytes, *, at: int) -> int:
+def append(path: Path, data: bytes | bytearray, *, at: int) -> int:
     """Cut an existing file to ``at`` bytes, append ``data``, sync; returns the new length. Links are not followed."""
     with _refusals(path, "append to it"):
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -348,6 +348,22 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise InputError(str(out), "cannot be overwritten: it is no checkpoint directory", "a directory with a checkpoint, or a new path")
 
 
+def refuse_existing_file(out: Path, overwrite: bool, magic: bytes) -> None:
+    """Raise InputError when the file ``out`` exists and may not be replaced.
+
+    ``overwrite`` allows a regular file that is empty or begins with ``magic``; never a link, a directory, or any other file.
+    """
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise InputError(str(out), "exists", "a path that does not exist", "--overwrite replaces it")
+    replaceable = not out.is_symlink() and out.is_file()
+    if replaceable and (size := min(file_size(out), len(magic))):
+        replaceable = b"".join(read_range(out, 0, size)) == magic
+    if not replaceable:
+        raise InputError(str(out), f"cannot be overwritten: it is no {magic.decode()} file", "such a file, or a new path")
+
+
 def refuse_source(out: Path, source: Path) -> None:
     """Raise InputError when ``out`` is ``source`` or holds it, so that replacing ``out`` would destroy what is read."""
     target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
@@ -394,3 +410,32 @@ def publish(partial: Path, out: Path, overwrite: bool) -> None:
     if partial.parent != out.parent:
         fsync_dir(partial.parent)
     clear_replaced(out)
+
+
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+def publish_file(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename a file, which is synced already, to ``out`` on the same disk, durably.
+
+    Without ``overwrite`` nothing is replaced; with it a file is. Raises InputError when ``out`` exists.
+    """
+    if not overwrite:
+        try:
+            # rename(2) would replace a file that appeared a moment ago; link(2) does not.
+            os.link(partial, out)
+        except FileExistsError as exc:
+            if not os.path.samestat(os.lstat(partial), os.lstat(out)):
+                hint = "--overwrite replaces it"
+                raise InputError(str(out), "appeared while it was being made", "a path that does not exist", hint) from exc
+        except OSError as exc:
+            if exc.errno not in _NO_HARD_LINKS:
+                raise refusal(exc, out, "put it in place") from exc
+            refuse_existing_file(out, False, b"")
+            with _refusals(out, "put it in place"):
+                os.rename(partial, out)
+        remove_file(partial)
+    else:
+        with _refusals(out, "put it in place"):
+            os.rename(partial, out)
+    fsync_dir(out.parent)

@@ -28,6 +28,36 @@ NESTED_BLOCK = 256
 """Blocks of double quantization (``formats.md`` 5.3)."""
 
 
+@dataclass(frozen=True, slots=True)
+class GgmlBlock:
+    """One block type of ggml: ``elements`` consecutive weights of a row in ``nbytes`` bytes; ``bits`` is the width of a code."""
+
+    elements: int
+    nbytes: int
+    bits: int
+
+
+GGML_BLOCKS: Mapping[str, GgmlBlock] = MappingProxyType(
+    {
+        "Q4_0": GgmlBlock(32, 18, 4),
+        "Q4_1": GgmlBlock(32, 20, 4),
+        "Q5_0": GgmlBlock(32, 22, 5),
+        "Q5_1": GgmlBlock(32, 24, 5),
+        "Q8_0": GgmlBlock(32, 34, 8),
+        "IQ4_NL": GgmlBlock(32, 18, 4),
+        "Q2_K": GgmlBlock(256, 84, 2),
+        "Q3_K": GgmlBlock(256, 110, 3),
+        "Q4_K": GgmlBlock(256, 144, 4),
+        "Q5_K": GgmlBlock(256, 176, 5),
+        "Q6_K": GgmlBlock(256, 210, 6),
+        "IQ4_XS": GgmlBlock(256, 136, 4),
+    }
+)
+"""Block types that a linear may stay in (``gguf.md`` 2)."""
+CODES: Mapping[str, tuple[str, ...]] = MappingProxyType({"bnb4": ("nf4", "fp4"), "ggml": tuple(GGML_BLOCKS)})
+"""Layout -> what ``LinearScheme.code`` may be; of every other layout it is empty."""
+
+
 WHOLE = 0
 """A step: the axis belongs to the whole dim, however far it extends, so a cut of the dim keeps all of it."""
 
@@ -301,6 +331,16 @@ def _bnb8(scheme: LinearScheme, n: int, k: int, dtype: str) -> tuple[Part, ...]:
     return (Part("weight", "I8", (Axis("N"), Axis("K"))), Part("SCB", "F32", (Axis("N"),)), Part("weight_format", "U8", ()))
 
 
+def _ggml(scheme: LinearScheme, n: int, k: int, dtype: str) -> tuple[Part, ...]:
+    """Blocks of ggml as a GGUF file stores them (``gguf.md`` 2): rows of whole blocks, each of its own scales and codes."""
+    if scheme.code not in GGML_BLOCKS:
+        raise _refuse(n, k, f"block type {scheme.code!r}", f"one of {', '.join(GGML_BLOCKS)}")
+    block = GGML_BLOCKS[scheme.code]
+    if k % block.elements:
+        raise _refuse(n, k, f"{k} input features do not divide into {scheme.code} blocks", f"a multiple of {block.elements}")
+    return (Part("weight", "U8", (Axis("N"), Axis("K", block.elements, block.nbytes))),)
+
+
 Builder = Callable[[LinearScheme, int, int, str], tuple[Part, ...]]
 LAYOUTS: Mapping[str, Builder] = MappingProxyType(
     {
@@ -316,10 +356,19 @@ LAYOUTS: Mapping[str, Builder] = MappingProxyType(
         "fp8_block": _fp8_block,
         "bnb4": _bnb4,
         "bnb8": _bnb8,
+        "ggml": _ggml,
     }
 )
 FLOAT_LAYOUTS = frozenset({"plain", "transposed"})
 """Layouts that hold the weight itself."""
+ZERO_ROWS = frozenset({*FLOAT_LAYOUTS, "ggml"})
+"""Layouts of which a row of zero bytes is a row of zeros: a vocabulary stored so can be padded."""
+
+
+def ggml_scheme(kind: str) -> LinearScheme:
+    """How a linear is stored that stays in ggml blocks of type ``kind``, a key of GGML_BLOCKS."""
+    block = GGML_BLOCKS[kind]
+    return LinearScheme("gguf", "ggml", block.bits, block.elements, code=kind)
 
 
 def geometry_of(scheme: LinearScheme, n: int, k: int, *, dtype: str, bias: bool = False) -> Geometry:

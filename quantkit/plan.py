@@ -15,7 +15,7 @@ from typing import Any
 
 from quantkit.arch.spec import Dim, ModelSpec
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, geometry_of, plain
+from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, ZERO_ROWS, Geometry, geometry_of, plain
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
 VOCAB_GRANULE = 64
@@ -266,13 +266,18 @@ def quantized_size(spec: ModelSpec, assignment: Assignment) -> tuple[int, int, i
     return count, weights, nbytes
 
 
+def replace_rows(geometry: Geometry, rows: int) -> Geometry:
+    """``geometry``, whole or cut, with ``rows`` rows: of a layout in ZERO_ROWS, padded with zero bytes."""
+    return replace(geometry, n=rows, whole=(geometry.whole[0] + rows - geometry.n, geometry.whole[1]))
+
+
 def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geometry:
-    """The head, its rows padded. Raises InputError when it is quantized and the vocabulary would need padding."""
+    """The head, its rows padded. Raises InputError when the vocabulary would need padding that its layout cannot hold."""
     rows, hidden = _plan_dims(spec)["vocab"].size, spec.dims["hidden"].elements
     name = spec.architecture.head
     if name not in assignment:
         raise InputError(name, "the assignment does not say how it is stored", "a scheme for every linear")
-    if assignment[name].layout not in FLOAT_LAYOUTS and rows != spec.dims["vocab"].size:
+    if assignment[name].layout not in ZERO_ROWS and rows != spec.dims["vocab"].size:
         raise InputError(
             name,
             f"is quantized, and its {spec.dims['vocab'].size} rows are no multiple of {VOCAB_GRANULE}",
@@ -413,8 +418,11 @@ def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, 
     norm_elements = spec.layers * sum(widths[norm.width] for norm in spec.norms.values()) + widths["hidden"]
     rows, hidden = plan.dims["vocab"].size, range(widths["hidden"])
     packed = embedding_geometry(spec, assignment, dtype=dtype)
-    floats = [] if packed is not None else [plain(rows, len(hidden), dtype=dtype)]
-    tables = floats if spec.tied else [*floats, head_geometry(spec, assignment, dtype=dtype)]
+    tables = [] if packed is not None else [plain(rows, len(hidden), dtype=dtype)]
+    if packed is not None and spec.tied:  # the head multiplies by it, pad rows and all
+        tables, packed = [replace_rows(packed, rows)], None
+    if not spec.tied:
+        tables.append(head_geometry(spec, assignment, dtype=dtype))
     counts: dict[tuple[str, Geometry], int] = {}
     for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):
         counts[role, geometry] = counts.get((role, geometry), 0) + 1

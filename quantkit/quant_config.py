@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.geometry import FLOAT_LAYOUTS
+from quantkit.geometry import FLOAT_LAYOUTS, GGML_BLOCKS, ggml_scheme
 from quantkit.method_facts import METHODS
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
-READABLE = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "fp8")
+READABLE = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "fp8", "gguf")
 """Values of ``quant_method`` that quantkit reads."""
 WHERE = "config.json: quantization_config"
 FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -28,10 +28,13 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("packed", "int8", "fp8"),
     "bnb": ("bnb4", "bnb8"),
     "fp8": ("fp8_block",),
+    "gguf": ("ggml",),
 }
 """Format as users name it -> the layouts that one artifact of it can hold."""
 EMBEDDING_FORMAT = "compressed-tensors"
 """The format whose loaders take a quantized embedding; those of the others read it as floats."""
+BLOCK_FORMAT = "gguf"
+"""A GGUF file's blocks in a directory: quantkit's own container, which no other loader reads. It takes any module, a tied embedding too."""
 
 
 class Stored(Protocol):
@@ -81,6 +84,8 @@ def quantization_config(assignment: Assignment, head: str, embedding: str = "") 
     cannot hold a quantized embedding.
     """
     table = assignment.get(embedding, KEEP)
+    if all(is_kept(s) or format_of(s.layout) == BLOCK_FORMAT for s in assignment.values()) and not all(map(is_kept, assignment.values())):
+        return _blocks(assignment)
     quantized = {name: s for name, s in assignment.items() if not is_kept(s) and name != embedding}
     names = {format_of(s.layout) for s in quantized.values()}
     if len(names) != 1:
@@ -245,6 +250,11 @@ def _fp8(quantized: Assignment, kept: list[str], head: str) -> dict[str, Any]:
     }
 
 
+def _blocks(assignment: Assignment) -> dict[str, Any]:
+    """The block type of each module that stays in blocks: types are mixed freely, so every one is named."""
+    return {"quant_method": "gguf", "modules": {name: s.code for name, s in sorted(assignment.items()) if not is_kept(s)}}
+
+
 _WRITERS: Mapping[str, Callable[[Assignment, list[str], str], dict[str, Any]]] = {
     "awq": _awq,
     "gptq": _gptq,
@@ -268,6 +278,8 @@ def leaves_out(quant: Mapping[str, Any], name: str) -> bool:
 
     Raises InputError when its list is none of names.
     """
+    if quant.get("quant_method") == BLOCK_FORMAT:
+        return name not in _block_types(quant)
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers"):
         entries = quant.get(key) or []
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
@@ -330,6 +342,9 @@ def stored_assignment(config: Mapping[str, Any], spec: ModelSpec, tensors: Mappi
     """
     found = assignment_from_config(config, spec.all_linears(), tensors)
     name, quant = spec.architecture.embedding, config.get("quantization_config")
+    if isinstance(quant, Mapping) and quant.get("quant_method") == BLOCK_FORMAT:
+        table = _read_blocks(quant, [name], tensors)[name]
+        return found if is_kept(table) else {**found, name: table}
     if not isinstance(quant, Mapping) or quant.get("quant_method") != EMBEDDING_FORMAT:
         return found
     scheme = _read_compressed(quant, [name], tensors, "Embedding")[name]
@@ -538,10 +553,27 @@ def _read_fp8(quant: Mapping[str, Any], names: list[str], tensors: Mapping[str, 
     return {name: scheme if f"{name}.weight_scale_inv" in tensors else KEEP for name in names}
 
 
+def _block_types(quant: Mapping[str, Any]) -> Mapping[str, str]:
+    """Module -> block type. Raises InputError for what is no block type that a linear may stay in."""
+    modules = quant.get("modules")
+    if not isinstance(modules, Mapping):
+        raise InputError(f"{WHERE}.modules", f"is {modules!r:.50}", "an object: a block type for each module that stays in blocks")
+    for name, kind in modules.items():
+        if not isinstance(kind, str) or kind not in GGML_BLOCKS:
+            raise InputError(f"{WHERE}.modules", f"says {kind!r:.50} of {name!r:.200}", f"one of {', '.join(GGML_BLOCKS)}")
+    return modules
+
+
+def _read_blocks(quant: Mapping[str, Any], names: list[str], tensors: Mapping[str, Stored]) -> dict[str, LinearScheme]:
+    types = _block_types(quant)
+    return {name: ggml_scheme(types[name]) if name in types else KEEP for name in names}
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any], list[str], Mapping[str, Stored]], dict[str, LinearScheme]]] = {
     "awq": _read_awq,
     "gptq": _read_gptq,
     "compressed-tensors": _read_compressed,
     "bitsandbytes": _read_bnb,
     "fp8": _read_fp8,
+    "gguf": _read_blocks,
 }

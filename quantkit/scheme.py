@@ -18,7 +18,8 @@ class LinearScheme:
     """How one linear is stored. ``layout`` is a key of ``geometry.LAYOUTS``.
 
     ``group_size`` is weights per scale along the input: -1 one per row, 0 one per matrix; of ``bnb4`` it is the block length over
-    the flattened matrix, of ``fp8_block`` both sides of a block. ``scale_dtype`` is the safetensors dtype of stored scales.
+    the flattened matrix, of ``fp8_block`` both sides of a block, of ``ggml`` the weights of a block. ``scale_dtype`` is the safetensors
+    dtype of stored scales.
     """
 
     method: str
@@ -28,7 +29,7 @@ class LinearScheme:
     sym: bool = False
     scale_dtype: str = "F16"
     code: str = ""
-    """"nf4" or "fp4": the codebook of ``bnb4``."""
+    """"nf4" or "fp4": the codebook of ``bnb4``; the block type of ``ggml``, such as "Q4_K"."""
     double_quant: bool = False
     """The scales of ``bnb4`` are quantized themselves."""
     act_order: bool = False

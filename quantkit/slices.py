@@ -13,7 +13,7 @@ from typing import Protocol
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, Geometry, Part
-from quantkit.plan import HEAD, ParallelPlan, embedding_geometry, head_geometry, stored_geometries
+from quantkit.plan import HEAD, ParallelPlan, embedding_geometry, linear_geometry, stored_geometries
 from quantkit.scheme import Assignment
 
 
@@ -146,7 +146,8 @@ def rank_slices(
                     yield out(piece)
     yield from norm(arch.final_norm, "hidden")
     if not spec.tied and assignment[arch.head].layout not in FLOAT_LAYOUTS:
-        yield from packed(arch.head, head_geometry(spec, assignment, dtype="BF16"), *plan.cut(HEAD, rank))
+        head = linear_geometry(arch.head, plan.vocab, spec.dims["hidden"].elements, assignment[arch.head], dtype="BF16", bias=False)
+        yield from packed(arch.head, head, plan.rows(rank), range(head.k))
     elif not spec.tied or f"{arch.head}.weight" in tensors:
         yield out(_vocab_slice(f"{arch.head}.weight", plan, rank, tensors))
     modules = {*spec.all_linears(), arch.head, arch.embedding}

@@ -29,7 +29,7 @@ from quantkit.slices import Stored, fused_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.layouts.base import Codebook, GroupedInt, Scaled
+    from quantkit.layouts.base import Codebook, GroupedInt, Scaled, SuperBlock
 
 LOADED = (*EXTRA_FILES, "*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py")
 """A file of these names that no hash vouches for could change what a loader makes of the directory; any other is harmless."""
@@ -340,7 +340,7 @@ def _check_values(
     checkpoint: Checkpoint, packed: Mapping[str, Geometry], symmetric: frozenset[str], prefix: str, found: Verification, progress: Progress
 ) -> None:
     """Unpack every linear of ``packed`` (module path -> geometry, or a rank's part of it), and look at every float."""
-    from quantkit.layouts.base import GroupedInt
+    from quantkit.layouts.base import GroupedInt, SuperBlock
     from quantkit.layouts.registry import codec
     from quantkit.ops.dtypes import as_bytes, as_tensor
 
@@ -361,6 +361,9 @@ def _check_values(
             found.defects.append(Defect("values", f"{prefix}{path}.{exc.where}", exc.what, exc.expected))
             continue
         found.unpacked += 1
+        if isinstance(result, SuperBlock):
+            _check_blocks(prefix + path, result, found)
+            continue
         if not isinstance(result, GroupedInt):
             _check_scales(prefix + path, result, geometry, found)
             continue
@@ -380,6 +383,15 @@ def _check_values(
         if name not in held and checkpoint.dtype(name) in FLOATS and ref.nbytes:
             _check_floats(prefix + name, as_tensor(checkpoint.read(name), checkpoint.dtype(name)), found)
     found.checks["values"] = f"{found.unpacked} packed linears unpacked, floats finite"
+
+
+def _check_blocks(where: str, result: SuperBlock, found: Verification) -> None:
+    """The scales and offsets of blocks: finite."""
+    from quantkit.ops.ggml.decode import infinite_blocks
+
+    bad = infinite_blocks(result.blocks, result.kind)
+    if bad:
+        found.defects.append(Defect("values", where, f"{bad} blocks have a scale that is not finite", "finite scales"))
 
 
 def _check_scales(where: str, result: Codebook | Scaled, geometry: Geometry, found: Verification) -> None:

@@ -90,6 +90,30 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True)
+class GgufRules:
+    """What readers of GGUF files take for granted of a family, since no key says it. Source: llama.cpp's loaders."""
+
+    head: str = "optional"
+    """"optional": where a file has no head, the embedding is it; "required"; "never"."""
+    biases: tuple[str, ...] = ("q", "k", "v")
+    """Roles whose biases are read where they are there."""
+    rope_tables: frozenset[str] = frozenset()
+    """The kinds of rotary scaling, of those that need a table of factors, whose table is read."""
+    wide_heads: bool = True
+    """Heads may be wider or narrower, all together, than the hidden size."""
+    grouped: bool = True
+    """There may be fewer key heads than query heads."""
+    normalized: bool = True
+    """Whether the weights of the chosen experts are made to sum to 1."""
+    caps: tuple[str, ...] = ()
+    """Soft caps (keys of config.json) that are read."""
+    period: int | None = None
+    """Windows are honoured, and every so many layers sees all where no pattern is given; None: every layer sees all."""
+    window_stated: bool = False
+    """A window is guessed where the file has none: none is written as 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One row of the table: a family of decoders."""
 
@@ -97,6 +121,7 @@ class Architecture:
     model_type: str
     hf_classes: tuple[str, ...]
     gguf: str | None
+    """What its GGUF files call themselves: several families may share a name. None: there are no such files."""
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
     scale_groups: tuple[ScaleGroup, ...]
@@ -130,6 +155,7 @@ class Architecture:
     experts: Experts | None = None
     gguf_rope_permuted: bool = False
     """GGUF stores q and k rows interleaved for this family (``gguf.md`` 5.4)."""
+    gguf_rules: GgufRules = field(default_factory=GgufRules)
     sliding: str = "none"
     """Which layers slide when config.json has no ``layer_types``: "none", "all", "alternate",
     "after_max_window_layers", "alternate_before_max_window_layers", "pattern"."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quantkit.arch.spec import Architecture, Experts, Linear, ModelSpec, Norm, ScaleGroup, resolve_spec
+from quantkit.arch.spec import Architecture, Experts, GgufRules, Linear, ModelSpec, Norm, ScaleGroup, resolve_spec
 from quantkit.errors import InputError
 
 
@@ -63,6 +63,7 @@ SANDWICH_NORMS = (
     Norm("pre_ffn", "pre_feedforward_layernorm", "ffn_norm"),
     Norm("post_ffn", "post_feedforward_layernorm", "post_ffw_norm"),
 )
+LLAMA_RULES = GgufRules(biases=("q", "k", "v", "o", "gate", "up", "down"), rope_tables=frozenset({"llama3", "longrope"}))
 SCALE_GROUPS = (
     ScaleGroup("pre_attention", ("q", "k", "v")),
     ScaleGroup("v", ("o",)),
@@ -80,16 +81,19 @@ TABLE: tuple[Architecture, ...] = (
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
         gguf_rope_permuted=True,
+        gguf_rules=LLAMA_RULES,
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     ),
     Architecture(
         name="mistral",
         model_type="mistral",
         hf_classes=("MistralForCausalLM",),
-        gguf=None,  # a Mistral GGUF calls itself "llama", and reads as one
+        gguf="llama",
         linears=(*_attention(False), *_gated_mlp()),
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
+        gguf_rope_permuted=True,
+        gguf_rules=LLAMA_RULES,
         sliding="all",
         defaults={"hidden_act": "silu", "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 4096 * 32},
     ),
@@ -101,6 +105,7 @@ TABLE: tuple[Architecture, ...] = (
         linears=(*_attention(True), *_gated_mlp()),
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(wide_heads=False),
         sliding="after_max_window_layers",
         defaults={
             "hidden_act": "silu",
@@ -136,6 +141,7 @@ TABLE: tuple[Architecture, ...] = (
         linears=(*_attention("attention_bias", "attention_bias"), *_gated_mlp()),
         norms=(*SANDWICH_NORMS, *QK_NORMS),
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(caps=("final_logit_softcapping",), period=6),
         norm_offset=1.0,
         activation_keys=("hidden_activation", "hidden_act"),
         embedding_scale=True,
@@ -162,6 +168,7 @@ TABLE: tuple[Architecture, ...] = (
         linears=(*_attention("attention_bias", "attention_bias"), *_gated_mlp()),
         norms=SANDWICH_NORMS,
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(head="never", caps=("attn_logit_softcapping", "final_logit_softcapping"), period=2, window_stated=True),
         norm_offset=1.0,
         activation_keys=("hidden_activation", "hidden_act"),
         embedding_scale=True,
@@ -192,6 +199,7 @@ TABLE: tuple[Architecture, ...] = (
         ),
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(rope_tables=frozenset({"longrope"}), wide_heads=False, window_stated=True),
         sliding="all",
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     ),
@@ -199,7 +207,7 @@ TABLE: tuple[Architecture, ...] = (
         name="gpt2",
         model_type="gpt2",
         hf_classes=("GPT2LMHeadModel",),
-        gguf=None,  # such a file holds [N, K], and the names here stand for [K, N]
+        gguf="gpt2",
         linears=(
             *_fused("attn.c_attn", "attn_qkv", QKV, QKV_DIMS, True, transposed=True),
             Linear("o", "attn.c_proj", "hidden", "heads", "attn_output", True, transposed=True),
@@ -209,6 +217,7 @@ TABLE: tuple[Architecture, ...] = (
         norms=(Norm("pre_attention", "ln_1", "attn_norm"), Norm("pre_ffn", "ln_2", "ffn_norm")),
         # The activation stands between up and down: no scale passes through it.
         scale_groups=(ScaleGroup("pre_attention", QKV), ScaleGroup("v", ("o",)), ScaleGroup("pre_ffn", ("up",))),
+        gguf_rules=GgufRules(biases=("q", "k", "v", "o", "up", "down"), wide_heads=False),
         block="transformer.h.{layer}.",
         embedding="transformer.wte",
         final_norm="transformer.ln_f",
@@ -252,6 +261,7 @@ TABLE: tuple[Architecture, ...] = (
         ),
         norms=(Norm("pre_attention", "ln_1", "attn_norm"), Norm("pre_ffn", "ln_2", "ffn_norm")),
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(head="required", wide_heads=False, grouped=False),
         block="transformer.h.{layer}.",
         embedding="transformer.wte",
         final_norm="transformer.ln_f",
@@ -273,10 +283,12 @@ TABLE: tuple[Architecture, ...] = (
         name="mixtral",
         model_type="mixtral",
         hf_classes=("MixtralForCausalLM",),
-        gguf=None,  # a Mixtral GGUF calls itself "llama"
+        gguf="llama",
         linears=_attention(False),
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS[:2],
+        gguf_rope_permuted=True,
+        gguf_rules=LLAMA_RULES,
         experts=Experts(
             Linear("router", "block_sparse_moe.gate", "experts", "hidden", "ffn_gate_inp", quantize=False),
             _experts("block_sparse_moe.experts.{expert}", "w1", "w3", "w2"),
@@ -304,6 +316,7 @@ TABLE: tuple[Architecture, ...] = (
         linears=(*_attention("qkv_bias"), *_gated_mlp()),
         norms=PRE_NORMS,
         scale_groups=SCALE_GROUPS,
+        gguf_rules=GgufRules(head="required", wide_heads=False, normalized=False),
         experts=Experts(
             Linear("router", "mlp.gate", "experts", "hidden", "ffn_gate_inp", quantize=False),
             _experts("mlp.experts.{expert}", "gate_proj", "up_proj", "down_proj"),
@@ -360,13 +373,23 @@ TABLE: tuple[Architecture, ...] = (
 )
 
 BY_MODEL_TYPE: Mapping[str, Architecture] = MappingProxyType({arch.model_type: arch for arch in TABLE})
-BY_GGUF: Mapping[str, Architecture] = MappingProxyType({arch.gguf: arch for arch in TABLE if arch.gguf})
+GGUF_NAMES: tuple[str, ...] = tuple(dict.fromkeys(arch.gguf for arch in TABLE if arch.gguf))
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     """The table row of a parsed ``config.json``; None when the table has none."""
     model_type = config.get("model_type")
     return BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+def gguf_architecture(name: str, *, experts: bool, window: bool) -> Architecture | None:
+    """The table row of a GGUF file that calls itself ``name``; None when the table has none.
+
+    Llama, Mistral and Mixtral share a name: experts and a sliding window tell them apart.
+    """
+    rows = [arch for arch in TABLE if arch.gguf == name]
+    rows = [arch for arch in rows if (arch.experts is not None) == experts] or rows
+    return next((arch for arch in rows if (arch.sliding != "none") == window), rows[0] if rows else None)
 
 
 def spec_for(config: Mapping[str, Any]) -> ModelSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quantkit import fs
 from quantkit.arch.spec import Architecture, ModelSpec, resolve_spec
-from quantkit.arch.table import BY_GGUF
+from quantkit.arch.table import GGUF_NAMES, gguf_architecture
 from quantkit.errors import InputError
 from quantkit.formats.gguf import BY_NAME, GgufFile, GgufTensor
 
@@ -30,11 +30,13 @@ DECODED = frozenset(BY_NAME) - frozenset(PLAIN) - NO_WEIGHTS
 """Block types that become float32."""
 CHUNK_ELEMENTS = 1 << 17
 """Values decoded at a time, in arrays that stay in the processor's cache; also what bounds the memory that decoding takes."""
+CHUNK_BYTES = 16 << 20
+"""Bytes of blocks that are read at a time."""
 DTYPE = "float16"
 """What ``config.json`` says: blocks have no dtype of their own, and their scales are float16."""
-MAX_LAYERS, MAX_THETA = 512, 1e12
+MAX_LAYERS, MAX_EXPERTS, MAX_THETA = 512, 1024, 1e12
 
-EMBEDDING, FINAL_NORM, HEAD, BLOCK = "token_embd", "output_norm", "output", "blk.{layer}."
+EMBEDDING, POSITIONS, FINAL_NORM, HEAD, BLOCK = "token_embd", "position_embd", "output_norm", "output", "blk.{layer}."
 ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 TOKENS = "tokenizer.ggml.tokens"
 END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -47,16 +49,22 @@ QUERY_SCALED_BY_WIDTH = frozenset({("gemma2", 46), ("gemma3", 62)})
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of the file and how it becomes one of the model.
+    """A tensor of the file, or one expert's part of it, and how it becomes one of the model.
 
     ``dtype`` is the safetensors dtype of the result. ``head_dim``: the rows of each head are interleaved. ``offset`` is
-    part of every stored value.
+    part of every stored value. ``transposed``: the model has it ``[K, N]``.
     """
 
     tensor: GgufTensor
     dtype: str
     head_dim: int | None = None
     offset: float = 0.0
+    transposed: bool = False
+
+    @property
+    def named(self) -> GgufTensor:
+        """The tensor in the model's shape."""
+        return replace(self.tensor, shape=self.tensor.shape[::-1]) if self.transposed else self.tensor
 
 
 class GgufSource:
@@ -69,7 +77,7 @@ class GgufSource:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self.config, self._stored = gguf_checkpoint_facts(file)
-        self.tensors: Mapping[str, GgufTensor] = MappingProxyType({name: stored.tensor for name, stored in self._stored.items()})
+        self.tensors: Mapping[str, GgufTensor] = MappingProxyType({name: stored.named for name, stored in self._stored.items()})
 
     def dtype(self, name: str) -> str:
         """The safetensors dtype of what ``read`` returns: F16 and BF16 where they are stored, F32 for everything else."""
@@ -82,12 +90,18 @@ class GgufSource:
         Raises InputError when the file has become shorter since it was opened.
         """
         stored = self._stored[name]
+        if stored.transposed:
+            return np.ascontiguousarray(self._rows(stored, None if index is None else index[::-1]).T)
+        return self._rows(stored, index)
+
+    def _rows(self, stored: Stored, index: tuple[slice, ...] | None) -> NDArray[Any]:
+        """``index`` of a tensor as the file has its axes."""
         shape = stored.tensor.shape
         index = tuple(slice(0, size) for size in shape) if index is None else index
-        assert len(index) == len(shape) and all(s.step in (None, 1) for s in index), (name, index)
+        assert len(index) == len(shape) and all(s.step in (None, 1) for s in index), (stored.tensor.name, index)
         ranges = [range(*s.indices(size)) for s, size in zip(index, shape, strict=True)]
         if len(ranges) == 1:  # a vector is small, and its blocks need not lie within the slice
-            vector = _undone(_decoded(self.file, stored.tensor, range(1), range(shape[0])).reshape(-1, 1), stored)
+            vector = _undone(decoded(self.file, stored.tensor, range(1), range(shape[0])).reshape(-1, 1), stored)
             return vector.reshape(-1)[ranges[0].start : ranges[0].stop].copy()
         rows, columns = ranges
         out = np.empty((len(rows), len(columns)), dtype=PLAIN[stored.dtype])
@@ -97,23 +111,62 @@ class GgufSource:
         step = max(1, CHUNK_ELEMENTS // (unit * max(shape[1], 1))) * unit
         for start in range(rows.start - rows.start % unit, rows.stop, step):
             some = range(start, min(start + step, -(-rows.stop // unit) * unit))
-            values = _undone(_decoded(self.file, stored.tensor, some, columns), stored)
+            values = _undone(decoded(self.file, stored.tensor, some, columns), stored)
             first, last = max(some.start, rows.start), min(some.stop, rows.stop)
             out[first - rows.start : last - rows.start] = values[first - some.start : last - some.start]
+        return out
+
+    def block_type(self, name: str) -> str | None:
+        """The block type in which a matrix is stored; None where ``read`` gives it as it is, and for vectors."""
+        stored = self._stored[name]
+        blocks = stored.tensor.type in DECODED and len(stored.tensor.shape) == 2 and not stored.offset
+        return stored.tensor.type if blocks else None
+
+    def block_shape(self, name: str) -> tuple[int, int]:
+        """``(N, bytes of a row)`` of a matrix stored in blocks: rows are outputs, however the model has its floats."""
+        tensor = self._stored[name].tensor
+        return tensor.shape[0], _row_bytes(tensor)
+
+    def read_blocks(self, name: str, rows: range, columns: range) -> NDArray[np.uint8]:
+        """Bytes ``columns`` of each of ``rows`` of a matrix stored in blocks, ``[len(rows), len(columns)]``: rows in the model's order.
+
+        Only whole rows, where they are interleaved whole heads, are read. Raises InputError when the file has become shorter.
+        """
+        stored = self._stored[name]
+        unit, row_bytes = stored.head_dim or 1, _row_bytes(stored.tensor)
+        out = np.empty((len(rows), len(columns)), np.uint8)
+        step = max(1, CHUNK_BYTES // (unit * max(row_bytes, 1))) * unit
+        for start in range(rows.start - rows.start % unit, rows.stop, step):
+            some = range(start, min(start + step, -(-rows.stop // unit) * unit))
+            raw = _undone(_raw(stored.tensor, some), stored)
+            first, last = max(some.start, rows.start), min(some.stop, rows.stop)
+            out[first - rows.start : last - rows.start] = raw[first - some.start : last - some.start, columns.start : columns.stop]
         return out
 
 
 # tensors
 
 
-def _decoded(file: GgufFile, tensor: GgufTensor, rows: range, columns: range) -> NDArray[Any]:
-    """``rows`` and ``columns`` as stored, ``[len(rows), len(columns)]``; of the columns' blocks only those wanted are decoded."""
+def _row_bytes(tensor: GgufTensor) -> int:
     block = BY_NAME[tensor.type]
-    width = tensor.shape[-1]
-    row_bytes = width // block.elements * block.nbytes
-    raw = b"".join(fs.read_range(file.path, tensor.offset + rows.start * row_bytes, len(rows) * row_bytes))
+    return tensor.shape[-1] // block.elements * block.nbytes
+
+
+def _raw(tensor: GgufTensor, rows: range) -> NDArray[np.uint8]:
+    """``rows`` as the file has them, ``[len(rows), bytes of a row]``."""
+    row_bytes = _row_bytes(tensor)
+    data = b"".join(fs.read_range(tensor.file, tensor.offset + rows.start * row_bytes, len(rows) * row_bytes))
+    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+
+
+def decoded(file: GgufFile, tensor: GgufTensor, rows: range, columns: range) -> NDArray[Any]:
+    """``rows`` (over all axes but the last) and ``columns`` as stored, ``[len(rows), len(columns)]``: blocks as float32, BF16 as its bits.
+
+    Of the columns' blocks only those wanted are decoded. Raises InputError when the file has become shorter.
+    """
+    block = BY_NAME[tensor.type]
     first, last = columns.start // block.elements, -(-columns.stop // block.elements)
-    blocks = np.frombuffer(raw, np.uint8).reshape(len(rows), width // block.elements, block.nbytes)[:, first:last]
+    blocks = _raw(tensor, rows).reshape(len(rows), -1, block.nbytes)[:, first:last]
     flat = np.ascontiguousarray(blocks).reshape(-1)
     if tensor.type in PLAIN:
         values = flat.view(PLAIN[tensor.type])
@@ -144,7 +197,7 @@ def _stored_tensors(file: GgufFile, spec: ModelSpec, used: frozenset[str]) -> di
     """Every tensor of the model by its Hugging Face name; ``used`` are tensors that became part of the configuration."""
     arch, found, known = spec.architecture, dict[str, Stored](), set(used)
 
-    def take(gguf: str, name: str, shape: tuple[int, ...], head_dim: int | None = None, offset: float = 0.0) -> None:
+    def take(gguf: str, name: str, shape: tuple[int, ...], head_dim: int | None = None, offset: float = 0.0) -> Stored:
         where = f"{file.path}: {gguf}"
         if gguf not in file.tensors:
             raise InputError(where, "is missing", f"the {name} of a {arch.name} model, {list(shape)}")
@@ -154,30 +207,54 @@ def _stored_tensors(file: GgufFile, spec: ModelSpec, used: frozenset[str]) -> di
         if tensor.type not in PLAIN and tensor.type not in DECODED:
             raise InputError(where, f"is of type {tensor.type}", f"one of {', '.join((*PLAIN, *sorted(DECODED)))}")
         known.add(gguf)
-        found[name] = Stored(tensor, tensor.type if tensor.type in PLAIN and not offset else "F32", head_dim, offset)
+        return Stored(tensor, tensor.type if tensor.type in PLAIN and not offset else "F32", head_dim, offset)
 
     def norm(gguf: str, module: str, width: int) -> None:
-        take(f"{gguf}.weight", f"{module}.weight", (width,), offset=arch.norm_offset)
+        for part in spec.norm_parts:
+            found[f"{module}.{part}"] = take(f"{gguf}.{part}", f"{module}.{part}", (width,), None, arch.norm_offset)
+
+    def linear(gguf: str, path: str, role: str) -> None:
+        (n, k), row = spec.stored_shape(role), spec.linears[role]
+        if (expert := expert_of(role)) is not None:
+            assert spec.moe is not None
+            whole = take(f"{gguf}.weight", f"{path}.weight", (spec.moe.experts, n, k))
+            nbytes = whole.tensor.nbytes // spec.moe.experts
+            part = replace(whole.tensor, shape=(n, k), offset=whole.tensor.offset + expert * nbytes, nbytes=nbytes)
+            found[f"{path}.weight"] = replace(whole, tensor=part)
+            return
+        interleaved = spec.head_dim if arch.gguf_rope_permuted and role in ("q", "k") else None
+        stored = file.tensors.get(f"{gguf}.weight")
+        flat = n == 1 and stored is not None and stored.shape == (k,)  # a gate of one row may have lost an axis
+        weight = take(f"{gguf}.weight", f"{path}.weight", (k,) if flat else (n, k), interleaved)
+        if flat:
+            weight = replace(weight, tensor=replace(weight.tensor, shape=(n, k)))
+        found[f"{path}.weight"] = replace(weight, transposed=row.transposed)
+        if row.bias:
+            found[f"{path}.bias"] = take(f"{gguf}.bias", f"{path}.bias", (n,), interleaved)
 
     hidden, vocab = spec.dims["hidden"].elements, spec.dims["vocab"].elements
-    take(f"{EMBEDDING}.weight", f"{arch.embedding}.weight", (vocab, hidden))
+    found[f"{arch.embedding}.weight"] = take(f"{EMBEDDING}.weight", f"{arch.embedding}.weight", (vocab, hidden))
+    if spec.position_table is not None:
+        name = f"{spec.position_table}.weight"
+        found[name] = take(f"{POSITIONS}.weight", name, (spec.max_positions, hidden))
     for layer in range(spec.layers):
         block = BLOCK.format(layer=layer)
         for item in spec.norms.values():
             norm(block + item.gguf, spec.tensor(layer, item.name), spec.head_dim if item.width == "head" else hidden)
         for path, roles in spec.block_modules(layer).items():
-            linear, (n, k) = spec.linears[roles[0]], spec.stored_shape(roles[0])
-            interleaved = spec.head_dim if arch.gguf_rope_permuted and roles[0] in ("q", "k") else None
-            take(f"{block}{linear.gguf}.weight", f"{path}.weight", (n, k), interleaved)
-            if linear.bias:
-                take(f"{block}{linear.gguf}.bias", f"{path}.bias", (n,), interleaved)
+            linear(block + spec.linears[roles[0]].gguf, path, roles[0])
     norm(FINAL_NORM, arch.final_norm, hidden)
     if not spec.tied:
-        take(f"{HEAD}.weight", f"{arch.head}.weight", (vocab, hidden))
+        found[f"{arch.head}.weight"] = take(f"{HEAD}.weight", f"{arch.head}.weight", (vocab, hidden))
     unknown = sorted(set(file.tensors) - known)
     if unknown:
         raise InputError(f"{file.path}: {unknown[0]}", f"has no place in a {arch.name} model", "only tensors that the model uses")
     return found
+
+
+def expert_of(role: str) -> int | None:
+    """The number of the expert that a role belongs to; None for every other role."""
+    return int(role.split(".")[1]) if role.startswith("experts.") else None
 
 
 # configuration
@@ -227,7 +304,7 @@ class _Facts:
             raise self.wrong(
                 name, f"is {f'{tensor.type} {list(tensor.shape)}' if tensor else 'missing'}", f"F32 [{count}], one per rotary pair"
             )
-        found = _decoded(self.file, tensor, range(1), range(count)).reshape(-1).astype(np.float64)
+        found = decoded(self.file, tensor, range(1), range(count)).reshape(-1).astype(np.float64)
         if not np.isfinite(found).all() or (found <= 0).any():
             raise self.wrong(name, "holds a number that is not positive", "positive numbers")
         return found
@@ -242,25 +319,45 @@ def _shortest(value: float) -> float:
 
 def _architecture(file: GgufFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in BY_GGUF:
+    if not isinstance(name, str) or name not in GGUF_NAMES:
         what = "is missing" if name is None else f"{name!r:.100} is not in the architecture table"
-        raise InputError(f"{file.path}: general.architecture", what, f"one of {', '.join(BY_GGUF)}")
-    return BY_GGUF[name]
+        raise InputError(f"{file.path}: general.architecture", what, f"one of {', '.join(GGUF_NAMES)}")
+    facts = _Facts(file, name)
+    experts, window = (facts.integer(key, 0, low=0) for key in ("expert_count", "attention.sliding_window"))
+    arch = gguf_architecture(name, experts=experts > 0, window=window > 0)
+    assert arch is not None
+    if arch.experts is None and experts:
+        raise facts.wrong(f"{name}.expert_count", f"is {experts}", "a model without experts")
+    return arch
 
 
-def _heads(facts: _Facts, hidden: int) -> dict[str, Any]:
+def _heads(facts: _Facts, arch: Architecture, hidden: int) -> dict[str, Any]:
     heads = facts.integer("attention.head_count")
     if not facts.has("attention.key_length") and hidden % heads:
         raise facts.wrong(f"{facts.prefix}.attention.head_count", f"{heads} does not divide {hidden}", "a divisor, or a key_length")
     head_dim = facts.integer("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if facts.integer(key, head_dim) != head_dim:
-            raise facts.wrong(f"{facts.prefix}.{key}", f"is {facts.integer(key)}", f"{head_dim}, as wide as the keys of a head")
-    return {
-        "num_attention_heads": heads,
-        "num_key_value_heads": facts.integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-    }
+    if facts.integer("attention.value_length", head_dim) != head_dim:
+        what = f"is {facts.integer('attention.value_length')}"
+        raise facts.wrong(f"{facts.prefix}.attention.value_length", what, f"{head_dim}, as wide as the keys of a head")
+    kv_heads = facts.integer("attention.head_count_kv", heads)
+    if arch.position_table is not None:
+        if kv_heads != heads or head_dim * heads != hidden:
+            what = f"{heads} heads of {head_dim}, and {kv_heads} of keys"
+            raise facts.wrong(f"{facts.prefix}.attention.head_count", f"says {what}", f"equal heads, {hidden} wide in all")
+        return {"num_attention_heads": heads}
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+
+
+def _rotary_share(facts: _Facts, arch: Architecture, head_dim: int) -> dict[str, Any]:
+    """The config key that says how much of a head is rotated; none where all of it is."""
+    rotary = facts.integer("rope.dimension_count", head_dim)
+    if rotary == head_dim:
+        return {}
+    if arch.gguf_rope_permuted or rotary % 2 or rotary > head_dim:
+        expected = f"{head_dim}, as wide as the keys of a head" if arch.gguf_rope_permuted else f"an even number up to {head_dim}"
+        raise facts.wrong(f"{facts.prefix}.rope.dimension_count", f"is {rotary}", expected)
+    share = rotary / head_dim
+    return {"partial_rotary_factor": share if int(head_dim * share) == rotary else math.nextafter(share, 1.0)}
 
 
 def _biases(file: GgufFile, arch: Architecture) -> dict[str, bool]:
@@ -305,37 +402,53 @@ def _vocabulary(file: GgufFile, facts: _Facts) -> dict[str, Any]:
 
 def _windows(facts: _Facts, arch: Architecture, layers: int, context: int) -> dict[str, Any]:
     """Which layers see a window only. The files of most families do not say, and their models have none."""
-    window = facts.integer("attention.sliding_window", 0, low=0)
-    if arch.sliding != "pattern":
-        if 0 < window < context:
-            what = f"is {window}, less than the context of {context}"
-            raise facts.wrong(f"{facts.prefix}.attention.sliding_window", what, f"none: a {arch.name} model here sees all")
-        return {}
+    usual = arch.defaults.get("sliding_window") if arch.gguf_rules.window_stated else 0
+    window = facts.integer("attention.sliding_window", usual or 0, low=0)
     if not window:
-        return {"layer_types": ["full_attention"] * layers}
+        return _unwindowed(arch, layers)
+    period = arch.gguf_rules.period
+    if arch.sliding == "all" and "use_sliding_window" not in arch.defaults:
+        period = 0
     key = f"{facts.prefix}.attention.sliding_window_pattern"
-    pattern = facts.file.metadata.get(key, arch.defaults["sliding_window_pattern"])
+    pattern = facts.file.metadata.get(key, period)
+    if pattern is None:
+        if window < context:
+            expected = f"none, or a sliding_window_pattern: a {arch.name} model here sees all"
+            raise facts.wrong(f"{facts.prefix}.attention.sliding_window", f"is {window}, less than the context of {context}", expected)
+        return _unwindowed(arch, layers)
     if isinstance(pattern, np.ndarray) and pattern.dtype.kind == "b" and len(pattern) == layers:
         slides = [bool(one) for one in pattern]
     elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 <= pattern <= MAX_LAYERS:
         slides = [not pattern or (layer + 1) % pattern != 0 for layer in range(layers)]
     else:
         raise facts.wrong(key, "is neither a period nor a yes or no for each layer", f"a number or {layers} bools")
-    return {
-        "sliding_window": window,
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
-        "rope_local_base_freq": facts.number("rope.freq_base_swa", arch.defaults["rope_local_base_freq"]),
-    }
+    config: dict[str, Any] = {"sliding_window": window}
+    if arch.sliding != "all" or not all(slides):
+        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in slides]
+    if "use_sliding_window" in arch.defaults:
+        config["use_sliding_window"] = True
+    if "rope_local_base_freq" in arch.defaults:
+        config["rope_local_base_freq"] = facts.number("rope.freq_base_swa", arch.defaults["rope_local_base_freq"])
+    return config
 
 
-def _rope(facts: _Facts, head_dim: int, context: int) -> tuple[dict[str, Any], frozenset[str]]:
+def _unwindowed(arch: Architecture, layers: int) -> dict[str, Any]:
+    if arch.gguf_rules.period is not None:
+        return {"layer_types": ["full_attention"] * layers}
+    return {"sliding_window": None} if arch.sliding == "all" else {}
+
+
+def _rope(facts: _Facts, arch: Architecture, rotary_dim: int, context: int) -> tuple[dict[str, Any], frozenset[str]]:
     """``rope_theta`` and ``rope_scaling`` of ``config.json``, and the tensors that they come from."""
     theta = facts.number("rope.freq_base", 10000.0)
     if not 1 <= theta <= MAX_THETA:
         raise facts.wrong(f"{facts.prefix}.rope.freq_base", f"is {theta}", f"1 to {MAX_THETA:g}")
     config: dict[str, Any] = {"rope_theta": theta}
     factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0.0))
-    kind = facts.file.metadata.get(f"{facts.prefix}.rope.scaling.type", "linear" if factor else "none")
+    # Where no other table is known, the tables themselves say it.
+    tabled = arch.gguf_rules.rope_tables == {"longrope"} and ROPE_LONG in facts.file.tensors
+    usual = "linear" if factor else "longrope" if tabled else "none"
+    kind = facts.file.metadata.get(f"{facts.prefix}.rope.scaling.type", usual)
     if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", "longrope"):
         raise facts.wrong(f"{facts.prefix}.rope.scaling.type", f"is {kind!r:.100}", "none, linear, yarn or longrope")
     if kind == "linear" and factor in (0.0, 1.0):
@@ -344,7 +457,7 @@ def _rope(facts: _Facts, head_dim: int, context: int) -> tuple[dict[str, Any], f
     if kind == "none":
         if ROPE_FREQS not in facts.file.tensors:
             return config, frozenset()
-        scaling = _llama3(facts, head_dim, theta)
+        scaling = _llama3(facts, rotary_dim, theta)
         return (config if scaling is None else config | {"rope_scaling": scaling}), frozenset({ROPE_FREQS})
     if kind == "linear":
         return config | {"rope_scaling": {"rope_type": kind, "factor": factor}}, frozenset()
@@ -352,8 +465,8 @@ def _rope(facts: _Facts, head_dim: int, context: int) -> tuple[dict[str, Any], f
         return config | {"rope_scaling": _yarn(facts, factor, original)}, frozenset()
     scaling = {
         "rope_type": kind,
-        "long_factor": [_shortest(value) for value in facts.vector(ROPE_LONG, head_dim // 2).tolist()],
-        "short_factor": [_shortest(value) for value in facts.vector(ROPE_SHORT, head_dim // 2).tolist()],
+        "long_factor": [_shortest(value) for value in facts.vector(ROPE_LONG, rotary_dim // 2).tolist()],
+        "short_factor": [_shortest(value) for value in facts.vector(ROPE_SHORT, rotary_dim // 2).tolist()],
         "original_max_position_embeddings": original,
         "attention_factor": facts.number("rope.scaling.attn_factor", 1.0),
     }
@@ -392,7 +505,7 @@ def _llama3(facts: _Facts, head_dim: int, theta: float) -> dict[str, Any] | None
     waves = 2 * math.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim)
     factor = _shortest(float(divisors.max()))
     for original, high in (LLAMA3_DEFAULTS, *_llama3_ends(waves, divisors, factor)):
-        if factor > 1 and np.allclose(_llama3_divisors(waves, factor, original, high), divisors, rtol=1e-5, atol=0):
+        if factor > 1 and np.allclose(llama3_divisors(waves, factor, original, high), divisors, rtol=1e-5, atol=0):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -420,47 +533,84 @@ def _llama3_ends(waves: NDArray[np.float64], divisors: NDArray[np.float64], fact
         yield round(original), round(float(high), 3)
 
 
-def _llama3_divisors(waves: NDArray[np.float64], factor: float, original: int, high: float) -> NDArray[np.float64]:
+def llama3_divisors(waves: NDArray[np.float64], factor: float, original: float, high: float) -> NDArray[np.float64]:
+    """What Llama 3 scaling divides each frequency by, from the wave lengths in tokens; the low-frequency factor is 1 (``gguf.md`` 5.2)."""
     smooth = ((original / waves - 1) / (high - 1)).clip(0, 1)
     found: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
     return found
 
 
+def _experts(facts: _Facts, arch: Architecture) -> dict[str, Any]:
+    """The config keys of the mixture of experts, and the width of the dense MLP where the file says one."""
+    experts = arch.experts
+    if experts is None:
+        return {"intermediate_size": facts.integer("feed_forward_length")}
+    count, top_k = facts.integer("expert_count", high=MAX_EXPERTS), facts.integer("expert_used_count")
+    config: dict[str, Any] = {experts.count_key: count, experts.top_k_key: top_k}
+    dense = facts.integer("feed_forward_length") if facts.has("feed_forward_length") or experts.size_key == "intermediate_size" else None
+    if dense is not None:
+        config["intermediate_size"] = dense
+    if experts.size_key != "intermediate_size":
+        config[experts.size_key] = facts.integer("expert_feed_forward_length", None if dense is None else max(1, dense // top_k))
+    if experts.shared:
+        config["shared_expert_intermediate_size"] = facts.integer("expert_shared_feed_forward_length", dense)
+    if isinstance(experts.normalize, str):
+        config[experts.normalize] = arch.gguf_rules.normalized
+    return config
+
+
+def _eps(facts: _Facts, arch: Architecture) -> float:
+    rms, layer = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    # Converters of the first Qwen name the wrong one of the two.
+    return facts.number(layer if arch.norm_kind == "layer" or (facts.has(layer) and not facts.has(rms)) else rms)
+
+
 def _config(file: GgufFile, arch: Architecture) -> tuple[dict[str, Any], frozenset[str]]:
     """What ``config.json`` would say, and the names of tensors that went into it."""
     facts = _Facts(file, str(arch.gguf))
-    if facts.integer("expert_count", 0, low=0):
-        raise facts.wrong(f"{facts.prefix}.expert_count", f"is {facts.integer('expert_count')}", "a model without experts")
     if file.metadata.get(f"{facts.prefix}.attention.causal", True) is not True:
         raise facts.wrong(f"{facts.prefix}.attention.causal", "is not true", "a model that generates text")
     layers, context = facts.integer("block_count", high=MAX_LAYERS), facts.integer("context_length")
     hidden = facts.integer("embedding_length")
-    heads = _heads(facts, hidden)
-    rope, used = _rope(facts, heads["head_dim"], context)
+    heads = _heads(facts, arch, hidden)
+    shared = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        **heads,
+        "rms_norm_eps": _eps(facts, arch),
+        "max_position_embeddings": context,
+    }
+    used: frozenset[str] = frozenset()
+    if arch.position_table is None:
+        share = _rotary_share(facts, arch, heads["head_dim"])
+        rope, used = _rope(facts, arch, facts.integer("rope.dimension_count", heads["head_dim"]), context)
+        shared |= {**rope, **share}
+    experts = _experts(facts, arch)
+    if arch.experts is None:
+        shared |= experts
     config = {
         "architectures": [arch.hf_classes[0]],
         "model_type": arch.model_type,
         "dtype": DTYPE,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        **heads,
-        "intermediate_size": facts.integer("feed_forward_length"),
-        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": context,
+        **{arch.keys.get(key, key): value for key, value in shared.items()},  # as the family calls them
+        **experts,
         "tie_word_embeddings": f"{HEAD}.weight" not in file.tensors,
         arch.activation_keys[0]: arch.defaults[arch.activation_keys[0]],
         **_biases(file, arch),
         **_vocabulary(file, facts),
-        **rope,
         **_windows(facts, arch, layers, context),
     }
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap := facts.number(key, 0.0):
             config[key] = cap
     if "query_pre_attn_scalar" in arch.defaults:
-        by_width = (arch.gguf, layers) in QUERY_SCALED_BY_WIDTH
-        config["query_pre_attn_scalar"] = hidden // heads["num_attention_heads"] if by_width else heads["head_dim"]
+        config["query_pre_attn_scalar"] = query_scalar(str(arch.gguf), layers, hidden, heads["num_attention_heads"], heads["head_dim"])
     return config, used
+
+
+def query_scalar(gguf: str, layers: int, hidden: int, heads: int, head_dim: int) -> int:
+    """What readers divide queries by the root of: the head's width, or what follows from the number of layers."""
+    return hidden // heads if (gguf, layers) in QUERY_SCALED_BY_WIDTH else head_dim
 
 
 def gguf_checkpoint_facts(file: GgufFile) -> tuple[dict[str, Any], dict[str, Stored]]:

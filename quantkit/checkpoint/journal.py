@@ -141,13 +141,22 @@ def _unit(data: Mapping[str, Any], where: str) -> Unit:
     return Unit(name, spool, entries, facts, None if carry is None else _blob(carry, where))
 
 
-def read_journal(path: Path) -> Journal | None:
-    """Read and check a journal; None when there is none, or not even its first line was written whole.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: its number from 1, its data, and where it ends in the file."""
+
+    number: int
+    data: Mapping[str, Any]
+    end: int
+
+
+def read_lines(path: Path) -> tuple[Line, ...]:
+    """The lines of a journal, each as it was written, the first of this version and with an identity; () for what `read_journal` says.
 
     A torn last line was never committed and is left out. Raises InputError for any other damage.
     """
     if not path.exists() and not path.is_symlink():
-        return None
+        return ()
     where = str(path)
     if path.is_symlink():
         raise InputError(where, "is a link", "the journal of an unfinished run", START_OVER)
@@ -156,18 +165,27 @@ def read_journal(path: Path) -> Journal | None:
     parsed = [_line(line) for line in lines]
     if parsed and parsed[-1] is None:
         parsed.pop()  # after a power failure the last line may have its length but not its content
-    if not parsed:
-        return None
-    length, units, sums, seen = 0, list[Unit](), None, set[str]()
+    found, end = list[Line](), 0
     for number, (line, data) in enumerate(zip(lines, parsed, strict=False), 1):
         if data is None:
             raise InputError(where, f"line {number} was changed after it was written", "an intact journal", START_OVER)
-        at = f"{where}: line {number}"
-        length += len(line) + 1
-        if number == 1:
-            if data.get("journal") != VERSION or not isinstance(data.get("identity"), dict):
-                raise InputError(at, "is not a journal of this version", f"version {VERSION} and an identity", START_OVER)
-        elif "sums" in data:
+        end += len(line) + 1
+        if number == 1 and (data.get("journal") != VERSION or not isinstance(data.get("identity"), dict)):
+            expected = f"version {VERSION} and an identity"
+            raise InputError(f"{where}: line 1", "is not a journal of this version", expected, START_OVER)
+        found.append(Line(number, data, end))
+    return tuple(found)
+
+
+def read_journal(path: Path) -> Journal | None:
+    """Read and check a journal of units; None when there is none, or not even its first line was written whole. Raises as `read_lines`."""
+    lines = read_lines(path)
+    if not lines:
+        return None
+    units, sums, seen = list[Unit](), None, set[str]()
+    for line in lines[1:]:
+        data, at = line.data, f"{path}: line {line.number}"
+        if "sums" in data:
             sums = data["sums"]
             if not _is_digest(sums):
                 raise InputError(at, "names no sha256", "64 hex digits", START_OVER)
@@ -179,9 +197,7 @@ def read_journal(path: Path) -> Journal | None:
             seen |= set(names)
             units.append(unit)
             sums = None
-    first = parsed[0]
-    assert first is not None
-    return Journal(first["identity"], tuple(units), sums, length)
+    return Journal(lines[0].data["identity"], tuple(units), sums, lines[-1].end)
 
 
 def changed_field(then: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:

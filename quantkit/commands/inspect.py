@@ -1,4 +1,4 @@
-"""``quantkit inspect``: what a PATH is, from its headers alone; no weight is read and torch is not imported."""
+"""``quantkit inspect``: what a PATH is, from its headers alone; torch is not imported, and no weight is read but to be drawn."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 from quantkit import fs
 from quantkit.arch.spec import ModelSpec
-from quantkit.arch.table import architecture_of, spec_for
+from quantkit.arch.table import GGUF_NAMES, architecture_of, spec_for
+from quantkit.checkpoint.gguf import GgufSource
 from quantkit.checkpoint.reader import Checkpoint, TensorRef, open_checkpoint, read_manifest, resolve_path
+from quantkit.commands.inspect_gguf import gguf_data, gguf_lines, gguf_tables, tensor_data, tensor_table
+from quantkit.commands.inspect_plot import check_plot, with_plot
 from quantkit.commands.plan import human, mode_facts, ranges_table
-from quantkit.formats.gguf import BY_NAME
+from quantkit.errors import InputError
+from quantkit.formats.gguf import BY_NAME, GgufFile, read_gguf
 from quantkit.formats.jsonfile import read_object
 from quantkit.geometry import DTYPE_BYTES, geometry_of
+from quantkit.plot import gguf_weights, weights_of
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import READABLE, is_kept, stored_assignment
 from quantkit.report import Report, Table, next_step
@@ -35,6 +40,10 @@ class InspectOptions:
 
     path: str
     tensors: bool = False
+    plot: Path | None = None
+    """A PNG to write, of the weights of the tensors that ``tensor`` names."""
+    tensor: tuple[str, ...] = ()
+    """Regular expressions, searched in the names of tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,8 @@ class _Facts:
     tokenizer: str | None
     chat_template: bool
     manifest: Mapping[str, Any] | None
+    unknown: str = "not in quantkit's table"
+    """What to say of the architecture where ``spec`` is None."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -67,13 +78,23 @@ class _Facts:
 
 
 def run(options: InspectOptions, progress: Progress = silent) -> Report:
-    """Say what ``options.path`` is. Raises InputError for what is no model, and for headers that are not what they say."""
+    """Say what ``options.path`` is. Raises InputError for what is no model, and for headers that are not what they say.
+
+    A GGUF file that is well formed and that quantkit cannot read as a model is shown with a warning that says why.
+    """
+    check_plot(options.plot, options.tensor)
     root = resolve_path(options.path)
     manifest = read_manifest(root)
     if manifest is not None and manifest.get("kind") == "shards":
+        if options.plot is not None:
+            raise InputError("--plot", f"{options.path} is a shard directory", "a whole checkpoint")
         report = _inspect_shards(options, root, manifest)
+    elif root.is_dir():
+        checkpoint = open_checkpoint(options.path)
+        report = _inspect_checkpoint(options, checkpoint, manifest)
+        report = with_plot(report, options.plot, options.tensor, lambda: weights_of(checkpoint), progress)
     else:
-        report = _inspect_checkpoint(options, open_checkpoint(options.path), manifest)
+        report = _inspect_gguf(options, read_gguf(root), progress)
     progress("inspect", 1, 1)
     return report
 
@@ -107,11 +128,11 @@ def _counted(checkpoint: Checkpoint) -> int:
 
 def _inspect_checkpoint(options: InspectOptions, checkpoint: Checkpoint, manifest: Mapping[str, Any] | None) -> Report:
     config, spec = checkpoint.config, _spec(checkpoint.config)
-    tokenizer, template = _text_files(checkpoint.root) if checkpoint.gguf is None else _gguf_text(checkpoint.gguf.file.metadata)
+    tokenizer, template = _text_files(checkpoint.root)
     quant = config.get("quantization_config")
     label = "artifact" if quant else str((manifest or {}).get("kind", "checkpoint"))
     facts = _Facts(
-        kind="GGUF file" if checkpoint.kind == "gguf" else label,
+        kind=label,
         config=config,
         spec=spec,
         tensors=tuple(checkpoint.tensors.values()),
@@ -130,6 +151,43 @@ def _inspect_checkpoint(options: InspectOptions, checkpoint: Checkpoint, manifes
     return Report(
         command="inspect", data=data, facts=_lines(options.path, facts), tables=tuple(tables), next_steps=_next_steps(options.path, facts)
     )
+
+
+def _inspect_gguf(options: InspectOptions, file: GgufFile, progress: Progress) -> Report:
+    checkpoint, names, why = None, dict[str, list[str]](), None
+    try:
+        checkpoint = open_checkpoint(file.path)
+        spec = spec_for(checkpoint.config)
+        for name, tensor in GgufSource(file).tensors.items():
+            names.setdefault(tensor.name, []).append(name)
+    except InputError as exc:
+        checkpoint, spec, why = None, None, exc.line
+    architecture = file.metadata.get("general.architecture")
+    tokenizer, template = _gguf_text(file.metadata)
+    facts = _Facts(
+        kind="GGUF file",
+        config={"model_type": architecture} if checkpoint is None else checkpoint.config,
+        spec=spec,
+        tensors=tuple(TensorRef(t.name, t.type, t.shape, t.file, t.offset, t.nbytes) for t in file.tensors.values()),
+        linears={} if checkpoint is None or spec is None else _linears(checkpoint.tensors, spec, _assignment(checkpoint, spec)),
+        parameters=sum(math.prod(t.shape) for t in file.tensors.values()) if spec is None else _parameters(spec),
+        files=file.paths,
+        tokenizer=tokenizer,
+        chat_template=template,
+        manifest=None,
+        unknown="not read" if architecture in GGUF_NAMES else "not in quantkit's table",
+    )
+    data = _data(facts) | {"gguf": gguf_data(file)} | ({"tensors": tensor_data(file, names)} if options.tensors else {})
+    lines, linears = _lines(options.path, facts), _linears_table(facts)
+    report = Report(
+        command="inspect",
+        data=data,
+        facts=(*lines[:2], *gguf_lines(file), *lines[2:]),
+        tables=(*linears, *gguf_tables(file), *([tensor_table(file, names)] if options.tensors else [])),
+        warnings=() if why is None else (f"quantkit cannot read it as a model: {why}",),
+        next_steps=_next_steps(options.path, facts),
+    )
+    return with_plot(report, options.plot, options.tensor, lambda: gguf_weights(file, names), progress)
 
 
 def _linears(tensors: Mapping[str, TensorRef], spec: ModelSpec, assignment: Assignment) -> dict[_Stored, int]:
@@ -212,7 +270,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
 
 def _lines(path: str, facts: _Facts) -> tuple[tuple[str, str], ...]:
     """What a person reads first."""
-    architecture = facts.spec.architecture.name if facts.spec else f"{facts.config.get('model_type')!r:.100} (not in quantkit's table)"
+    architecture = facts.spec.architecture.name if facts.spec else f"{facts.config.get('model_type')!r:.100} ({facts.unknown})"
     disk = sum(fs.file_size(file) for file in facts.files)
     bits = 8 * facts.tensor_bytes / max(facts.parameters, 1)
     lines = [("model", path), ("kind", facts.kind), ("architecture", architecture)]
@@ -250,13 +308,17 @@ def _manifest_lines(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, str]
 
 
 def _storage_tables(facts: _Facts) -> tuple[Table, ...]:
-    linears = tuple(
-        (stored.format, f"{stored.bits:g}", stored.group, count) for stored, count in sorted(facts.linears.items(), key=lambda i: -i[1])
-    )
     by_dtype = _by_dtype(facts.tensors)
     dtypes = tuple((dtype, count, human(nbytes)) for dtype, (count, nbytes) in by_dtype.items())
-    found = [Table("Linears", ("stored as", "bits per weight", "group", "linears"), linears)] if linears else []
-    return (*found, Table("Tensors by dtype", ("dtype", "tensors", "size"), dtypes))
+    return (*_linears_table(facts), Table("Tensors by dtype", ("dtype", "tensors", "size"), dtypes))
+
+
+def _linears_table(facts: _Facts) -> tuple[Table, ...]:
+    """How the linears are stored; no table where no linear is known."""
+    rows = tuple(
+        (stored.format, f"{stored.bits:g}", stored.group, count) for stored, count in sorted(facts.linears.items(), key=lambda i: -i[1])
+    )
+    return (Table("Linears", ("stored as", "bits per weight", "group", "linears"), rows),) if rows else ()
 
 
 def _by_dtype(tensors: tuple[TensorRef, ...]) -> dict[str, tuple[int, int]]:

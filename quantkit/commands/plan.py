@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
@@ -103,7 +104,7 @@ def _read(options: PlanOptions) -> _Model:
         tensors: Mapping[str, Stored] = claimed_tensors(config, spec.all_linears(), spec.architecture.head, spec.architecture.embedding)
         stored = kind = None
     else:
-        checkpoint = open_checkpoint(options.path)
+        checkpoint = as_blocks(open_checkpoint(options.path))
         config, spec, tensors = dict(checkpoint.config), spec_for(checkpoint.config), checkpoint.tensors
         kind, table = checkpoint.kind, f"{spec.architecture.embedding}.weight"
         stored = checkpoint.dtype(table) if kind == "hf" and table in checkpoint.tensors else None

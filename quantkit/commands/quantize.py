@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.commands import quantize_gguf
 from quantkit.commands.assign import artifact_bytes, assign, check_recipe, float_dtype
+from quantkit.commands.quantize_gguf import DEFAULT_TYPE, GgufChoices, GgufOptions
 from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report, dry_run_report
 from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError, MachineError
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from quantkit.quantizers.pipeline import Job, QuantizedModel
 
 DEFAULT_SAMPLES, BUILTIN_SEQ_LEN, TEXT_SEQ_LEN = 128, 512, 2048
+DEFAULT_SHARD_BYTES = 5_000_000_000
+GGUF = "gguf"
+"""The method whose types come from a mixture: it writes one file, and nothing of the block loop is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,51 @@ class QuantizeOptions:
     """GPUs to split the work over."""
     compute_dtype: str = "auto"
     offload: bool = False
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: int | None = None
+    """Bytes; None is 5 GB of safetensors, and one GGUF file whatever its size."""
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    gguf: GgufChoices = field(default_factory=GgufChoices)
+
+
+NOT_GGUF = (
+    *("bits", "group_size", "sym", "format", "recipe", "override", "option", "inputs", "calib", "samples", "seq_len"),
+    *("devices", "compute_dtype", "offload"),
+)
+"""Options that say nothing of a GGUF file whose types its mixture decides."""
+
+
+def _flag(name: str) -> str:
+    return "--sym/--asym" if name == "sym" else f"--{name.replace('_', '-')}"
+
+
+def _gguf_options(options: QuantizeOptions) -> GgufOptions:
+    """What method gguf is asked to do. Raises InputError for options that it has no use for."""
+    plain = QuantizeOptions(options.path, options.out)
+    for name in NOT_GGUF:
+        if getattr(options, name) != getattr(plain, name):
+            expected = "--type, and --tensor-type PATTERN=TYPE for some tensors"
+            raise InputError(_flag(name), "was given, and method gguf has no such setting", expected)
+    return GgufOptions(
+        options.path,
+        options.out,
+        options.gguf.type or DEFAULT_TYPE,
+        options.gguf,
+        device=options.device,
+        max_part_bytes=options.max_shard_size,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+    )
+
+
+def _refuse_gguf_choices(options: QuantizeOptions) -> None:
+    """Raise InputError when something was asked of a GGUF file and none is written."""
+    plain = GgufChoices()
+    for name in GgufChoices.__dataclass_fields__:
+        if getattr(options.gguf, name) != getattr(plain, name):
+            raise InputError(_flag(name), f"was given with method {options.method}", "method gguf")
 
 
 def method_names(options: QuantizeOptions) -> tuple[str, ...]:
@@ -208,8 +254,13 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     known = methods()
     names = method_names(options)
     for name in names:
-        if name not in known:
-            raise InputError("--method", f"{name!r} is unknown", f"one of {', '.join(known)}")
+        if name not in (*known, GGUF):
+            raise InputError("--method", f"{name!r} is unknown", f"one of {', '.join((*known, GGUF))}")
+    if GGUF in names:
+        if len(names) > 1:
+            raise InputError("--method", f"is {options.method}", f"{GGUF} alone: it writes a file, and the others directories")
+        return quantize_gguf.run(_gguf_options(options), progress)
+    _refuse_gguf_choices(options)
     facts = {name: found.facts for name, found in known.items()}
     recipes = {name: effective_recipe(options, name) for name in names}
     for recipe in recipes.values():
@@ -402,5 +453,6 @@ def _publish(work: Run, plan: ArtifactPlan, writer: ArtifactWriter, model: Quant
     config = {**checkpoint.config, "quantization_config": dict(plan.config)}
     if work.spec.tied and head in plan.assignment:
         config["tie_word_embeddings"] = False
-    published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=work.options.max_shard_size)
+    size = work.options.max_shard_size or DEFAULT_SHARD_BYTES
+    published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=size)
     return [name for name, _ in published.files]

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit import fs
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
@@ -19,6 +20,10 @@ from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, stored_assignment
 from quantkit.report import Report, Table, to_markdown
 from quantkit.text.builtin import builtin_text
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.divergence import Divergence
+    from quantkit.model.decoder import Decoder
 
 MAX_BASELINE_BYTES = 1 << 24
 
@@ -42,6 +47,10 @@ class ReportOptions:
     dtype: str = "float32"
     """In which perplexity is computed; speed and memory are always measured in bfloat16, as served."""
     device: str = "auto"
+    kld: bool = False
+    """Compare the predictions of every artifact with the base's, both in memory at once."""
+    max_kld: float | None = None
+    """Nats, for every artifact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +65,13 @@ class Measured:
     ppl: float
     ppl_error: float
     convention: str
+    divergence: Divergence | None = None
 
 
 def _label(checkpoint: Checkpoint) -> str:
     """What made the model, in words: the method of its manifest (rounding is written in AWQ's format too), bits and group."""
     quant = checkpoint.config.get("quantization_config")
-    if not isinstance(quant, dict):
+    if checkpoint.kind == "gguf" or not isinstance(quant, dict):
         return "GGUF" if checkpoint.kind == "gguf" else "unquantized"
     manifest = read_manifest(checkpoint.root) or {}
     name = str(manifest.get("method") or quant.get("quant_method"))
@@ -100,28 +110,28 @@ def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], device: str, st
     return decoder.nbytes, 1000 * sorted(times)[steps // 2]
 
 
-def _measure(path: str, text: str, options: ReportOptions, device: str, progress: Progress) -> Measured:
+def _measure(path: str, text: str, options: ReportOptions, device: str, base: Decoder | None, progress: Progress) -> Measured:
+    """One model's figures, with ``base`` those of its divergence from that."""
+    from quantkit.evaluate.divergence import divergence
     from quantkit.evaluate.perplexity import perplexity
-    from quantkit.model.load import load_decoder
-    from quantkit.ops.dtypes import float_dtype
     from quantkit.quantizers.calibration import window_bos
     from quantkit.text.tokenizer import load_tokenizer
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = as_blocks(open_checkpoint(path))
     spec = spec_for(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.root)
     ids = tokenizer.encode(text, special=False)[: options.tokens]
     window = min(options.window, spec.max_positions)
-    decoder = load_decoder(checkpoint, dtype=float_dtype(options.dtype), device=device, parity=True)
-    result = perplexity(
-        decoder,
-        ids,
-        window=window,
-        stride=min(options.stride or window, window),
-        bos=window_bos(tokenizer),
-        progress=progress,
-        stage=f"perplexity of {Path(path).name}",
-    )
+    stride, bos = min(options.stride or window, window), window_bos(tokenizer)
+    decoder = _decoder(path, options, device)
+    distance = None
+    if base is None:
+        stage = f"perplexity of {Path(path).name}"
+        result = perplexity(decoder, ids, window=window, stride=stride, bos=bos, progress=progress, stage=stage)
+    else:
+        stage = f"divergence of {Path(path).name}"
+        distance = divergence(base, decoder, ids, window=window, stride=stride, bos=bos, progress=progress, stage=stage)
+        result = distance.perplexity
     del decoder
     memory, speed = _decode_speed(checkpoint, ids[:64], device)
     return Measured(
@@ -133,7 +143,16 @@ def _measure(path: str, text: str, options: ReportOptions, device: str, progress
         result.value,
         result.error,
         f"{options.dtype}, {result.convention}",
+        distance,
     )
+
+
+def _decoder(path: str, options: ReportOptions, device: str) -> Decoder:
+    """A model as its quality is measured: in ``options.dtype``, each weight as it dequantizes."""
+    from quantkit.model.load import load_decoder
+    from quantkit.ops.dtypes import float_dtype
+
+    return load_decoder(as_blocks(open_checkpoint(path)), dtype=float_dtype(options.dtype), device=device, parity=True)
 
 
 def _text(options: ReportOptions) -> tuple[str, str]:
@@ -176,7 +195,35 @@ def _gate(options: ReportOptions, models: Sequence[Measured], reference: Mapping
             )
         if options.max_memory is not None and model.memory_bytes > options.max_memory:
             failures.append(f"{model.path}: {model.memory_bytes} bytes of weights in memory, expected at most {options.max_memory}")
+        far = model.divergence
+        if options.max_kld is not None and far is not None and not far.mean <= options.max_kld:
+            failures.append(f"{model.path}: a mean KL divergence of {far.mean:.4f}, expected at most {options.max_kld:g}")
     return failures
+
+
+def _divergence_data(model: Measured) -> dict[str, Any]:
+    found = model.divergence
+    if found is None:
+        return {}
+    names = ("mean", "error", "median", "p99", "p999", "maximum", "rms_change", "same_top")
+    return {"kld": {name: getattr(found, name) for name in names}}
+
+
+def _divergence_table(models: Sequence[Measured]) -> tuple[Table, ...]:
+    """How far each artifact's predictions are from the base's."""
+    rows = tuple(
+        (
+            Path(m.path).name,
+            f"{far.mean:.5f} ± {far.error:.5f}",
+            *(f"{value:.4f}" for value in (far.median, far.p99, far.p999, far.maximum)),
+            f"{far.rms_change:.2%}",
+            f"{far.same_top:.2%}",
+        )
+        for m in models
+        if (far := m.divergence) is not None
+    )
+    columns = ("model", "mean KL", "median", "99 %", "99.9 %", "greatest", "RMS change of p", "same top token")
+    return (Table("Divergence from the base, in nats", columns, rows),) if rows else ()
 
 
 def run(options: ReportOptions, progress: Progress = silent) -> Report:
@@ -188,8 +235,9 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
     reference = _baseline(options) if options.baseline else None
     for path in (options.base, *options.artifacts):
         open_checkpoint(path)  # a slip in the last of them must not cost the measuring of the first
-    models = [_measure(path, text, options, device, progress) for path in (options.base, *options.artifacts)]
-    base = models[0]
+    base = _measure(options.base, text, options, device, None, progress)
+    reference_model = _decoder(options.base, options, device) if options.kld or options.max_kld is not None else None
+    models = [base, *(_measure(path, text, options, device, reference_model, progress) for path in options.artifacts)]
     rows = tuple(
         (
             Path(m.path).name,
@@ -215,6 +263,7 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
                 "ms_per_token": round(m.ms_per_token, 3),
                 "ppl": m.ppl if math.isfinite(m.ppl) else None,
                 "ppl_error": m.ppl_error if math.isfinite(m.ppl_error) else None,
+                **_divergence_data(m),
             }
             for m in models
         ],
@@ -230,7 +279,10 @@ def run(options: ReportOptions, progress: Progress = silent) -> Report:
             ("memory and speed", f"weights as served in bfloat16; decoding one sequence on {device}"),
             *((("written", ", ".join(written)),) if written else ()),
         ),
-        tables=(Table("Memory and perplexity", ("model", "method", "disk MB", "memory MB", "ms/token", "perplexity", "increase"), rows),),
+        tables=(
+            Table("Memory and perplexity", ("model", "method", "disk MB", "memory MB", "ms/token", "perplexity", "increase"), rows),
+            *_divergence_table(models),
+        ),
         failed="; ".join(failures) or None,
     )
     if options.out is not None:

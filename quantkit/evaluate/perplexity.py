@@ -6,7 +6,7 @@ Knows a decoder and tokens; knows nothing of files or quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,65 @@ def _windows(ids: Sequence[int], window: int, stride: int, bos: int | None) -> l
     return out
 
 
+def windows_of(ids: Sequence[int], window: int, stride: int, bos: int | None) -> list[tuple[list[int], int]]:
+    """The windows of a text: the tokens of each, and the first position in it whose token is scored.
+
+    Raises InputError for a window or stride that cannot be used or a text shorter than two tokens.
+    """
+    if window < 2 or not 1 <= stride <= window:
+        raise InputError(
+            "--window/--stride", f"window {window}, stride {stride}", "a window of 2 or more and a stride from 1 to the window"
+        )
+    windows = _windows(ids, window, stride, bos)
+    if not windows:
+        raise InputError("text", f"has {len(ids)} tokens", "at least 2")
+    return windows
+
+
+def scored_logits(decoder: Decoder, group: Sequence[tuple[list[int], int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits ``[rows, vocab]`` float32 that predict the scored tokens of some windows, and those tokens ``[rows]``, on their device."""
+    tokens = torch.tensor([token for part, _ in group for token in part])
+    lengths = tuple(len(part) for part, _ in group)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    hidden = decoder.forward(tokens, Batch(positions=positions, lengths=lengths, sequences=None))
+    rows, targets = _scored_rows(group, lengths)
+    for low in range(0, rows.numel(), LOGIT_ROWS):
+        logits = decoder.logits(hidden[rows[low : low + LOGIT_ROWS]])
+        yield logits, targets[low : low + LOGIT_ROWS].to(logits.device)
+
+
+def groups_of(windows: Sequence[tuple[list[int], int]], window: int) -> Iterator[Sequence[tuple[list[int], int]]]:
+    """The windows that go through a model at once."""
+    per_batch = max(1, BATCH_TOKENS // window)
+    for start in range(0, len(windows), per_batch):
+        yield windows[start : start + per_batch]
+
+
+@dataclass(slots=True)
+class LikelihoodSums:
+    """Sums over scored tokens in float64, from which a perplexity is made."""
+
+    total: float = 0.0
+    squares: float = 0.0
+    scored: int = 0
+
+    def add(self, nll: Tensor) -> None:
+        """Count the negative log-likelihoods of some tokens."""
+        wide = nll.double()
+        self.total += float(wide.sum())
+        self.squares += float((wide * wide).sum())
+        self.scored += wide.numel()
+
+    def perplexity(self, tokens: int, window: int, stride: int, bos: bool) -> Perplexity:
+        """Raises InputError where the model's logits were not finite."""
+        mean = self.total / self.scored
+        if not math.isfinite(mean):
+            raise InputError("perplexity", "the model's logits are not finite", "a model that runs in this dtype", "try --dtype float32")
+        value = math.exp(mean) if mean < 700 else math.inf
+        error = value * math.sqrt(max(self.squares / self.scored - mean * mean, 0.0) / max(self.scored - 1, 1))
+        return Perplexity(value, error, self.scored, tokens, window, stride, bos)
+
+
 @torch.inference_mode()
 def perplexity(
     decoder: Decoder,
@@ -78,38 +137,15 @@ def perplexity(
     counts once. With ``bos`` each window starts with it. Negative log-likelihoods are summed in float64.
     Raises InputError for a window or stride that cannot be used or a text shorter than two tokens.
     """
-    if window < 2 or not 1 <= stride <= window:
-        raise InputError(
-            "--window/--stride", f"window {window}, stride {stride}", "a window of 2 or more and a stride from 1 to the window"
-        )
-    windows = _windows(ids, window, stride, bos)
-    if not windows:
-        raise InputError("text", f"has {len(ids)} tokens", "at least 2")
-    per_batch = max(1, BATCH_TOKENS // window)
-    total = squares = 0.0
-    scored = 0
-    for start in range(0, len(windows), per_batch):
-        progress(stage, start, len(windows))
-        group = windows[start : start + per_batch]
-        tokens = torch.tensor([token for part, _ in group for token in part])
-        lengths = tuple(len(part) for part, _ in group)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        hidden = decoder.forward(tokens, Batch(positions=positions, lengths=lengths, sequences=None))
-        rows, targets = _scored_rows(group, lengths)
-        for low in range(0, rows.numel(), LOGIT_ROWS):
-            logits = decoder.logits(hidden[rows[low : low + LOGIT_ROWS]])
-            wanted = targets[low : low + LOGIT_ROWS].to(logits.device)
-            nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
-            total += float(nll.sum())
-            squares += float((nll * nll).sum())
-        scored += int(rows.numel())
-    progress(stage, len(windows), len(windows))
-    mean = total / scored
-    if not math.isfinite(mean):
-        raise InputError("perplexity", "the model's logits are not finite", "a model that runs in this dtype", "try --dtype float32")
-    value = math.exp(mean) if mean < 700 else math.inf
-    error = value * math.sqrt(max(squares / scored - mean * mean, 0.0) / max(scored - 1, 1))
-    return Perplexity(value, error, scored, len(ids), window, stride, bos is not None)
+    windows = windows_of(ids, window, stride, bos)
+    sums, done = LikelihoodSums(), 0
+    for group in groups_of(windows, window):
+        progress(stage, done, len(windows))
+        for logits, wanted in scored_logits(decoder, group):
+            sums.add(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        done += len(group)
+    progress(stage, done, len(windows))
+    return sums.perplexity(len(ids), window, stride, bos is not None)
 
 
 def _scored_rows(group: Sequence[tuple[list[int], int]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

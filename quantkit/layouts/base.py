@@ -67,7 +67,16 @@ class Scaled:
     divisor: int = 1
 
 
-Neutral = GroupedInt | Codebook | Scaled
+@dataclass(frozen=True, slots=True)
+class SuperBlock:
+    """Blocks of ggml, scales and codes together: ``blocks [N, K / elements * bytes]`` uint8 of type ``kind`` (``gguf.md`` 2)."""
+
+    blocks: Tensor
+    kind: str
+    bias: Tensor | None = None
+
+
+Neutral = GroupedInt | Codebook | Scaled | SuperBlock
 """What a method makes of a linear, whatever it is stored as."""
 
 
@@ -115,6 +124,10 @@ def stacked(results: Sequence[Neutral]) -> Neutral:
         blocks = all(r.scales.dim() == 2 and r.values.shape[0] % 128 == 0 for r in scaled[:-1])
         if (rows or blocks) and len({(r.values.dtype, r.scales.shape[1:], r.divisor) for r in scaled}) == 1:
             return Scaled(torch.cat([r.values for r in scaled]), torch.cat([r.scales for r in scaled]), bias, scaled[0].divisor)
+    if all(isinstance(r, SuperBlock) for r in results):
+        supers = [r for r in results if isinstance(r, SuperBlock)]
+        if len({r.kind for r in supers}) == 1:
+            return SuperBlock(torch.cat([r.blocks for r in supers]), supers[0].kind, bias)
     raise InputError("fused linear", "its parts were quantized differently, or a block crosses their border", "one scheme for all of them")
 
 

@@ -11,13 +11,16 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
 from quantkit.layouts.awq import AwqCodec, AwqGemvCodec
-from quantkit.layouts.base import Codebook, Codec, GroupedInt, LinearOp, Neutral, dequantized, with_bias
+from quantkit.layouts.base import Codebook, Codec, GroupedInt, LinearOp, Neutral, SuperBlock, dequantized, with_bias
 from quantkit.layouts.bnb import Bnb4Codec
+from quantkit.layouts.ggml import GgmlCodec
 from quantkit.layouts.gptq import GptqCodec
 from quantkit.layouts.packed import PackedCodec
 from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
 from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
 from quantkit.ops.eightbit import llm_int8_linear, rounded_linear
+from quantkit.ops.ggml.decode import FOUR_BITS, decode, four_bits
+from quantkit.ops.ggml.linear import BLOCK_DTYPES, BlockCpuLinear
 from quantkit.ops.grouped import Int4CpuLinear, int4_cpu_supports
 from quantkit.scheme import LinearScheme
 
@@ -34,6 +37,7 @@ _ALL: tuple[Codec, ...] = (
     FP8_BLOCKS,
     Bnb4Codec(),
     LlmInt8Codec(),
+    GgmlCodec(),
 )
 CODECS: Mapping[str, Codec] = MappingProxyType({item.name: item for item in _ALL})
 
@@ -83,7 +87,8 @@ def load_linear(
 ) -> LinearOp:
     """The linear that runs ``parts`` (one stored linear) in ``dtype`` on ``device``.
 
-    On a CPU in bfloat16 a 4-bit layout runs on torch's int4 kernel; everywhere else it is dequantized at each call. Where the
+    On a CPU in bfloat16 4-bit integers, ggml's among them, run on torch's int4 kernel, and other ggml blocks in any dtype on a kernel
+    of theirs; everywhere else it is dequantized at each call. Where the
     scheme quantizes activations they are, except with ``parity``, which is the dequantized weight times the input as it is.
     Empty shapes (a rank that owns nothing) run as dense.
     """
@@ -98,10 +103,15 @@ def load_linear(
         return UnpackingLinear(moved, geometry, dtype)
     if geometry.scheme.activations:
         return EightBitLinear(moved, geometry, dtype)
+    if device == "cpu" and geometry.layout == "ggml" and dtype in BLOCK_DTYPES:
+        blocks, kind = moved["weight"].contiguous(), geometry.scheme.code
+        if dtype == torch.bfloat16 and kind in FOUR_BITS:
+            return Int4CpuLinear(*four_bits(blocks, kind), bias)
+        return BlockCpuLinear(blocks, kind, dtype, bias)
     if device == "cpu" and dtype == torch.bfloat16 and geometry.scheme.bits == 4:
         result = chosen.unpack(moved, geometry)
         if isinstance(result, GroupedInt) and result.g_idx is None and int4_cpu_supports(geometry.k, geometry.k // result.scales.shape[1]):
-            return Int4CpuLinear(result.codes, result.scales, result.zeros, bias)
+            return Int4CpuLinear(result.codes, result.scales, (8.0 - result.zeros.float()) * result.scales.float(), bias)
     return UnpackingLinear(moved, geometry, dtype)
 
 
@@ -109,6 +119,8 @@ def dense_weight(result: Neutral, scheme: LinearScheme, dtype: torch.dtype) -> T
     """The weight ``[N, K]`` that a linear stored by ``scheme`` multiplies by once ``result`` is written."""
     if isinstance(result, GroupedInt):
         return dequantized(result, dtype)
+    if isinstance(result, SuperBlock):
+        return decode(result.blocks, result.kind, dtype)
     n, k = (result.codes if isinstance(result, Codebook) else result.values).shape
     geometry = geometry_of(scheme, n, k, dtype="F32")
     chosen = codec(scheme.layout)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from quantkit.geometry import Axis, Geometry
-from quantkit.layouts.base import GroupedInt, dequantized
-from quantkit.layouts.registry import codec
+from quantkit.layouts.base import GroupedInt, LinearOp, dequantized
+from quantkit.layouts.registry import codec, load_linear
 from quantkit.layouts.words import unpack_rows
 
 
 class PackedTable:
     """Rows of a vocabulary as they are stored: ``table(ids [T])`` -> ``[T, K]`` in ``dtype``, as dequantizing all of it would give.
 
-    ``geometry`` is of a layout that stores its weights row by row (``packed``, ``int8``, ``fp8``), of this rank's rows.
+    ``geometry`` is of a layout that stores its weights row by row (``packed``, ``int8``, ``fp8``, ``ggml``), of this rank's rows.
     """
 
     def __init__(self, parts: Mapping[str, Tensor], geometry: Geometry, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -50,3 +50,7 @@ class PackedTable:
         result = codec(geometry.layout).unpack(parts, geometry)
         assert isinstance(result, GroupedInt)
         return dequantized(replace(result, zeros=self._zeros[ids]), self.dtype)
+
+    def linear(self, *, parity: bool) -> LinearOp:
+        """The head that is tied to this table: it multiplies by the parts that are looked up in."""
+        return load_linear(self._geometry, self._parts, dtype=self.dtype, device=str(self.device), parity=parity)

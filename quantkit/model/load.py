@@ -27,7 +27,17 @@ from quantkit.model.attention import Attention, kv_index
 from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
 from quantkit.model.rope import Rotary
 from quantkit.ops.dtypes import as_tensor
-from quantkit.plan import COLUMN, EMBEDDING, GATHER, HEAD, ParallelPlan, embedding_geometry, linear_geometry, stored_geometry
+from quantkit.plan import (
+    COLUMN,
+    EMBEDDING,
+    GATHER,
+    HEAD,
+    ParallelPlan,
+    embedding_geometry,
+    linear_geometry,
+    replace_rows,
+    stored_geometry,
+)
 from quantkit.quant_config import stored_assignment
 from quantkit.scheme import KEEP, Assignment
 from quantkit.slices import fused_name
@@ -116,12 +126,20 @@ class _Source:
         return _Stored(name, (vocab, hidden), FLOATS, index, len(rows) - (stop - start))
 
     def packed_embedding(self) -> tuple[Geometry, dict[str, _Stored]] | None:
-        """The rank's rows of a quantized embedding; None when it is in floats."""
+        """The rank's rows of a quantized embedding, with the pad rows when it is the head too; None when it is in floats."""
         whole = embedding_geometry(self.spec, self.assignment, dtype="BF16")
         if whole is None:
             return None
+        return self._table(self.spec.architecture.embedding, EMBEDDING, whole, padded=self.spec.tied)
+
+    def _table(self, path: str, role: str, whole: Geometry, *, padded: bool) -> tuple[Geometry, dict[str, _Stored]]:
+        """The rank's rows of a quantized table of the vocabulary, with those of the padding when ``padded``."""
         rows = range(whole.n) if self.plan is None else self.plan.rows(self.rank)
-        return self._parts(self.spec.architecture.embedding, EMBEDDING, whole, rows, range(whole.k), True)
+        cut, parts = self._parts(path, role, whole, rows, range(whole.k), True)
+        more = 0 if self.plan is None or not padded else len(self.plan.elements("vocab", self.rank)) - len(rows)
+        if not more:
+            return cut, parts
+        return replace_rows(cut, cut.n + more), {suffix: replace(part, pad_rows=more) for suffix, part in parts.items()}
 
     def head(self) -> tuple[Geometry, dict[str, _Stored]]:
         """The rank's rows of a head of its own (not tied)."""
@@ -129,7 +147,7 @@ class _Source:
         scheme, vocab = self.assignment.get(name, KEEP), self.spec.dims["vocab"].elements
         if scheme.layout not in FLOAT_LAYOUTS:
             whole = linear_geometry(name, vocab, hidden, scheme, dtype="BF16", bias=False)
-            return self._parts(name, HEAD, whole, *self._cut(HEAD, vocab, hidden), True)
+            return self._table(name, HEAD, whole, padded=True)
         weight = self.vocabulary(name, HEAD)
         rows = weight.index[0].stop - weight.index[0].start + weight.pad_rows
         return plain(rows, hidden, dtype="BF16"), {"weight": weight}
@@ -268,10 +286,9 @@ class _Loader:
         vocab = spec.dims["vocab"].elements
         return Head(op, vocab, (vocab,) if plan is None else plan.sizes("vocab"), spec.logit_softcap, self.comm)
 
-    @staticmethod
-    def _tied(embedding: Embedding) -> LinearOp:
-        assert isinstance(embedding.weight, Tensor)  # no head is tied to a quantized embedding: stored_assignment refuses that
-        return DenseLinear(embedding.weight, None)
+    def _tied(self, embedding: Embedding) -> LinearOp:
+        weight = embedding.weight
+        return DenseLinear(weight, None) if isinstance(weight, Tensor) else weight.linear(parity=self.parity)
 
 
 def _whole_loader(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str, parity: bool) -> _Loader:

@@ -91,11 +91,12 @@ _DENSE_ROWS = 128
 class Int4CpuLinear:
     """A 4-bit linear on torch's CPU int4 kernel, bfloat16 activations; the caller adds ``bias``.
 
-    About 0.56 bytes a weight at group 64, held once. Built from codes ``[N, K]``; N is padded to the kernel's block of 64 with
-    zero rows. Group sizes 32, 64, 128, 256.
+    About 0.56 bytes a weight at group 64, held once. Built from codes ``[N, K]`` and, of each group, its scale and ``middles [N, G]``,
+    the weight of code 8, in float32; both are kept in bfloat16. N is padded to the kernel's block of 64 with zero rows. Group sizes
+    32, 64, 128, 256.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, middles: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.n, self.k = codes.shape
         self.group_size = self.k // scales.shape[1]
@@ -103,7 +104,7 @@ class Int4CpuLinear:
         padded = torch.nn.functional.pad(codes.to(torch.int32), (0, 0, 0, pad))
         self._packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded, 1)
         scale = torch.nn.functional.pad(scales.float(), (0, 0, 0, pad))
-        zero = torch.nn.functional.pad(8.0 - zeros.float(), (0, 0, 0, pad)) * scale
+        zero = torch.nn.functional.pad(middles, (0, 0, 0, pad))
         self._scales_and_zeros = torch.stack([scale.T, zero.T], -1).to(torch.bfloat16).contiguous()  # [G, N, 2]
         # The packed order is torch's own affair: prove that we read it back before relying on it.
         self._readable = bool(torch.equal(self._codes(), padded))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -150,6 +151,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a.T, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.T.float(), b.float())
+
+
+class Collector(Protocol):
+    """What sees the inputs of a block's linears as the calibration goes through it."""
+
+    def tap(self, role: str, x: Tensor) -> None:
+        """Add one tile: ``x [T, K]`` is the input of the linear ``role``."""
 
 
 class StatsCollector:
@@ -319,7 +327,7 @@ class CalibrationStream:
 
         each(devices, work)
 
-    def advance(self, blocks: Sequence[Block], collectors: Sequence[StatsCollector] | None, devices: Sequence[str]) -> None:
+    def advance(self, blocks: Sequence[Block], collectors: Sequence[Collector] | None, devices: Sequence[str]) -> None:
         """Run the block over every tile: the collectors see its inputs, the hidden states become its outputs.
 
         Each device has its part of the samples, one tile of it at a time, a copy of the block and a collector. Raises InputError when

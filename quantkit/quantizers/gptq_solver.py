@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ AIM_SHRINK = 3
 """The correction for the float inputs, fitted to T tokens, is multiplied by T / (T + 3 K): about what serves other tokens best."""
 MIN_SCALE = 1e-5
 """As ``scales_and_zeros`` has it."""
+NO_SCALE = 1e-30
+"""In place of a scale of 0 that was given."""
 SLAB = 1 << 22
 """Weights that the range search and the loss look at at a time."""
 PANEL = 1 << 24
@@ -88,6 +90,19 @@ class Solved:
     def error(self) -> float:
         """sqrt(loss / total)."""
         return math.sqrt(self.loss / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GivenGrid:
+    """A grid fixed beforehand: ``w = scale * (code - zero) + offset`` for codes 0 to 2^bits - 1, groups of consecutive inputs.
+
+    ``scales [N, G]`` float32 of any sign, 0 too; ``offsets [N, G]`` float32, or None for none.
+    """
+
+    scales: Tensor
+    offsets: Tensor | None
+    zero: int
+    bits: int
 
 
 def joined(parts: Sequence[Solved], device: str) -> Solved:
@@ -376,7 +391,7 @@ def _check(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, wh
     k = weight.shape[1]
     g = k if options.group_size == -1 else options.group_size
     assert gram.shape == (k, k) and (cross is None or cross.shape == (k, k)), (weight.shape, gram.shape)
-    assert options.bits in BITS and options.order in ORDERS and options.block >= 1 and options.damp > 0, options
+    assert 1 < options.bits < 9 and options.order in ORDERS and options.block >= 1 and options.damp > 0, options
     if g < 1 or k % g:
         raise InputError(where, f"has {k} inputs, which groups of {g} do not divide", f"a --group-size that divides {k}, or -1")
     if tokens < 1:
@@ -384,18 +399,22 @@ def _check(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, wh
     return g
 
 
-def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, where: str, gram_cross: Tensor | None = None) -> Solved:
-    """Quantize ``weight [N, K]`` float32 so that ``||W X - What X||`` is small. ``gram [K, K]`` float32 is X^T X summed over ``tokens``.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """``codes [K, N]`` in the order of visit, their ``grid``, ``inverse [K]``: the place of each input in that order."""
 
-    With ``gram_cross [K, K]``, X~^T X for the inputs X~ of the quantized model (those of ``gram``) and X of the float model, the aim is
-    ``||W X - What X~||``. Inputs that were always 0 (dead) get a diagonal of 1 and their weights become 0, as in the paper's code; if
-    all are, the weights are rounded to nearest. Nothing given is changed; with ``gram`` itself 12 K^2 bytes are used, and 5 N K beyond
-    the weight (with ``gram_cross`` 20 K^2 and 12 N K).
+    codes: Tensor
+    grid: _Grid
+    inverse: Tensor
+    damp: float
+    dead: int
+    attempts: int
 
-    Raises InputError naming ``where``: a group that does not divide K, statistics that no damping makes positive definite, weights
-    whose scale leaves its dtype.
-    """
-    g = _check(weight, gram, tokens, options, where, gram_cross)
+
+def _find(
+    weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, where: str, gram_cross: Tensor | None, g: int, given: GivenGrid | None
+) -> _Found:
+    """The codes that ``solve`` and ``solve_on_grid`` are about."""
     k = weight.shape[1]
     diagonal = gram.diagonal()
     dead = diagonal == 0
@@ -408,10 +427,13 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
     work = weight.mT.index_select(0, perm)  # [K, N]
     if gram_cross is not None:
         work += _aim_at_float(weight, gram, gram_cross, tokens, perm, factor)
-    if not dead.all():
+    if given is None and not dead.all():
         work.masked_fill_(dead[perm].unsqueeze(1), 0)
+    if given is not None and given.offsets is not None:
+        work -= given.offsets.mT.index_select(0, group)
     try:
-        fixed = _fixed_grid(work, factor.diagonal.square(), inverse, g, options) if options.order == "static" else None
+        fixed = _fixed_grid(work, factor.diagonal.square(), inverse, g, options) if options.order == "static" and given is None else None
+        fixed = fixed if given is None else _as_fixed(given)
         codes, grid = _visit(work, factor, fixed, group, g, options)
     except InputError as exc:
         raise InputError(where, exc.what, exc.expected, exc.hint) from exc
@@ -428,18 +450,45 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
                 _refit(work, codes, hessian, grid, members)
             _sweep(work, codes, hessian, grid, group, options)
         del damped, hessian
-    del work
-    codes = codes.index_select(0, inverse).mT.contiguous()
-    g_idx = (inverse // g).to(torch.int32) if options.order == "act" else None
+    return _Found(codes, grid, inverse, damp, int(dead.sum()), attempts)
+
+
+def _as_fixed(given: GivenGrid) -> _Grid:
+    """The grid without its offsets. A scale of 0 becomes one so small that it makes 0 of any code, and divides."""
+    scales = torch.where(given.scales == 0, NO_SCALE, given.scales).mT.contiguous()
+    return _Grid(scales, torch.full_like(scales, given.zero, dtype=torch.uint8))
+
+
+def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, where: str, gram_cross: Tensor | None = None) -> Solved:
+    """Quantize ``weight [N, K]`` float32 so that ``||W X - What X||`` is small. ``gram [K, K]`` float32 is X^T X summed over ``tokens``.
+
+    With ``gram_cross [K, K]``, X~^T X for the inputs X~ of the quantized model (those of ``gram``) and X of the float model, the aim is
+    ``||W X - What X~||``. Inputs that were always 0 (dead) get a diagonal of 1 and their weights become 0, as in the paper's code; if
+    all are, the weights are rounded to nearest. Nothing given is changed; with ``gram`` itself 12 K^2 bytes are used, and 5 N K beyond
+    the weight (with ``gram_cross`` 20 K^2 and 12 N K).
+
+    Raises InputError naming ``where``: a group that does not divide K, statistics that no damping makes positive definite, weights
+    whose scale leaves its dtype.
+    """
+    g = _check(weight, gram, tokens, options, where, gram_cross)
+    found = _find(weight, gram, tokens, options, where, gram_cross, g, None)
+    codes, grid = found.codes.index_select(0, found.inverse).mT.contiguous(), found.grid
+    g_idx = (found.inverse // g).to(torch.int32) if options.order == "act" else None
     lost, total = _losses(weight, gram, tokens, codes, grid, g_idx)
-    return Solved(
-        codes,
-        grid.scales.mT.contiguous(),
-        grid.zeros.mT.contiguous(),
-        g_idx,
-        lost,
-        total,
-        damp,
-        int(dead.sum()),
-        attempts,
-    )
+    scales, zeros = grid.scales.mT.contiguous(), grid.zeros.mT.contiguous()
+    return Solved(codes, scales, zeros, g_idx, lost, total, found.damp, found.dead, found.attempts)
+
+
+def solve_on_grid(
+    weight: Tensor, gram: Tensor, tokens: int, grid: GivenGrid, options: SolverOptions, where: str, gram_cross: Tensor | None = None
+) -> Tensor:
+    """As ``solve``, on a grid that is given and stays: the codes uint8 ``[N, K]``.
+
+    Of ``options`` only ``damp``, ``block`` and ``sweeps`` count. Dead inputs keep their weights, rounded to nearest. Raises InputError as
+    ``solve`` does.
+    """
+    k, groups = weight.shape[1], grid.scales.shape[1]
+    options = replace(options, bits=grid.bits, group_size=k // groups, mse=False, order="static")
+    g = _check(weight, gram, tokens, options, where, gram_cross)
+    found = _find(weight, gram, tokens, options, where, gram_cross, g, grid)
+    return found.codes.index_select(0, found.inverse).mT.contiguous()

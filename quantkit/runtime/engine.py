@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
@@ -358,7 +359,7 @@ def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:
             hint = f"leave --tp out, or shard again: quantkit shard ART OUT --tp {tp}"
             raise InputError(str(root), f"was cut for {plan.tp} ranks, --tp says {tp}", f"--tp {plan.tp}", hint)
         return checkpoint, plan.tp
-    checkpoint, ranks = open_checkpoint(root), 1 if tp is None else tp
+    checkpoint, ranks = as_blocks(open_checkpoint(root)), 1 if tp is None else tp
     spec = spec_for(checkpoint.config)
     make_plan(spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), ranks, dtype="BF16")
     return checkpoint, ranks

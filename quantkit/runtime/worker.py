@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.table import spec_for
+from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.comm import Comm, ProcessComm
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
@@ -128,7 +129,7 @@ def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
         if job.sharded:
             checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
             return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity, presliced=assignment)
-        checkpoint = open_checkpoint(job.path)
+        checkpoint = as_blocks(open_checkpoint(job.path))
         if job.tp == 1:
             return load_decoder(checkpoint, dtype=dtype, device=device, parity=job.parity)
         spec = spec_for(checkpoint.config)

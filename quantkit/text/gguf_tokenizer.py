@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import InputError
+from quantkit.text.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS
 from quantkit.text.tokenizer import GENERATION, TEMPLATE_FILE, TOKENIZER, TOKENIZER_CONFIG, parse_backend
 
 if TYPE_CHECKING:
@@ -31,52 +32,6 @@ NAMED_IDS: Mapping[str, str] = MappingProxyType(
 )
 END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """End of text, of a turn, of a message: a model may write any of them to end."""
-
-_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_BYTES: Mapping[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_MERGE_ALL_BYTES: Mapping[str, Any] = {**_BYTES, "use_regex": False}
-
-
-def _split(digits: str) -> dict[str, Any]:
-    """Words with one leading character that is no letter or digit, runs of ``digits``, punctuation, line ends, spaces."""
-    pattern = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + _TAIL
-    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [cut, dict(_MERGE_ALL_BYTES)]}
-
-
-@dataclass(frozen=True, slots=True)
-class _Pre:
-    """How a byte-level vocabulary cuts a text before it merges."""
-
-    pre_tokenizer: Mapping[str, Any]
-    normalizer: Mapping[str, Any] | None = None
-    ignore_merges: bool = False
-    """A piece that is in the vocabulary is a token, whatever the merges say."""
-    adds_bos: bool = False
-    """Where the file does not say."""
-
-
-_GPT2 = _Pre(_BYTES)
-_DIGITS = _Pre({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, dict(_BYTES)]})
-_LLAMA3 = _Pre(_split(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
-_QWEN2 = _Pre(_split(r"\p{N}"), normalizer={"type": "NFC"})
-PRE_TOKENIZERS: Mapping[str, _Pre] = MappingProxyType(
-    {
-        "default": _GPT2,
-        "gpt-2": _GPT2,
-        "phi-2": _GPT2,
-        "smollm": _DIGITS,
-        "starcoder": _DIGITS,
-        "refact": _DIGITS,
-        "llama-bpe": _LLAMA3,
-        "llama3": _LLAMA3,
-        "llama-v3": _LLAMA3,
-        "qwen2": _QWEN2,
-        "deepseek-r1-qwen": _QWEN2,
-    }
-)
-"""``tokenizer.ggml.pre`` -> how the original tokenizer cuts; a file without the key was made before there was one but GPT-2's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +183,7 @@ def _byte_level(vocabulary: _Vocabulary) -> _Body:
         model=_bpe(vocabulary.tokens, merges, ignore_merges=pre.ignore_merges),
         normalizer=pre.normalizer,
         pre_tokenizer=pre.pre_tokenizer,
-        decoder={**_BYTES, "add_prefix_space": True},
+        decoder={**BYTE_LEVEL, "add_prefix_space": True},
         tokens=vocabulary.tokens,
         adds_bos=pre.adds_bos,
     )
@@ -262,7 +217,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> _Body:
     options: dict[str, Any] = {"fuse_unk": True, "byte_fallback": True, "unk_token": None if unknown is None else tokens[unknown]}
     mergeable = {t for t, kind in zip(tokens, vocabulary.types, strict=True) if kind in (NORMAL, USER_DEFINED)}
     return _Body(
-        model=_bpe(tokens, _implied_merges(tokens, rank, mergeable), **options),
+        model=_bpe(tokens, implied_merges(tokens, rank, mergeable), **options),
         normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]} if prefix else spaces,
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": decoders},
@@ -271,7 +226,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> _Body:
     )
 
 
-def _implied_merges(tokens: Sequence[str], rank: Mapping[str, float], mergeable: set[str]) -> list[tuple[str, str]]:
+def implied_merges(tokens: Sequence[str], rank: Mapping[str, float], mergeable: set[str]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best piece first; among the pairs of one piece, by the ids of the two."""
     ids = {token: index for index, token in enumerate(tokens)}
     merges = []

@@ -153,7 +153,7 @@ def _assemble(backend: Backend, files: Mapping[str, bytes], root: str) -> Backen
         return parse_object(files[name], f"{root}: {name}") if name in files else {}
 
     config, model = load(TOKENIZER_CONFIG), load(CONFIG)
-    special = _special_tokens({**load(SPECIAL_TOKENS), **config})
+    special = named_tokens({**load(SPECIAL_TOKENS), **config})
     size = _vocab_size(backend)
     named = {key: backend.token_to_id(special[key]) for key in ("bos_token", "eos_token") if key in special}
     for key, found in named.items():
@@ -178,7 +178,7 @@ def _assemble(backend: Backend, files: Mapping[str, bytes], root: str) -> Backen
     )
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The named special tokens; each is its text, or an object with its ``content``."""
     found = {}
     for key in NAMED_TOKENS:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.report import Report
 
 Run = Callable[..., Any]
@@ -27,8 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "convert": (
         "m o",
         {"path": "m", "out": Path("o")},
-        "--to gguf --dtype float16 --max-shard-size 24GiB --overwrite",
-        {"to": "gguf", "dtype": "float16", "max_shard_size": 24 << 30, "overwrite": True},
+        "--to gguf --dtype float16 --max-shard-size 24GiB --pre-tokenizer llama-bpe --overwrite",
+        {"to": "gguf", "dtype": "float16", "max_shard_size": 24 << 30, "pre_tokenizer": "llama-bpe", "overwrite": True},
     ),
     "quantize": (
         "m o",
@@ -36,14 +37,24 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
             "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run --option mse=false --option block=64 "
-            "--inputs float --compute-dtype float16 --offload --devices 2"
+            "--inputs float --compute-dtype float16 --offload --devices 2 --type q6_k --imatrix i.gguf --pure --tensor-type a=q8_0 "
+            "--tensor-type b=q5_k --output-tensor-type q8_0 --token-embedding-type q6_k --leave-output-tensor --allow-requantize "
+            "--pre-tokenizer gpt-2"
         ),
         {"method": "awq", "bits": 3, "group_size": -1, "sym": True, "format": "awq", "recipe": Path("r.yaml")}
         | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
         | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True}
         | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True}
-        | {"devices": 2},
+        | {"devices": 2, "gguf": GgufChoices("q6_k", Path("i.gguf"), True, ("a=q8_0", "b=q5_k"), "q8_0", "q6_k", True, True, "gpt-2")},
     ),
+    "imatrix": (
+        "m o",
+        {"path": "m", "out": Path("o")},
+        "--calib t --samples 7 --seq-len 9 --format dat --output --device cpu --compute-dtype float16 --offload --overwrite",
+        {"calib": "t", "samples": 7, "seq_len": 9, "format": "dat", "output": True, "device": "cpu", "compute_dtype": "float16"}
+        | {"offload": True, "overwrite": True},
+    ),
+    "doctor": ("", {}, "--build-kernels", {"build_kernels": True}),
     "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
     "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),
     "verify": ("m", {"path": "m"}, "--deep", {"deep": True}),
@@ -62,10 +73,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"base": "m", "artifacts": ("a",)},
         (
             "b --out d --text t --window 64 --stride 32 --tokens 500 --baseline f --max-ppl-increase 5% --max-memory 6GiB --dtype bfloat16"
-            " --device cpu"
+            " --device cpu --kld --max-kld 0.05"
         ),
         {"artifacts": ("a", "b"), "out": Path("d"), "text": Path("t"), "window": 64, "stride": 32, "tokens": 500}
-        | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16", "device": "cpu"},
+        | {"baseline": Path("f"), "max_ppl_increase": 0.05, "max_memory": 6 << 30, "dtype": "bfloat16", "device": "cpu"}
+        | {"kld": True, "max_kld": 0.05},
     ),
 }
 """Command: its least arguments, the fields that these set, further arguments, the fields that those set."""

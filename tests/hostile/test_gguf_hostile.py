@@ -14,11 +14,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from quantkit.checkpoint.gguf import GgufSource
+from quantkit.cli import run
 from quantkit.errors import InputError
 from quantkit.formats import gguf as formats_gguf
-from quantkit.formats.gguf import MAX_HEADER_BYTES, read_gguf
+from quantkit.formats.gguf import (
+    BLOCK_TYPES,
+    MAX_HEADER_BYTES,
+    SCALARS,
+    Value,
+    boolean,
+    encode_header,
+    f32,
+    i32,
+    padded,
+    read_gguf,
+    tensor_bytes,
+    texts,
+    u64,
+)
+from quantkit.formats.gguf import array as array_value
+from quantkit.formats.gguf import text as text_value
+from quantkit.formats.gguf import u32 as u32_value
 
 HUGE = (1 << 63) - 1
 HIDDEN, FFN, VOCAB, HEADS = 8, 8, 4, 2
@@ -99,6 +118,11 @@ def refused(path: Path, raw: bytes, match: str) -> None:
     assert caught.value.where.startswith(str(path)) and "\n" not in caught.value.line and len(caught.value.line) < 1000
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gguf") / "m.gguf"
+
+
 LIES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", r"magic: needs 4 bytes, 0 remain"),
     "bad magic": (header(magic=b"GGML"), r"magic: is b'GGML' \(at byte 4\), expected b'GGUF'"),
@@ -163,14 +187,12 @@ LIES: dict[str, tuple[bytes, str]] = {
         r"'general\.alignment': has value type 10 .*, expected 4",
     ),
     "alignment string": (header(keys=(key(b"general.alignment", 8, text(b"32")),)), r"'general\.alignment': has value type 8"),
-    "split": (
+    "split of another name": (
         header(keys=(key(b"split.no", 2, b"\x00\x00"), key(b"split.count", 2, b"\x03\x00"))),
-        r"key 'split\.count': this is part 1 of 3 of a split model, expected one file",
+        r"key 'split\.no': this is part 1 of 3 of a split model, and is called 'm\.gguf', expected 'm-00001-of-00003\.gguf'",
     ),
-    "split without number": (
-        header(keys=(key(b"split.count", 2, b"\x03\x00"),)),
-        r"split\.count': this is one of 3 parts of a split model",
-    ),
+    "split without number": (header(keys=(key(b"split.count", 2, b"\x03\x00"),)), r"key 'split\.no': is missing"),
+    "split of 65536": (header(keys=(key(b"split.count", 4, u32(65536)),)), r"key 'split\.count': is 65536, expected .* 0 to 65535"),
     "split text": (header(keys=(key(b"split.count", 8, text(b"3")),)), r"split\.count': is '3'"),
     "split -1": (header(keys=(key(b"split.count", 5, b"\xff" * 4),)), r"split\.count': is -1"),
     "split array": (header(keys=(key(b"split.count", 9, array(0, 2, b"\x01\x01")),)), r"split\.count': is array"),
@@ -230,6 +252,10 @@ LIES: dict[str, tuple[bytes, str]] = {
     ),
     "first offset": (with_data(header(infos=(info(b"a", (4,), 0, 32),))), r"tensor 'a': has offset 32 .*, expected 0:"),
     "offset 2^64-32": (with_data(header(infos=(info(b"a", (4,), 0, (1 << 64) - 32),))), r"tensor 'a': has offset 18446744073709551584"),
+    "offset of another tensor": (
+        with_data(header(infos=(info(b"a", (16,)), info(b"b", (4,), 0, 0)))),
+        r"tensor 'b': has offset 0 .*, expected 64:",
+    ),
     "another alignment": (
         with_data(header(keys=(key(b"general.alignment", 4, u32(64)),), infos=(info(b"a", (4,)), info(b"b", (4,), 0, 32)))),
         r"tensor 'b': has offset 32 .*, expected 64: tensors follow one another, aligned to 64",
@@ -310,6 +336,204 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
             read_gguf(path)
 
 
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\\\x", "a/../b", ".", "..", "%s%n", "<b>", "~"])
+def test_a_tensor_name_is_only_a_name(tmp_path: Path, name: str) -> None:
+    """What looks like a path is the key of a mapping: nothing is opened by it, and no model has such a tensor."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_data(header(infos=(info(name.encode(), (4,)),))))
+    assert list(read_gguf(path).tensors) == [name]
+    raw = tiny_model()
+    path.write_bytes(raw.replace(text(b"output_norm.weight"), text(name.encode().ljust(18, b"x"))))
+    with pytest.raises(InputError, match=r"output_norm\.weight: is missing"):
+        GgufSource(read_gguf(path))
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    "name", ["bad magic", "version 4", "big-endian", "tensors -1", "padding that wraps", "array of 2^63 bytes", "no data"]
+)
+def test_the_command_line_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(LIES[name][0])
+    for command in ("inspect", "plan", "verify"):
+        capsys.readouterr()
+        arguments = [command, str(path), *(["--tp", "1"] if command == "plan" else [])]
+        assert run(arguments) == 2
+        found = capsys.readouterr()
+        assert found.out == "" and found.err.startswith(f"error: {path}: ") and "Traceback" not in found.err
+        assert sum(line.startswith("error: ") for line in found.err.splitlines()) == 1
+
+
+# split models
+
+
+def split_key(name: str, value: int, kind: int = 2) -> bytes:
+    return key(f"split.{name}".encode(), kind, struct.pack("<H" if kind == 2 else "<i", value))
+
+
+def part(number: int, count: int, total: int, names: tuple[str, ...] = (), keys: tuple[bytes, ...] = ()) -> bytes:
+    """Part ``number`` (from 1): its tensors are F32 ``[4]``."""
+    own = (split_key("no", number - 1), split_key("count", count), split_key("tensors.count", total, 5))
+    infos = tuple(info(name.encode(), (4,), 0, 32 * index) for index, name in enumerate(names))
+    return with_data(header(keys=(*own, *keys), infos=infos), 32 * len(names))
+
+
+def split(folder: Path, *parts: bytes, count: int = 3) -> Path:
+    for number, raw in enumerate(parts, 1):
+        (folder / f"m-{number:05d}-of-{count:05d}.gguf").write_bytes(raw)
+    return folder / f"m-00001-of-{count:05d}.gguf"
+
+
+A, B, C = part(1, 3, 4, ("a", "b"), (key(b"k", 4, u32(7)),)), part(2, 3, 4, ("c",)), part(3, 3, 4, ("d",))
+
+
+def test_a_split_model_is_opened_from_its_first_part(tmp_path: Path) -> None:
+    first = split(tmp_path, A, B, C)
+    file = read_gguf(first)
+    assert [(name, t.file.name) for name, t in file.tensors.items()] == [
+        ("a", first.name),
+        ("b", first.name),
+        ("c", "m-00002-of-00003.gguf"),
+        ("d", "m-00003-of-00003.gguf"),
+    ]
+    assert file.metadata["k"] == 7 and list(file.values()) == ["k"] and len(file.paths) == 3
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_another_part_names_the_first(tmp_path: Path, number: int) -> None:
+    first = split(tmp_path, A, B, C)
+    other = tmp_path / f"m-{number:05d}-of-00003.gguf"
+    message = rf"this is part {number} of 3 of a split model, expected the first part, 'm-00001-of-00003\.gguf'"
+    with pytest.raises(InputError, match=message) as caught:
+        read_gguf(other)
+    assert caught.value.where.startswith(str(other)) and "\n" not in caught.value.line
+    first.unlink()
+    with pytest.raises(InputError, match=message):
+        read_gguf(other)
+
+
+SPLIT_LIES: dict[str, tuple[tuple[bytes, ...], str]] = {
+    "a part is missing": ((A, B), r"m-00001-of-00003\.gguf: part 3 of 3, 'm-00003-of-00003\.gguf', is missing, expected all parts"),
+    "a part is cut": ((A, B[:-17], C), r"m-00002-of-00003\.gguf: tensor 'c': ends at byte"),
+    "a part is empty": ((A, b"", C), r"m-00002-of-00003\.gguf: magic: needs 4 bytes"),
+    "parts are swapped": ((A, C, B), r"m-00002-of-00003\.gguf: key 'split\.no': is 2, expected 1"),
+    "the first twice": ((A, A, C), r"m-00002-of-00003\.gguf: key 'split\.no': is 0, expected 1"),
+    "a part of no split": ((A, with_data(header(infos=(info(b"c", (4,)),))), C), r"m-00002-of-00003\.gguf: key 'split\.no': is missing"),
+    "a part of another count": ((A, part(2, 4, 4, ("c",)), C), r"m-00002-of-00003\.gguf: key 'split\.count': is 4, expected 3"),
+    "a part of another total": ((A, part(2, 3, 5, ("c",)), C), r"m-00002-of-00003\.gguf: key 'split\.tensors\.count': is 5, expected 4"),
+    "a name in two parts": ((A, part(2, 3, 4, ("b",)), C), r"m-00002-of-00003\.gguf: tensor 'b': is in 'm-00001-of-00003\.gguf' too"),
+    "a tensor too few": ((A, part(2, 3, 4), C), r"key 'split\.tensors\.count': is 4, and all parts hold 3"),
+    "a tensor too many": ((A, part(2, 3, 4, ("c", "e", "f")), C), r"key 'split\.tensors\.count': is 4, and 2 parts hold 5"),
+    "a negative total": ((part(1, 3, -1), B, C), r"key 'split\.tensors\.count': is -1, expected a whole number"),
+    "no total": (
+        (header(keys=(split_key("no", 0), split_key("count", 3))), B, C),
+        r"m-00001-of-00003\.gguf: key 'split\.tensors\.count': is missing",
+    ),
+    "more parts than files": ((part(1, 65535, 4), B, C), r"is called 'm-00001-of-00003\.gguf', expected 'm-00001-of-65535\.gguf'"),
+    "a number that is text": ((header(keys=(key(b"split.no", 8, text(b"0")), split_key("count", 3))), B, C), r"key 'split\.no': is '0'"),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_LIES)
+def test_a_lie_about_parts_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    parts, match = SPLIT_LIES[name]
+    first = split(tmp_path, *parts)
+    with modest(), pytest.raises(InputError, match=match) as caught:
+        read_gguf(first)
+    assert caught.value.where.startswith(str(tmp_path)) and "\n" not in caught.value.line and len(caught.value.line) < 1000
+
+
+def test_a_split_of_65535_parts_that_are_not_there_ends_at_once(tmp_path: Path) -> None:
+    first = tmp_path / "m-00001-of-65535.gguf"
+    first.write_bytes(part(1, 65535, 4, ("a",)))
+    with modest(seconds=2), pytest.raises(InputError, match=r"part 2 of 65535, 'm-00002-of-65535\.gguf', is missing"):
+        read_gguf(first)
+
+
+def test_no_part_is_read_outside_the_folder_of_the_first(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    first = split(folder, A, B, C)
+    (folder / "m-00002-of-00003.gguf").rename(elsewhere / "part.gguf")
+    (folder / "m-00002-of-00003.gguf").symlink_to(elsewhere / "part.gguf")
+    with pytest.raises(InputError, match="is a link that leaves the directory"):
+        read_gguf(first)
+    (folder / "m-00002-of-00003.gguf").unlink()
+    os.mkfifo(folder / "m-00002-of-00003.gguf")
+    with modest(), pytest.raises(InputError, match="is not a regular file"):
+        read_gguf(first)
+
+
+def test_the_name_of_the_first_part_may_hold_anything_that_a_name_may(tmp_path: Path) -> None:
+    for prefix in ("m-00001-of-00003.gguf", "%s", "é 日本", "-"):
+        folder = tmp_path / prefix
+        folder.mkdir()
+        for number, raw in enumerate((A, B, C), 1):
+            (folder / f"{prefix}-{number:05d}-of-00003.gguf").write_bytes(raw)
+        assert list(read_gguf(folder / f"{prefix}-00001-of-00003.gguf").tensors) == ["a", "b", "c", "d"]
+
+
+# random metadata and tensors
+
+
+scalars = st.one_of(
+    st.builds(u32_value, st.integers(0, (1 << 32) - 1)),
+    st.builds(u64, st.integers(0, (1 << 64) - 1)),
+    st.builds(i32, st.integers(-(1 << 31), (1 << 31) - 1)),
+    st.builds(f32, st.floats(width=32)),
+    st.builds(boolean, st.booleans()),
+    st.builds(text_value, st.text(max_size=12)),
+    st.builds(texts, st.lists(st.text(max_size=5), max_size=5)),
+    *(st.builds(array_value, st.just(kind), arrays(dtype, st.integers(0, 5))) for kind, dtype in SCALARS.items()),
+    *(st.builds(Value, st.just(kind), arrays(dtype, 1).map(lambda one: one[0].item())) for kind, dtype in SCALARS.items()),
+)
+shapes = st.sampled_from(list(BLOCK_TYPES.values())).flatmap(
+    lambda block: st.tuples(
+        st.just(block.name),
+        st.builds(
+            lambda outer, blocks: (*outer, blocks * block.elements),
+            st.lists(st.integers(0, 3), max_size=3),
+            st.integers(0, 2),
+        ),
+    )
+)
+names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=15)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    keys=st.dictionaries(
+        st.text(min_size=1, max_size=12).filter(lambda name: not name.startswith(("general.", "split."))), scalars, max_size=6
+    ),
+    infos=st.dictionaries(names, shapes, max_size=6),
+    alignment=st.sampled_from([None, 1, 4, 32, 256]),
+    trailing=st.binary(max_size=40),
+)
+def test_what_is_written_is_read(
+    scratch: Path, keys: dict[str, Value], infos: dict[str, tuple[str, tuple[int, ...]]], alignment: int | None, trailing: bytes
+) -> None:
+    """Keys of every type, tensors of every type and rank; cut anywhere, the file is refused."""
+    metadata = {**keys, **({} if alignment is None else {"general.alignment": u32_value(alignment)})}
+    align = alignment or 32
+    raw = encode_header(metadata, [(name, kind, shape) for name, (kind, shape) in infos.items()], align)
+    assert len(raw) % align == 0
+    offsets, end = {}, len(raw)
+    for name, (kind, shape) in infos.items():
+        offsets[name] = end
+        end += padded(tensor_bytes(kind, shape), align)
+    scratch.write_bytes(raw + bytes(end - len(raw)) + trailing)
+    file = read_gguf(scratch)
+    assert file.values() == metadata and list(file.metadata) == list(metadata)
+    assert [(t.name, t.type, t.shape) for t in file.tensors.values()] == [(name, *rest) for name, rest in infos.items()]
+    assert {t.name: t.offset for t in file.tensors.values()} == offsets
+    needed = max((t.offset + t.nbytes for t in file.tensors.values() if t.nbytes), default=0)
+    if needed:
+        os.truncate(scratch, needed - 1)
+        with pytest.raises(InputError, match="ends at byte"):
+            read_gguf(scratch)
+
+
 # whole models
 
 
@@ -353,11 +577,6 @@ def test_every_byte_of_the_header_may_be_anything(tmp_path: Path) -> None:
                     assert str(path) in exc.where and "\n" not in exc.line
             os.pwrite(file.fileno(), raw[at : at + 1], at)
     use(path)
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gguf") / "m.gguf"
 
 
 edits = st.lists(st.tuples(st.integers(0, len(tiny_model()) - 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6)

@@ -11,13 +11,17 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_export_fixtures import FAMILIES as ALL
+from gguf_export_fixtures import config_of as config_of_any
+from gguf_export_fixtures import values_of as values_of_any
+from gguf_export_fixtures import write_family
 from gguf_fixtures import FAMILIES, config_of, gguf_values, metadata_of, values_of, write_gguf, write_model
 from numpy.typing import NDArray
 
 from quantkit import fs
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint import gguf as checkpoint_gguf
-from quantkit.checkpoint.gguf import DECODED, NO_WEIGHTS, PLAIN, GgufSource
+from quantkit.checkpoint.gguf import DECODED, NO_WEIGHTS, PLAIN, GgufSource, decoded
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.gguf import BY_NAME, read_gguf
@@ -217,6 +221,141 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
         file.truncate(found.tensors["model.norm.weight"].offset + 5)
     with pytest.raises(InputError, match="ends at byte"):
         found.read("model.norm.weight")
+
+
+# what converters do otherwise than ours
+
+
+def changed(path: Path, family: str, keys: dict[str, Any], tensors: dict[str, Any] | None = None) -> GgufSource:
+    """The file of ``family`` with other keys and tensors, None for one that is not there."""
+    values = values_of_any(config_of_any(family))
+    before = read_gguf(write_family(path.with_suffix(".before"), config_of_any(family), values))
+    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in before.metadata.items()}
+    arch = plain.pop("general.architecture")
+    stored = {name: decoded(before, t, range(math.prod(t.shape[:-1])), range(t.shape[-1])) for name, t in before.tensors.items()}
+    shaped = {name: value.reshape(before.tensors[name].shape) for name, value in stored.items()} | (tensors or {})
+    named = {f"{arch}.{key}": value for key, value in keys.items()}
+    return source(write_gguf(path, arch, plain | named, {name: value for name, value in shaped.items() if value is not None}))
+
+
+def test_a_file_of_the_first_qwen_may_name_the_other_epsilon(tmp_path: Path) -> None:
+    epsilons = {"attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": 2e-6}
+    config = changed(tmp_path / "m.gguf", "qwen", epsilons).config
+    assert config["layer_norm_epsilon"] == 2e-6 and spec_for(config).eps == 2e-6
+    assert (config["seq_length"], config["kv_channels"], config["rotary_emb_base"], config["intermediate_size"]) == (64, 16, 500.0, 192)
+
+
+def test_the_tables_of_phi3_need_no_type(tmp_path: Path) -> None:
+    rope = spec_for(changed(tmp_path / "m.gguf", "phi3-longrope", {"rope.scaling.type": None}).config).ropes[0]
+    assert rope.kind == "longrope" and rope.parameters["short_factor"] == [1.0, 1.1, 1.3, 1.7]
+
+
+def test_a_window_makes_llama_a_mistral(tmp_path: Path) -> None:
+    config = changed(tmp_path / "m.gguf", "llama", {"attention.sliding_window": 7}).config
+    assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] == 7
+    assert spec_for(config).windows == (7, 7, 7)
+    experts = changed(tmp_path / "x.gguf", "mixtral", {}).config
+    assert experts["architectures"] == ["MixtralForCausalLM"] and spec_for(experts).windows == (None, None, None)
+
+
+def test_gemma2_has_a_window_that_its_file_need_not_say(tmp_path: Path) -> None:
+    unsaid = {"attention.sliding_window": None, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+    spec = spec_for(changed(tmp_path / "m.gguf", "gemma2", unsaid).config)
+    assert (spec.windows, spec.attention_softcap, spec.logit_softcap) == ((4096, None, 4096, None), 50.0, 30.0)
+
+
+def test_widths_of_experts_have_their_defaults(tmp_path: Path) -> None:
+    unsaid = {"expert_feed_forward_length": None, "feed_forward_length": 64, "expert_shared_feed_forward_length": None}
+    config = changed(tmp_path / "m.gguf", "qwen2-moe", unsaid).config
+    assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"], config["norm_topk_prob"]) == (32, 64, False)
+
+
+def test_the_gate_of_the_shared_expert_may_be_a_vector(tmp_path: Path) -> None:
+    values = values_of_any(config_of_any("qwen2-moe"))
+    name = "model.layers.{}.mlp.shared_expert_gate.weight"
+    flat = {f"blk.{layer}.ffn_gate_inp_shexp.weight": values[name.format(layer)].reshape(-1) for layer in range(3)}
+    found = changed(tmp_path / "m.gguf", "qwen2-moe", {}, flat)
+    assert found.tensors[name.format(1)].shape == (1, 64)
+    np.testing.assert_array_equal(found.read(name.format(1)), values[name.format(1)])
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "tensors", "message"),
+    [
+        ("mixtral", {}, {"blk.0.ffn_up_exps.weight": np.zeros((3, 96, 64), np.float32)}, r"shape \[3, 96, 64\], expected \[4, 96, 64\]"),
+        ("mixtral", {}, {"blk.1.ffn_gate_inp.weight": None}, r"ffn_gate_inp\.weight: is missing, expected the .*block_sparse_moe\.gate"),
+        ("mixtral", {}, {"blk.1.ffn_up.weight": np.zeros((96, 64), np.float32)}, r"ffn_up\.weight: has no place in a mixtral model"),
+        ("qwen2-moe", {"expert_count": None}, {}, r"expert_count: is missing"),
+        ("qwen2", {"expert_count": 4}, {}, r"expert_count: is 4, expected a model without experts"),
+        ("qwen2", {"attention.sliding_window": 8}, {}, r"sliding_window: is 8, less than the context of 64, expected none, or a sliding_w"),
+        ("gpt2", {"attention.head_count_kv": 2}, {}, r"head_count: says 4 heads of 16, and 2 of keys, expected equal heads, 64"),
+        ("gpt2", {}, {"position_embd.weight": None}, r"position_embd\.weight: is missing, expected the transformer\.wpe\.weight"),
+        ("gpt2", {}, {"blk.0.attn_norm.bias": None}, r"attn_norm\.bias: is missing"),
+        ("phi3-longrope", {"rope.dimension_count": 7}, {}, r"dimension_count: is 7, expected an even number up to 16"),
+        (
+            "phi3-longrope",
+            {},
+            {"rope_factors_long.weight": np.ones(8, np.float32)},
+            r"rope_factors_long\.weight: is F32 \[8\], expected F32",
+        ),
+        ("qwen3", {}, {"rope_factors_long.weight": np.ones(8, np.float32)}, r"rope_factors_long\.weight: has no place in a qwen3 model"),
+    ],
+)
+def test_files_of_other_families_are_refused_by_name(
+    tmp_path: Path, family: str, keys: dict[str, Any], tensors: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        changed(tmp_path / "m.gguf", family, keys, tensors)
+    assert "\n" not in caught.value.line
+
+
+def test_experts_are_cut_out_of_blocks(tmp_path: Path, bytes_read: list[int]) -> None:
+    rng, (experts, n, k) = np.random.default_rng(5), (4, 96, 64)
+    raw = rng.integers(0, 256, (experts, n, k // 32 * 34), dtype=np.uint8)
+    raw[..., 1::34] &= 0x3B  # scales that are finite
+    found = changed(tmp_path / "m.gguf", "mixtral", {}, {"blk.1.ffn_up_exps.weight": ("Q8_0", raw)})
+    want = gguf.quants.dequantize(raw.reshape(-1, raw.shape[-1]), gguf.GGMLQuantizationType.Q8_0).reshape(experts, n, k)
+    for expert in range(experts):
+        name = f"model.layers.1.block_sparse_moe.experts.{expert}.w3.weight"
+        assert found.tensors[name].shape == (n, k) and found.tensors[name].nbytes == n * k // 32 * 34
+        np.testing.assert_array_equal(found.read(name), want[expert])
+        bytes_read.clear()
+        np.testing.assert_array_equal(found.read(name, (slice(90, 96), slice(30, 40))), want[expert, 90:96, 30:40])
+        assert sum(bytes_read) == 6 * k // 32 * 34
+
+
+def test_transposed_tensors_are_cut_in_the_models_axes(tmp_path: Path) -> None:
+    raw = np.random.default_rng(6).integers(0, 256, (256, 64 // 32 * 34), dtype=np.uint8)
+    raw[..., 1::34] &= 0x3B
+    found = changed(tmp_path / "m.gguf", "gpt2", {}, {"blk.1.ffn_up.weight": ("Q8_0", raw)})
+    want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).T
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert found.tensors[name].shape == (64, 256)
+    np.testing.assert_array_equal(found.read(name), want)
+    cut = found.read(name, (slice(30, 40), slice(7, 9)))
+    np.testing.assert_array_equal(cut, want[30:40, 7:9])
+    assert cut.flags.writeable and cut.flags.c_contiguous
+
+
+@pytest.mark.parametrize("family", [family for family in ALL if not family.startswith("qwen-") and family != "qwen"])
+def test_transformers_understands_the_configuration_of_every_family(tmp_path: Path, family: str) -> None:
+    """The same numbers as from the configuration that the file was made of."""
+    from transformers import AutoConfig
+
+    config = config_of_any(family)
+
+    def loaded(values: dict[str, Any]) -> Any:
+        return AutoConfig.for_model(**values)
+
+    want, got = loaded(config), loaded(dict(source(write_family(tmp_path / "m.gguf", config, values_of_any(config))).config))
+    same_class = type(got) is type(want)
+    assert same_class or (family == "mistral-full" and got.model_type == "llama")
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
+    more = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "layer_types")
+    windowed = any(spec_for(config).windows)
+    for key in (*keys, *more, "sliding_window", "partial_rotary_factor", "rms_norm_eps", "layer_norm_epsilon", "hidden_act"):
+        if hasattr(want, key) and same_class and (windowed or key != "sliding_window"):
+            assert getattr(got, key) == getattr(want, key), key
 
 
 # the demo model
@@ -519,9 +658,14 @@ def test_transformers_understands_the_configuration(tmp_path: Path) -> None:
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.yarn_ext_factor": 0.5},
             r"yarn_ext_factor: is 0\.5, expected 1\.0: config\.json has no word",
         ),
-        ({"llama.expert_count": 8}, r"llama\.expert_count: is 8, expected a model without experts"),
+        ({"llama.expert_count": 8}, r"llama\.expert_used_count: is missing"),
+        ({"llama.expert_count": 1025, "llama.expert_used_count": 2}, r"expert_count: is 1025, expected a whole number from 1 to 1024"),
+        ({"llama.expert_count": 2, "llama.expert_used_count": 3}, r"num_experts_per_tok: is 3, expected between 1 and 2"),
+        (
+            {"llama.expert_count": 2, "llama.expert_used_count": 1},
+            r"blk\.0\.ffn_gate_inp\.weight: is missing, expected the model\.layers\.0\.b",
+        ),
         ({"llama.attention.causal": False}, r"attention\.causal: is not true"),
-        ({"llama.attention.sliding_window": 64}, r"sliding_window: is 64, less than the context of 128"),
         ({"tokenizer.ggml.bos_token_id": 40}, r"bos_token_id: is 40, expected a token below 40"),
         ({"tokenizer.ggml.eos_token_id": "2"}, r"eos_token_id: is '2', expected a token"),
         ({"tokenizer.ggml.tokens": ["a"] * 39}, r"tokens: has 39 tokens, expected 40"),

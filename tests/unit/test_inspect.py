@@ -13,12 +13,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf_fixtures import config_of, gguf_values, values_of, write_model
+from gguf_fixtures import config_of, gguf_values, values_of, write_gguf, write_model
 from safetensors.numpy import save_file
 
 from quantkit.commands import shard
 from quantkit.commands.inspect import InspectOptions, run
 from quantkit.errors import InputError
+from quantkit.formats.gguf import Value, encode_header, i32, padded, read_gguf
 from quantkit.report import Report
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
@@ -162,20 +163,106 @@ def test_where_chat_templates_and_tokenizers_are(tmp_path: Path) -> None:
     assert inspect(root).data["tokenizer"] == "tokenizer.model"
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
+def gguf_file(tmp_path: Path, **keys: Any) -> Path:
+    """A small llama with two linears in Q8_0."""
     config = config_of("llama")
-    values = gguf_values(config, values_of(config))
     q8 = gguf.GGMLQuantizationType.Q8_0
+    values = gguf_values(config, values_of(config))
     tensors = {name: ("Q8_0", gguf.quants.quantize(value, q8)) for name, value in values.items() if "ffn_up" in name}
-    keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.chat_template": "x"}
-    path = write_model(tmp_path / "m.gguf", config, tensors=tensors, keys=keys)
-    report = inspect(path, tensors=True)
-    assert (report.data["kind"], report.data["architecture"], report.data["layers"]) == ("GGUF file", "llama", 2)
-    assert report.data["parameters"] == sum(value.size for value in values.values())
+    texts = {"tokenizer.ggml.model": "gpt2", "tokenizer.chat_template": "x" * 300, "general.tags": ["a" * 50, "b"]}
+    numbers = {"general.file_type": 7, "tokenizer.ggml.token_type": [1, 2, 3, 1] * 10}
+    path: Path = write_model(tmp_path / "m.gguf", config, tensors=tensors, keys={**texts, **numbers, **keys})
+    return path
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path)
+    report, values = inspect(path, tensors=True), values_of(config_of("llama"))
+    data = report.data
+    assert (data["kind"], data["architecture"], data["layers"]) == ("GGUF file", "llama", 2)
+    weights, q8 = sum(value.size for value in values.values()), 2 * 64 * 32
+    assert data["parameters"] == weights
     assert sorted(table(report, "Linears")) == [("F32", "32", None, 13), ("Q8_0", "8.5", 32, 2)]
-    assert (report.data["tokenizer"], report.data["chat_template"]) == ("gpt2 (in the metadata)", True)
-    assert ("model.layers.1.mlp.up_proj.weight", "Q8_0", "64 x 32", 64 * 34) in table(report, "Tensors")
-    assert report.next_steps == (f"quantkit convert {path} OUT",)
+    assert (data["tokenizer"], data["chat_template"]) == ("gpt2 (in the metadata)", True)
+    assert report.next_steps == (f"quantkit convert {path} OUT",) and not report.warnings
+
+    found, bits = data["gguf"], 8 * (4 * (weights - q8) + q8 // 32 * 34) / weights
+    assert (found["version"], found["alignment"], found["file_type"]) == (3, 32, {"id": 7, "name": "Q8_0"})
+    assert found["types"]["Q8_0"] == {"tensors": 2, "weights": q8, "bytes": q8 // 32 * 34, "bits_per_weight": 8.5}
+    assert found["types"]["F32"]["weights"] == weights - q8 and found["bits_per_weight"] == data["bits_per_parameter"] == bits
+    assert found["parts"] == [{"file": "m.gguf", "bytes": path.stat().st_size, "tensors": len(values)}]
+    facts = dict(report.facts)
+    assert (facts["format"], facts["file type"]) == ("GGUF version 3, aligned to 32 bytes", "Q8_0")
+    whole = table(report, "Tensors by type")[-1]
+    assert (whole[:3], whole[4]) == (("all", len(values), f"{weights:,}"), f"{bits:.4g}")
+
+
+def test_every_key_of_a_gguf_file(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path)
+    report, reader = inspect(path), gguf.GGUFReader(path)
+    metadata, rows = report.data["gguf"]["metadata"], {key: (kind, value) for key, kind, value in table(report, "Metadata")}
+    assert list(metadata) == list(rows) == [key for key in reader.fields if not key.startswith("GGUF.")]
+    assert metadata["tokenizer.ggml.token_type"] == {"type": "array of i32", "length": 40, "first": [1, 2, 3, 1, 1, 2, 3, 1]}
+    assert metadata["llama.attention.layer_norm_rms_epsilon"] == {"type": "f32", "value": 1e-5}
+    assert metadata["tokenizer.chat_template"] == {"type": "string", "value": "x" * 300}
+    assert rows["tokenizer.chat_template"] == ("string", "x" * 100 + "... (300 characters)")
+    assert rows["tokenizer.ggml.token_type"] == ("array of i32", "40: 1, 2, 3, 1, 1, 2, 3, 1, ...")
+    assert rows["general.tags"] == ("array of string", f"2: '{'a' * 24}...', 'b'")
+    assert rows["llama.block_count"] == ("u32", "2") and rows["llama.attention.layer_norm_rms_epsilon"] == ("f32", "1e-05")
+
+
+def test_the_tensors_of_a_gguf_file_under_both_names(tmp_path: Path) -> None:
+    report = inspect(gguf_file(tmp_path), tensors=True)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert ("blk.1.ffn_up.weight", "Q8_0", "64 x 32", 64 * 34, name) in table(report, "Tensors")
+    entry = {"name": "blk.1.ffn_up.weight", "dtype": "Q8_0", "shape": [64, 32], "bytes": 64 * 34, "file": "m.gguf"}
+    assert entry | {"model_names": [name]} in report.data["tensors"]
+    assert len(report.data["tensors"]) == len(values_of(config_of("llama")))
+
+
+def test_a_gguf_file_that_is_no_model_of_ours_is_shown_all_the_same(tmp_path: Path) -> None:
+    values = {"v.blk.0.attn_q.weight": np.ones((4, 8), np.float16), "counts": np.ones(3, np.int32)}
+    path = write_gguf(tmp_path / "clip.gguf", "clip", {"clip.projector": "mlp", "general.file_type": 77}, values)
+    report = inspect(path, tensors=True)
+    assert (report.data["architecture"], report.data["model_type"], report.data["parameters"]) == (None, "clip", 35)
+    assert dict(report.facts)["architecture"] == "'clip' (not in quantkit's table)"
+    assert dict(report.facts)["file type"] == "unknown (77)"
+    assert [row[:3] for row in table(report, "Tensors")] == [("v.blk.0.attn_q.weight", "F16", "4 x 8"), ("counts", "I32", "3")]
+    assert report.next_steps == () and len(report.warnings) == 1
+    assert report.warnings[0].startswith(f"quantkit cannot read it as a model: {path}: general.architecture: 'clip' is not in")
+
+
+def test_a_gguf_file_of_a_known_architecture_that_does_not_hold_together_says_why(tmp_path: Path) -> None:
+    report = inspect(gguf_file(tmp_path, **{"llama.block_count": 3}))
+    assert dict(report.facts)["architecture"] == "'llama' (not read)"
+    assert "blk.2." in report.warnings[0] and "is missing" in report.warnings[0]
+
+
+def test_a_gguf_file_whose_header_is_broken_is_an_error(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match="truncated"):
+        inspect(path)
+
+
+def test_a_split_gguf_file(tmp_path: Path) -> None:
+    whole = read_gguf(gguf_file(tmp_path))
+    tensors, sizes = list(whole.tensors.values()), []
+    for number, some in enumerate((tensors[:5], tensors[5:])):
+        own = {} if number else whole.values()
+        split = {"split.no": Value(2, number), "split.count": Value(2, 2), "split.tensors.count": i32(len(tensors))}
+        header = encode_header({**own, **split}, [(t.name, t.type, t.shape) for t in some])
+        data = b"".join(whole.path.read_bytes()[t.offset : t.offset + t.nbytes].ljust(padded(t.nbytes, 32), b"\0") for t in some)
+        (tmp_path / f"s-0000{number + 1}-of-00002.gguf").write_bytes(header + data)
+        sizes.append(len(header) + len(data))
+    report = inspect(tmp_path / "s-00001-of-00002.gguf", tensors=True)
+    assert dict(report.facts)["format"] == "GGUF version 3, aligned to 32 bytes, 2 parts"
+    assert report.data["disk_bytes"] == sum(sizes)
+    assert [(row[0], row[1]) for row in table(report, "Parts")] == [
+        ("s-00001-of-00002.gguf", 5),
+        ("s-00002-of-00002.gguf", len(tensors) - 5),
+    ]
+    assert {entry["file"] for entry in report.data["tensors"]} == {"s-00001-of-00002.gguf", "s-00002-of-00002.gguf"}
 
 
 def test_a_shard_directory(tmp_path: Path) -> None:
@@ -217,7 +304,7 @@ def test_torch_is_not_imported() -> None:
     code = (
         "import sys\nfrom quantkit.commands.inspect import InspectOptions, run\n"
         f"for path in {paths!r}:\n    run(InspectOptions(path, tensors=True))\n"
-        "print([m for m in ('torch', 'transformers', 'tokenizers', 'jinja2') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'tokenizers', 'jinja2', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.strip() == "[]"
 

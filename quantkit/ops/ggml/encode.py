@@ -55,20 +55,37 @@ _HALVES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 """Kind -> offsets of the float16 scales in a block."""
 
 
-def _encoder(kind: str) -> Callable[[Floats, Floats, Bytes], None]:
+Encoder = Callable[[Floats, Floats, Bytes], int]
+"""Fills a part of the answer; gives its first block that has a value which is not finite or a scale beyond float16, -1 if none has."""
+
+
+def _encoder(kind: str, weighed: bool) -> Encoder:
     """The compiled encoder of a kind. Imports numba here, since that takes longer than all the rest of the command line."""
     try:
-        from quantkit.ops.ggml import kernels
+        from quantkit.ops.ggml import kernels, rounded
     except ImportError as error:
         raise MachineError("numba", f"cannot be imported ({error})", "what compiles the encoders of GGUF", "pip install numba") from error
     except RuntimeError as error:
         raise MachineError("numba", f"{error}", "a writable directory for compiled code", "set NUMBA_CACHE_DIR") from error
+
+    def checked(kernel: Callable[[Floats, Floats, Bytes], None]) -> Encoder:
+        def run(values: Floats, importance: Floats, out: Bytes) -> int:
+            bad: int = kernels.first_not_finite(values)
+            if bad < 0:
+                kernel(values, importance, out)
+                found = [kernels.first_infinite(out, offset) for offset in _HALVES[kind]]
+                bad = min((block for block in found if block >= 0), default=-1)
+            return bad
+
+        return run
+
+    legacy = {"Q4_0": (False, False), "Q4_1": (False, True), "Q5_0": (True, False), "Q5_1": (True, True)}
+    if kind in legacy:
+        if not weighed:
+            return lambda values, importance, out: rounded.encode_legacy_plain(values, out, *legacy[kind])
+        return checked(lambda values, importance, out: kernels.encode_legacy(values, importance, out, *legacy[kind]))
     table: dict[str, Callable[[Floats, Floats, Bytes], None]] = {
-        "Q4_0": lambda values, importance, out: kernels.encode_legacy(values, importance, out, False, False),
-        "Q4_1": lambda values, importance, out: kernels.encode_legacy(values, importance, out, False, True),
-        "Q5_0": lambda values, importance, out: kernels.encode_legacy(values, importance, out, True, False),
-        "Q5_1": lambda values, importance, out: kernels.encode_legacy(values, importance, out, True, True),
-        "Q8_0": kernels.encode_q8_0,
+        "Q8_0": lambda values, importance, out: rounded.encode_q8_0(values, out),
         "Q2_K": lambda values, importance, out: kernels.encode_min(values, importance, out, 2),
         "Q3_K": kernels.encode_q3_k,
         "Q4_K": lambda values, importance, out: kernels.encode_min(values, importance, out, 4),
@@ -77,7 +94,7 @@ def _encoder(kind: str) -> Callable[[Floats, Floats, Bytes], None]:
         "IQ4_NL": kernels.encode_iq4,
         "IQ4_XS": kernels.encode_iq4,
     }
-    return table[kind]
+    return checked(table[kind])
 
 
 def encode(values: Floats, kind: str, importance: Floats | None = None, threads: int = 1) -> Bytes:
@@ -96,8 +113,6 @@ def encode(values: Floats, kind: str, importance: Floats | None = None, threads:
     rows, columns = values.shape
     if columns % elements:
         raise InputError(f"{kind} values", f"{columns} columns", f"a multiple of {elements}")
-    if not np.isfinite(values).all():
-        raise InputError(f"{kind} values", f"row {int(np.argmin(np.isfinite(values).all(axis=1)))} is not finite", "finite values")
     if threads < 1:
         raise InputError("threads", str(threads), "at least 1")
     weights = np.empty((0, elements), np.float32)
@@ -107,26 +122,26 @@ def encode(values: Floats, kind: str, importance: Floats | None = None, threads:
         if not (np.isfinite(importance) & (importance >= 0)).all():
             raise InputError("importance", "has a value that is negative or not finite", "finite values, 0 or more")
         weights = np.ascontiguousarray(importance).reshape(-1, elements)
-    out = np.zeros((rows, columns // elements * size), np.uint8)
+    out = np.empty((rows, columns // elements * size), np.uint8)
     if out.size == 0:
         return out
-    encoder = _encoder(kind)
+    encoder = _encoder(kind, importance is not None)
     edges = [rows * i // threads for i in range(threads + 1)]
 
-    def part(first: int, last: int) -> None:
-        encoder(values[first:last].reshape(-1, elements), weights, out[first:last].reshape(-1, size))
+    def part(first: int, last: int) -> int:
+        """The first row that cannot be encoded, -1 if all can."""
+        bad = encoder(values[first:last].reshape(-1, elements), weights, out[first:last].reshape(-1, size))
+        return -1 if bad < 0 else first + bad // (columns // elements)
 
     parts = [(first, last) for first, last in pairwise(edges) if first < last]
     if len(parts) == 1:
-        part(*parts[0])
+        found = [part(*parts[0])]
     else:
         with ThreadPoolExecutor(len(parts)) as pool:
-            for task in [pool.submit(part, *span) for span in parts]:
-                task.result()
-    blocks = out.reshape(-1, size)
-    for offset in _HALVES[kind]:
-        infinite = (blocks[:, offset + 1] & 0x7C) == 0x7C
-        if infinite.any():
-            row = int(np.argmax(infinite)) // (columns // elements)
-            raise InputError(f"{kind} values", f"the scale of a block of row {row} does not fit in float16", "smaller values or importance")
+            found = [task.result() for task in [pool.submit(part, *span) for span in parts]]
+    bad = next((row for row in found if row >= 0), None)
+    if bad is not None and not np.isfinite(values[bad]).all():
+        raise InputError(f"{kind} values", f"row {bad} is not finite", "finite values")
+    if bad is not None:
+        raise InputError(f"{kind} values", f"the scale of a block of row {bad} does not fit in float16", "smaller values or importance")
     return out

@@ -6,7 +6,7 @@ of equals. Searches run over many blocks at once: arrays are [element, lane], a 
 it compiles to SIMD and still adds each block's elements in order.
 
 Every ``encode_*`` takes ``values`` float32 [blocks, elements], ``importance`` float32 [blocks of a row, elements] (no rows: none is used)
-and ``out`` uint8 [blocks, bytes], zeros, which it fills. Importing this module imports numba; compiled code is kept on disk.
+and ``out`` uint8 [blocks, bytes], which it fills. Importing this module imports numba; compiled code is kept on disk.
 """
 
 from __future__ import annotations
@@ -96,6 +96,31 @@ def _nearest(typing: Any, value: Any, low: Any, high: Any) -> Any:
     return types.float32(types.float32, types.int32, types.int32), generate
 
 
+@_inline
+def _choose(typing: Any, condition: Any, one: Any, other: Any) -> Any:
+    """``one`` where the condition holds, else ``other``, which may be what lies where the answer is stored.
+
+    Python's own ``if`` would make of that a masked store, which is many times slower on some processors. LLVM's "freeze" hides it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        frozen = ir.instructions.Instruction(builder.block, ir.FloatType(), "freeze", [arguments[2]])
+        builder._insert(frozen)
+        return builder.select(arguments[0], arguments[1], frozen)
+
+    return types.float32(types.boolean, types.float32, types.float32), generate
+
+
+@_inline
+def _either(typing: Any, found: Any, condition: Any) -> Any:
+    """``found`` or the condition, as uint32: numba's own ``|`` would be of 64 bits, and halve the lanes of a vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.or_(arguments[0], builder.zext(arguments[1], ir.IntType(32)))
+
+    return types.uint32(types.uint32, types.boolean), generate
+
+
 def _steps(first: int, steps: list[int]) -> Any:
     """IR of ``first`` + the steps whose bound is not above a value, as float32 (exact: small integers)."""
 
@@ -126,6 +151,9 @@ def _level_code(typing: Any, value: Any) -> Any:
 def to_half(value: np.float32) -> np.int64:
     """The bits of the float16 nearest to a float32, ties to even; too large gives infinity."""
     bits = np.int64(_bits(value))
+    size = bits & 0x7FFFFFFF
+    if 0x38800000 <= size < 0x47800000:  # a normal float16, or one that rounds to infinity
+        return ((bits >> 16) & 0x8000) | ((size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13)
     sign, exponent, mantissa = (bits >> 16) & 0x8000, (bits >> 23) & 0xFF, bits & 0x7FFFFF
     if exponent == 255:
         return sign | np.int64(0x7E00 if mantissa != 0 else 0x7C00)
@@ -183,29 +211,24 @@ def _inverse(value: np.float32) -> np.float32:
 
 
 @_jit
-def _truncate(value: np.float32) -> np.int32:
-    """Toward zero; 0 for what an int32 does not hold, since ggml keeps the low byte of the processor's answer, 2^31."""
-    return np.int32(value) if abs(value) < np.float32(2147483648.0) else np.int32(0)
+def first_not_finite(values: Floats) -> int:
+    """The first block with a value that is not finite, -1 if there is none."""
+    for b in range(values.shape[0]):
+        worst = np.uint32(0)
+        for i in range(values.shape[1]):
+            worst = max(worst, np.uint32(_bits(values[b, i]) & np.uint32(0x7FFFFFFF)))
+        if worst >= 0x7F800000:
+            return b
+    return -1
 
 
 @_jit
-def encode_q8_0(values: Floats, importance: Floats, out: Bytes) -> None:
-    """Q8_0: d = max|x| / 127, codes rounded half away from zero."""
-    for b in range(values.shape[0]):
-        largest = ZERO
-        for i in range(32):
-            size = abs(values[b, i])
-            if size > largest:
-                largest = size
-        scale = largest / np.float32(127)
-        inverse = _inverse(scale)
-        _put_half(out[b], 0, scale)
-        for i in range(32):
-            value = values[b, i] * inverse  # infinite where the inverse of a denormal scale is
-            whole = _truncate(value)
-            rest = value - np.float32(whole)
-            up, down = HALF <= rest < INFINITE, -HALF >= rest > -INFINITE
-            out[b, 2 + i] = (whole + np.int32(up) - np.int32(down)) & 255
+def first_infinite(out: Bytes, offset: int) -> int:
+    """The first block whose float16 at ``offset`` is not finite, -1 if there is none."""
+    for b in range(out.shape[0]):
+        if out[b, offset + 1] & 0x7C == 0x7C:
+            return b
+    return -1
 
 
 @_jit
@@ -339,11 +362,11 @@ def _scale_min_search(
                 error[j] += w[i, j] * (abs(miss) if absolute else miss * miss)
         for j in range(lanes):
             better = (a[j] > ZERO) & (error[j] < best[j])
-            ratio[j] = r[j] if better else ratio[j]
-            base[j] = least[j] if better else base[j]
-            scale[j] = new_scale[j] if better else scale[j]
-            least[j] = new_least[j] if better else least[j]
-            best[j] = error[j] if better else best[j]
+            ratio[j] = _choose(better, r[j], ratio[j])
+            base[j] = _choose(better, least[j], base[j])
+            scale[j] = _choose(better, new_scale[j], scale[j])
+            least[j] = _choose(better, new_least[j], least[j])
+            best[j] = _choose(better, error[j], best[j])
     for i in range(size):
         for j in range(lanes):
             codes[i, j] = _nearest(ratio[j] * (x[i, j] - base[j]), low, high)
@@ -398,9 +421,9 @@ def _symmetric_search(x: Floats, w: Floats, squares: bool, lanes: int, top: int,
         else:
             for j in range(lanes):
                 better = (q[j] > ZERO) & (p[j] * p[j] > best[j] * q[j])
-                ratio[j] = r[j] if better else ratio[j]
-                scale[j] = p[j] / q[j] if better else scale[j]
-                best[j] = scale[j] * p[j] if better else best[j]
+                ratio[j] = _choose(better, r[j], ratio[j])
+                scale[j] = _choose(better, p[j] / q[j], scale[j])
+                best[j] = _choose(better, scale[j] * p[j], best[j])
     for i in range(x.shape[0]):
         for j in range(lanes):
             codes[i, j] = ZERO if size[j] < TINY else _nearest(ratio[j] * x[i, j], low, high) + nmax
@@ -412,7 +435,7 @@ def _symmetric_search(x: Floats, w: Floats, squares: bool, lanes: int, top: int,
 def _refine_search(x: Floats, lanes: int, top: int, work: Floats, codes: Floats) -> None:
     """x ~ scale * (code - top), codes 0..2 top - 1, weights x^2: five sweeps that move one code at a time where that explains more.
 
-    ggml stops after a sweep that moves nothing; the next one would move nothing either.
+    They end, as ggml's do, after a sweep that moves nothing; in a lane where that is so earlier the next ones move nothing either.
     ``x``, ``codes`` (filled) [element, lane]; ``work`` [16, lane]: row 0 gets the scales.
     """
     nmax, low, high = np.float32(top), np.int32(-top), np.int32(top - 1)
@@ -431,6 +454,7 @@ def _refine_search(x: Floats, lanes: int, top: int, work: Floats, codes: Floats)
             p[j] += weight * value * code
             q[j] += weight * code * code
     for _ in range(5):
+        moved = np.uint32(0)
         for i in range(x.shape[0]):
             for j in range(lanes):
                 value = x[i, j]
@@ -442,9 +466,12 @@ def _refine_search(x: Floats, lanes: int, top: int, work: Floats, codes: Floats)
                 new_p = without_p + weight * value * code
                 new_q = without_q + weight * code * code
                 better = (without_p > ZERO) & (code != old) & (new_q > ZERO) & (new_p * new_p * q[j] > p[j] * p[j] * new_q)
-                codes[i, j] = code if better else old
-                p[j] = new_p if better else p[j]
-                q[j] = new_q if better else q[j]
+                codes[i, j] = _choose(better, code, old)
+                p[j] = _choose(better, new_p, p[j])
+                q[j] = _choose(better, new_q, q[j])
+                moved = _either(moved, better)
+        if moved == 0:
+            break
     for j in range(lanes):
         scale[j] = p[j] / q[j] if (q[j] > ZERO) & (size[j] >= TINY) else ZERO
     for i in range(x.shape[0]):
@@ -542,9 +569,8 @@ def _checked(scale: np.float32, parts: Floats) -> np.float32:
 
 @_jit
 def encode_legacy(values: Floats, importance: Floats, out: Bytes, five: bool, affine: bool) -> None:
-    """Q4_0, Q4_1 (``affine``), Q5_0 (``five``), Q5_1 (both)."""
+    """Q4_0, Q4_1 (``affine``), Q5_0 (``five``), Q5_1 (both) with importance; ``rounded`` has them without."""
     top = (31 if affine else 16) if five else (15 if affine else 8)
-    nmax = np.float32(top)
     blocks = values.shape[0]
     codes = np.empty((32, LANES), np.float32)
     scales, lows = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -553,42 +579,22 @@ def encode_legacy(values: Floats, importance: Floats, out: Bytes, five: bool, af
     spread = ZERO
     for first in range(0, blocks, LANES):
         lanes = min(LANES, blocks - first)
-        if importance.shape[0] > 0:
-            _gather(values, first, lanes, 32, x)
+        _gather(values, first, lanes, 32, x)
+        for j in range(lanes):
+            part = (first + j) % importance.shape[0]
+            if part == 0:  # a new row: its mean square
+                spread = _square_sum(values[first + j : first + j + importance.shape[0]].reshape(columns)) / np.float32(columns)
+            for i in range(32):
+                w[i, j] = importance[part, i] * np.sqrt(spread + x[i, j] * x[i, j])
+        if affine:
+            _scale_min_search(x, w, lanes, top, np.float32(-0.9), np.float32(0.05), 36, False, work, codes)
             for j in range(lanes):
-                part = (first + j) % importance.shape[0]
-                if part == 0:  # a new row: its mean square
-                    spread = _square_sum(values[first + j : first + j + importance.shape[0]].reshape(columns)) / np.float32(columns)
-                for i in range(32):
-                    w[i, j] = importance[part, i] * np.sqrt(spread + x[i, j] * x[i, j])
-            if affine:
-                _scale_min_search(x, w, lanes, top, np.float32(-0.9), np.float32(0.05), 36, False, work, codes)
-                for j in range(lanes):
-                    scales[j] = work[0, j]
-                    lows[j] = -work[1, j]
-            else:
-                _symmetric_search(x, w, False, lanes, top, work, codes)
-                for j in range(lanes):
-                    scales[j] = work[0, j]
+                scales[j] = work[0, j]
+                lows[j] = -work[1, j]
         else:
+            _symmetric_search(x, w, False, lanes, top, work, codes)
             for j in range(lanes):
-                block = values[first + j]
-                if affine:
-                    least = block[0]
-                    most = block[0]
-                    for i in range(32):
-                        least = block[i] if block[i] < least else least
-                        most = block[i] if block[i] > most else most
-                    scale = (most - least) / nmax
-                    lows[j] = least
-                else:
-                    least = ZERO
-                    scale = _peak_of(block) / -nmax
-                scales[j] = scale
-                inverse = _inverse(scale)
-                for i in range(32):
-                    code = _truncate((block[i] - least) * inverse + HALF) if affine else _truncate(block[i] * inverse + (nmax + HALF))
-                    codes[i, j] = np.float32(min(code, np.int32(top if affine else 2 * top - 1)))
+                scales[j] = work[0, j]
         for j in range(lanes):
             block_out = out[first + j]
             _put_half(block_out, 0, scales[j])
@@ -608,20 +614,17 @@ def encode_legacy(values: Floats, importance: Floats, out: Bytes, five: bool, af
 
 
 @_jit
-def _recode(block: Floats, start: int, size: int, scale: np.float32, low: np.float32, floor: int, top: int, codes: Bytes) -> None:
-    """Codes of block[start:start + size] by the stored scale and low, as code - floor; a zero scale leaves the codes of the search."""
+def _recode(
+    block: Floats, start: int, size: int, scale: np.float32, low: np.float32, floor: int, top: int, found: Floats, lane: int, codes: Bytes
+) -> None:
+    """Codes of block[start:start + size] by the stored scale and low, as code - floor; with a zero scale those that the search found."""
     if scale == ZERO:
+        for i in range(size):
+            codes[start + i] = np.uint8(found[i, lane])
         return
     least, most = np.int32(floor), np.int32(top)
     for i in range(start, start + size):
         codes[i] = np.uint8(np.int32(_nearest((block[i] + low) / scale, least, most)) - floor)
-
-
-@_jit
-def _take_codes(found: Floats, lane: int, size: int, codes: Bytes) -> None:
-    """Codes of a search, lanes ``lane`` onward, as those of one block in order of its elements."""
-    for e in range(codes.size):
-        codes[e] = np.uint8(found[e % size, lane + e // size])
 
 
 @_jit
@@ -673,9 +676,8 @@ def encode_min(values: Floats, importance: Floats, out: Bytes, bits: int) -> Non
             at = 80 if bits == 2 else 0
             scale = _put_half(block_out, at, _checked(scale, work[0, own]))
             low = _put_half(block_out, at + 2, _checked(low, work[1, own]))
-            _take_codes(found, lane, size, codes)
             for s in range(parts):
-                _recode(block, s * size, size, scale * scales[s], low * lows[s], 0, top, codes)
+                _recode(block, s * size, size, scale * scales[s], low * lows[s], 0, top, found, lane + s, codes)
             if bits == 2:
                 for s in range(parts):
                     block_out[s] = np.int64(scales[s]) | (np.int64(lows[s]) << 4)
@@ -725,7 +727,6 @@ def encode_q3_k(values: Floats, importance: Floats, out: Bytes) -> None:
             _symmetric_search(part_x, part_w, False, count, 32, part_work, part_codes)
         for b in range(count):
             block, block_out = values[first + b], out[first + b]
-            _take_codes(found, b * 16, 16, codes)
             if weighed:
                 scale = part_work[0, b]
             else:
@@ -740,7 +741,7 @@ def encode_q3_k(values: Floats, importance: Floats, out: Bytes) -> None:
                         part_codes[s, b] = _nearest(ratio * part_x[s, b], np.int32(-32), np.int32(31)) + np.float32(32)
             scale = _put_half(block_out, 108, _checked(scale, part_x[:, b]))
             for s in range(16):
-                _recode(block, s * 16, 16, scale * (part_codes[s, b] - np.float32(32)), ZERO, -4, 3, codes)
+                _recode(block, s * 16, 16, scale * (part_codes[s, b] - np.float32(32)), ZERO, -4, 3, found, b * 16 + s, codes)
             for i in range(32):
                 byte = np.int64(0)
                 for s in range(8):
@@ -781,11 +782,10 @@ def encode_q6_k(values: Floats, importance: Floats, out: Bytes) -> None:
                 continue
             ratio = np.float32(-128) / peak
             scale = _put_half(block_out, 208, _checked(ONE / ratio, scales))
-            _take_codes(found, lane, 16, codes)
             for s in range(16):
                 part = _nearest(ratio * scales[s], LOWEST, np.int32(127))
                 block_out[192 + s] = np.int64(part) & 255
-                _recode(block, s * 16, 16, scale * part, ZERO, -32, 31, codes)
+                _recode(block, s * 16, 16, scale * part, ZERO, -32, 31, found, lane + s, codes)
             for a in range(2):
                 for i in range(64):
                     block_out[64 * a + i] = (codes[128 * a + i] & 15) | ((codes[128 * a + 64 + i] & 15) << 4)
@@ -817,7 +817,7 @@ def _level_search(x: Floats, w: Floats, lanes: int, work: Floats) -> None:
                 q[j] += weighted * level
         for j in range(lanes):
             better = (q[j] > ZERO) & ((t == -8) | (p[j] * p[j] > best[j] * q[j]))
-            scale[j] = p[j] / q[j] if better else (ZERO if t == -8 else scale[j])
+            scale[j] = _choose(better, p[j] / q[j], (ZERO if t == -8 else scale[j]))
             best[j] = scale[j] * p[j] if (better | (t == -8)) else best[j]
     for j in range(lanes):
         scale[j] = ZERO if size[j] < TINY else scale[j]
