@@ -5,6 +5,8 @@
 Both encode the same tensors in turns; the figures are medians in millions of weights per second of CPU time, and of wall time. The
 importance is log-normal, drawn for each tensor. One JSON line per type goes to OUT/gguf_encode.jsonl, a table to the terminal. Neither is
 charged for reading the weights; ours is charged for its checks and for the memory of its answer, ggml writes where it wrote before.
+
+With ``--file q4_k_m`` the whole command is timed too: ``quantkit quantize MODEL --method gguf --type q4_k_m``, from start to file.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ import ctypes
 import json
 import math
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +136,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, default=4, help="millions of weights to encode; 0: all of the model's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--file", action="append", default=[], help="a type of file to time the whole command with")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
@@ -146,10 +153,34 @@ def main() -> None:
                 f"{line.get('ggml', [math.nan])[0]:9.1f}{line.get('ratio', math.nan):8.2f}",
                 flush=True,
             )
-            if options.out is not None:
-                options.out.mkdir(parents=True, exist_ok=True)
-                with (options.out / "gguf_encode.jsonl").open("a") as file:
-                    file.write(json.dumps({**machine, **rounded, "ratio": round(line.get("ratio", math.nan), 3)}) + "\n")
+            write(options.out, {**machine, **rounded, "ratio": round(line.get("ratio", math.nan), 3)})
+    for kind in options.file:
+        line = whole_file(options.model, kind)
+        speed = line["weights"] / 1e6 / line["cpu_seconds"]
+        print(f"{kind} file: {line['wall_seconds']} s, {line['cpu_seconds']} CPU seconds, {speed:.1f} M weights per CPU second")
+        write(options.out, {**machine, **line})
+
+
+def write(out: Path | None, line: dict[str, Any]) -> None:
+    """Append a line to the results, where there is a place for them."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "gguf_encode.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def whole_file(model: str, kind: str) -> dict[str, Any]:
+    """What the command takes for a file of the type ``kind``."""
+    checkpoint = open_checkpoint(model)
+    count = sum(math.prod(ref.shape) for ref in checkpoint.tensors.values())
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "quantkit", "quantize", model, f"{scratch}/out.gguf", "--method", "gguf", "--type", kind]
+        subprocess.run([*command, "--device", "cpu", "--quiet"], check=True)
+        nbytes = Path(scratch, "out.gguf").stat().st_size
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"file": kind, "weights": count, "bytes": nbytes, "cpu_seconds": round(cpu, 2), "wall_seconds": round(wall, 2)}
 
 
 def processor() -> str:

@@ -1,6 +1,7 @@
-"""Any readable checkpoint -> a Hugging Face directory of floats, with every rounding measured; an integer artifact -> another format.
+"""Any readable checkpoint -> a Hugging Face directory of floats, with every rounding measured; an integer artifact -> another format;
+a GGUF file -> a directory of its blocks.
 
-Both go a block at a time, and a block is what its tensors' names say. A conversion is a function of its inputs, so a run that
+All go a block at a time, and a block is what its tensors' names say. A conversion is a function of its inputs, so a run that
 was killed is simply continued.
 """
 
@@ -19,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit import __version__
+from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import ArtifactWriter, PublishedArtifact, StoredTensor
+from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, FLOATS, Geometry
+from quantkit.geometry import DTYPE_BYTES, FLOATS, GGML_BLOCKS, Geometry
 from quantkit.progress import Progress, silent
+from quantkit.quant_config import stored_assignment
 from quantkit.scheme import assignment_to_json
 from quantkit.transcode import QuantizedLinear, dense_weight, exact_conversion, quantized_linears, transcoded
 
@@ -359,3 +363,68 @@ def _moved(checkpoint: Checkpoint, items: Iterable[str], linears: Mapping[str, t
         else:
             ref = checkpoint.tensors[item]
             yield StoredTensor(item, ref.dtype, ref.shape, checkpoint.read(item).reshape(-1).view(np.uint8).data)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBlocks:
+    """What was written. ``counts``: block type -> how many modules stay in it."""
+
+    published: PublishedArtifact
+    counts: Mapping[str, int]
+    fingerprint: str
+    resumed_units: int
+
+
+def keep_blocks(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int,
+    overwrite: bool,
+    origin: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> KeptBlocks:
+    """Write the GGUF file ``checkpoint`` to the directory ``out`` with its blocks as they are, byte for byte, and its floats likewise.
+
+    The directory is quantkit's own container: quantkit serves, cuts, verifies and converts it, and no other loader reads it. Rows of
+    queries and keys are put back in the model's order; types without a layout (IQ2, MXFP4, ...) become float32. ``origin`` is what else
+    the manifest says of the source. An unfinished conversion of the same source is continued. Raises InputError for a source without
+    blocks, or an ``out`` that exists; MachineError when the disk is full.
+    """
+    if max_shard_size <= 0:
+        raise InputError("--max-shard-size", f"is {max_shard_size}", "a positive number of bytes")
+    source = as_blocks(checkpoint)
+    if source is checkpoint:
+        what = "holds no blocks that can be kept" if checkpoint.kind == "gguf" else "is no GGUF file"
+        raise InputError(str(checkpoint.root), what, f"a GGUF file with tensors of {', '.join(GGML_BLOCKS)}")
+    spec = spec_for(source.config)
+    assignment = stored_assignment(source.config, spec, source.tensors)
+    sizes = {name: math.prod(ref.shape) * DTYPE_BYTES[source.dtype(name)] for name, ref in source.tensors.items()}
+    units = _by_block(source.tensors, lambda name: name)
+    fingerprint = checkpoint.fingerprint()
+    identity = {"command": "convert", "quantkit": __version__, "source": fingerprint, "to": "blocks"}
+    with ArtifactWriter(
+        out, identity=identity, overwrite=overwrite, resume=not overwrite, need_bytes=sum(sizes.values()), source=checkpoint.root
+    ) as writer:
+        committed = writer.committed
+        for done, (unit, names) in enumerate(units.items(), 1):
+            if unit not in committed:
+                writer.commit(unit, (_as_it_is(source, name) for name in names), facts={})
+            progress("convert", done, len(units))
+        counts = Counter(scheme.code for scheme in assignment.values() if scheme.layout == "ggml")
+        manifest = {
+            "kind": "artifact",
+            "method": "convert",
+            "source": {"fingerprint": fingerprint, "kind": checkpoint.kind, **(origin or {})},
+            "assignment": assignment_to_json(assignment),
+            "conversion": {"exact": True, "to": "blocks", "linears": counts.total()},
+        }
+        published = writer.publish(
+            config=dict(source.config), files=checkpoint.extra_files(), manifest=manifest, max_shard_size=max_shard_size
+        )
+    return KeptBlocks(published, counts, fingerprint, len(committed))
+
+
+def _as_it_is(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    array = checkpoint.read(name)
+    return StoredTensor(name, checkpoint.dtype(name), array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, starmap
 from pathlib import Path
@@ -40,6 +40,7 @@ T = TypeVar("T")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 SLAB_ELEMENTS = 1 << 22
 """16 MiB of float32."""
+FILE_TYPE = "general.file_type"
 QUANTIZATION_VERSION = 2
 """Of the block layouts (``gguf.md`` 1)."""
 
@@ -139,6 +140,12 @@ def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None) -> Gg
     return GgufModel(metadata, tuple(_of_checkpoint(tensor, reader) for tensor in plan.tensors), plan.notes)
 
 
+def exported_modules(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Tensor of the file -> the modules of the model whose weights it holds."""
+    plan = export_plan(checkpoint.config, spec_for(checkpoint.config), checkpoint.tensors)
+    return {tensor.name: tuple(s.module for s in tensor.sources if s.suffix == "weight") for tensor in plan.tensors}
+
+
 class _FloatReader:
     """Tensors of a checkpoint as float32 by their names; of quantized linears the last one stays dequantized, for its next rows."""
 
@@ -153,6 +160,15 @@ class _FloatReader:
         dtype = self._checkpoint.dtype(name)
         return dtype if dtype in FLOAT_TYPES else "F32" if dtype == "F64" else "F16"
 
+    def block_type(self, name: str) -> str | None:
+        """The block type that a weight is stored in; None where it is stored otherwise."""
+        linear = self._linears.get(name.removesuffix(".weight"))
+        return linear.geometry.scheme.code if linear is not None and linear.geometry.layout == "ggml" else None
+
+    def blocks(self, name: str, index: tuple[slice, ...] | None = None) -> NDArray[Any]:
+        """Rows of a weight that is stored in blocks, as bytes."""
+        return self._checkpoint.read(name, index)
+
     def __call__(self, name: str, index: tuple[slice, ...] | None = None) -> Floats:
         linear = self._linears.get(name.removesuffix(".weight"))
         if linear is None:
@@ -164,8 +180,17 @@ class _FloatReader:
 
 
 def _of_checkpoint(tensor: ExportTensor, read: _FloatReader) -> InputTensor:
-    kind = "F32" if tensor.float_only else read.type(tensor.source_names[0])
-    return InputTensor(tensor.name, tensor.shape, kind, tensor.head_dim or 1, lambda rows: read_rows(tensor, rows, read))
+    unit, floats = tensor.head_dim or 1, partial(read_rows, tensor, read=read)
+    kinds = {read.block_type(name) for name in tensor.source_names}
+    kind = next(iter(kinds)) if len(kinds) == 1 else None
+    if kind is None:
+        own = "F32" if tensor.float_only else read.type(tensor.source_names[0])
+        return InputTensor(tensor.name, tensor.shape, own, unit, floats)
+    sources = tuple(
+        replace(source, transposed=False) for source in tensor.sources
+    )  # blocks are stored along the inputs, whatever floats are
+    rows_of_bytes = replace(tensor, shape=(*tensor.shape[:-1], row_bytes(kind, tensor.shape[-1])), sources=sources)
+    return InputTensor(tensor.name, tensor.shape, kind, unit, floats, lambda rows: read_rows(rows_of_bytes, rows, read.blocks).tobytes())
 
 
 def _widened(values: NDArray[Any], dtype: str) -> Floats:
@@ -177,7 +202,7 @@ def _widened(values: NDArray[Any], dtype: str) -> Floats:
 
 def final_metadata(model: GgufModel, file_type: FileType, extra: Mapping[str, Value]) -> dict[str, Value]:
     """The metadata of the file that is written."""
-    own = {"general.file_type": u32(file_type.id), "general.quantization_version": u32(QUANTIZATION_VERSION)}
+    own = {FILE_TYPE: u32(file_type.id), "general.quantization_version": u32(QUANTIZATION_VERSION)}
     return {**model.metadata, **own, **extra}
 
 
@@ -306,5 +331,3 @@ def _in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], ahead:
     finally:
         for future in waiting:
             future.cancel()
-
-

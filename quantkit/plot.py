@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-CHUNK_ELEMENTS = 1 << 22
-"""16 MiB of float32 at a time; a quantized linear that is no GGUF tensor is dequantized whole."""
+CHUNK_ELEMENTS = 1 << 20
+"""8 MiB of float64 at a time; a quantized linear that is no GGUF tensor is dequantized whole."""
 FLOATS = ("F64", "F32", "F16", "BF16")
-BINS = 201
+LEAST_BINS, MOST_BINS = 21, 201
 OUTLIER_SD = 4
 """Weights further from the mean than so many standard deviations are outliers; of a normal distribution 63 in a million are."""
 MOST_PANELS = 12
@@ -76,8 +76,8 @@ class Histogram:
 # figures
 
 
-def histogram(weights: Weights, bins: int = BINS) -> Histogram:
-    """The histogram of a tensor, in two passes. Raises InputError when it has no finite value."""
+def histogram(weights: Weights) -> Histogram:
+    """The histogram of a tensor, in two passes, in the root of its size of bins. Raises InputError when it has no finite value."""
     count, not_finite, mean, squares = 0, 0, 0.0, 0.0
     least, most = math.inf, -math.inf
     for values, dropped in _finite(weights):
@@ -90,7 +90,7 @@ def histogram(weights: Weights, bins: int = BINS) -> Histogram:
             count, least, most = total, min(least, float(values.min())), max(most, float(values.max()))
     if not count:
         raise InputError(weights.name, "holds no finite value", "weights to draw")
-    sd = math.sqrt(squares / count)
+    sd, bins = math.sqrt(squares / count), min(max(math.isqrt(count), LEAST_BINS), MOST_BINS)
     edges = np.histogram_bin_edges(np.zeros(0), bins, (least, most))  # widened by a half each way where all values are equal
     counts, fourth, far = np.zeros(bins, np.int64), 0.0, 0
     for values, _ in _finite(weights):

@@ -311,7 +311,7 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
             for item in _linears(spec, assignment):
                 for role in item.roles if item.geometry.layout not in FLOAT_LAYOUTS else ():
                     n, k = plan.cut(role, rank)
-                    n = plan.rows(rank) if role == EMBEDDING else n
+                    n = plan.rows(rank) if role in (EMBEDDING, HEAD) else n
                     first = 0 if role in (HEAD, EMBEDDING) else spec.rows(role).start
                     cut = item.geometry.cut(range(n.start + first, n.stop + first), k)
                     packed[item.path if len(item.roles) == 1 else f"{item.path}@{role}"] = cut

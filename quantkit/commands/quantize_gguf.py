@@ -5,39 +5,43 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantkit import __version__, fs
+from quantkit.arch.spec import ModelSpec
 from quantkit.checkpoint.gguf_writer import file_bytes
 from quantkit.checkpoint.reader import open_checkpoint, resolve_path
 from quantkit.errors import InputError
-from quantkit.formats.gguf import Value, read_gguf, tensor_bytes, text, u32
+from quantkit.formats.gguf import MAGIC, Value, read_gguf, tensor_bytes, text, u32
 from quantkit.formats.imatrix import Imatrix, importance_for, read_imatrix
+from quantkit.geometry import GGML_BLOCKS, ggml_scheme
 from quantkit.gguf_file import (
+    FILE_TYPE,
     FLOAT_TYPES,
     Encoder,
     Floats,
     GgufModel,
     cpu_encoder,
     cuda_encoder,
+    exported_modules,
     final_metadata,
     model_of_checkpoint,
     model_of_gguf,
     planned,
     write_gguf,
 )
-from quantkit.mixtures import Choice, FileType, MixtureOptions, choose_types, file_type_of, tensor_type_pairs
+from quantkit.mixtures import FILE_TYPES, Choice, FileType, MixtureOptions, choose_types, file_type_of, tensor_type_pairs
 from quantkit.progress import Progress, silent
 from quantkit.report import Report, Table, next_step
 from quantkit.runtime.threads import cores
+from quantkit.scheme import KEEP, LinearScheme
 
 DEFAULT_TYPE, AUTO = "q4_k_m", "auto"
-EMBEDDING = "token_embd.weight"
-OUTER = (EMBEDDING, "output.weight")
+OUTER = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,10 @@ class GgufOptions:
     """A key of ``FILE_TYPES``, or "auto"."""
     choices: GgufChoices = field(default_factory=GgufChoices)
     command: str = "quantize"
+    origin: str | None = None
+    """The model that ``path`` was made from, for the report; None: ``path`` itself."""
+    weighed: bool = False
+    """The mixture is that of a file with an importance matrix, though none is given: a method has weighed the inputs itself."""
     device: str = "auto"
     max_part_bytes: int | None = None
     """None: one file, whatever its size."""
@@ -88,6 +96,7 @@ class _Plan:
     metadata: Mapping[str, Value]
     importance: Mapping[str, Floats]
     imatrix: Imatrix | None
+    bytes_before: int
 
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
@@ -119,8 +128,7 @@ def run(options: GgufOptions, progress: Progress = silent) -> Report:
 
     Raises InputError for a source, a type or an importance matrix that cannot be used; MachineError for a device that is not there.
     """
-    if options.out.suffix != ".gguf":
-        raise InputError("OUT", f"is {str(options.out)!r:.200}", "the name of a .gguf file")
+    _check_name(options.out)
     plan = _plan(options)
     if options.dry_run:
         return _dry_run_report(plan)
@@ -144,11 +152,43 @@ def run(options: GgufOptions, progress: Progress = silent) -> Report:
     return _done_report(plan, written.files, written.resumed, device, time.monotonic() - started)
 
 
+def _check_name(out: Path) -> None:
+    if out.suffix != ".gguf":
+        raise InputError("OUT", f"is {str(out)!r:.200}", "the name of a .gguf file")
+
+
+def refuse_out(options: GgufOptions, source: Path) -> None:
+    """Raise InputError when the file could not be written in the end; asked before the hours of work that come first."""
+    _check_name(options.out)
+    fs.refuse_source(options.out, source)
+    if not options.resume:
+        fs.refuse_existing_file(options.out, options.overwrite, MAGIC)
+
+
+def block_assignment(options: GgufOptions, spec: ModelSpec, method: str) -> dict[str, LinearScheme]:
+    """How ``method`` stores the linears of the blocks so that the file of ``options`` can copy them; what is kept stays in floats.
+
+    Raises InputError for a model or a mixture that GGUF cannot hold.
+    """
+    checkpoint = open_checkpoint(options.path)
+    model = model_of_checkpoint(checkpoint, options.choices.pre_tokenizer)
+    _, choices = _choices(options, model, importance=True)
+    modules = {module: choices[name].type for name, modules in exported_modules(checkpoint).items() for module in modules}
+    assignment = dict.fromkeys(spec.all_linears(), KEEP)
+    for layer in range(spec.layers):
+        for path in spec.block_modules(layer):
+            if modules.get(path) in GGML_BLOCKS:
+                assignment[path] = replace(ggml_scheme(modules[path]), method=method)
+    return assignment
+
+
 def _plan(options: GgufOptions) -> _Plan:
     root = resolve_path(options.path)
     imatrix = None if options.choices.imatrix is None else read_imatrix(options.choices.imatrix)
     model, fingerprint = _source(options, root)
-    file_type, choices = _choices(options, model, imatrix is not None)
+    file_type, choices = _choices(options, model, importance=options.weighed or imatrix is not None)
+    # A copy of a GGUF file is of the type that it was.
+    kept = {key: value for key, value in model.metadata.items() if options.type == AUTO and key == FILE_TYPE}
     plan = _Plan(
         options,
         root,
@@ -156,15 +196,21 @@ def _plan(options: GgufOptions) -> _Plan:
         file_type,
         model,
         choices,
-        final_metadata(model, file_type, _imatrix_keys(options.choices.imatrix, imatrix)),
+        final_metadata(model, file_type, {**_imatrix_keys(options.choices.imatrix, imatrix), **kept}),
         {} if imatrix is None else _importance(options.choices.imatrix, imatrix, model, choices),
         imatrix,
+        _bytes(model if options.origin is None else _source(replace(options, path=options.origin), resolve_path(options.origin))[0]),
     )
     if plan.requantized and not options.choices.allow_requantize:
         first = next(t for t in model.tensors if t.name == plan.requantized[0])
         hint = "quantize the original checkpoint, or --allow-requantize"
         raise InputError(first.name, f"is {first.type} already, and would become {choices[first.name].type}", "a float tensor", hint)
     return plan
+
+
+def _bytes(model: GgufModel) -> int:
+    """Of all tensors as the source stores them."""
+    return sum(tensor_bytes(tensor.type, tensor.shape) for tensor in model.tensors)
 
 
 def _source(options: GgufOptions, root: Path) -> tuple[GgufModel, Callable[[], Any]]:
@@ -178,12 +224,12 @@ def _source(options: GgufOptions, root: Path) -> tuple[GgufModel, Callable[[], A
     return model_of_gguf(file), lambda: [fs.sha256_file(path) for path in file.paths]
 
 
-def _choices(options: GgufOptions, model: GgufModel, importance: bool) -> tuple[FileType, dict[str, Choice]]:
+def _choices(options: GgufOptions, model: GgufModel, *, importance: bool) -> tuple[FileType, dict[str, Choice]]:
     """What the file calls itself, and the type of each tensor."""
     if options.type == AUTO:
-        own = {t.name: t.type if t.type in FLOAT_TYPES else "F16" for t in model.tensors}
-        first = next((own[t.name] for t in model.tensors if len(t.shape) > 1), "F16")
-        return file_type_of(first), {name: Choice(kind, kind) for name, kind in own.items()}
+        own = {t.name: t.type for t in model.tensors}
+        most = Counter({kind: sum(t.type == kind and len(t.shape) > 1 for t in model.tensors) for kind in own.values()}).most_common(1)
+        return _named_after(most[0][0]), {name: Choice(kind, kind) for name, kind in own.items()}
     file_type, chosen = file_type_of(options.type), options.choices
     mixture = MixtureOptions(
         pure=chosen.pure,
@@ -194,6 +240,12 @@ def _choices(options: GgufOptions, model: GgufModel, importance: bool) -> tuple[
     )
     tensors = [(tensor.name, tensor.type, tensor.shape) for tensor in model.tensors]
     return file_type, choose_types(tensors, file_type, model.facts, mixture, importance)
+
+
+def _named_after(kind: str) -> FileType:
+    """What a file calls itself of which most matrices have this type."""
+    found = next((item for item in FILE_TYPES.values() if item.default == kind), None)
+    return found or file_type_of("f16")
 
 
 def _imatrix_keys(path: Path | None, imatrix: Imatrix | None) -> dict[str, Value]:
@@ -214,12 +266,7 @@ def _importance(path: Path | None, imatrix: Imatrix, model: GgufModel, choices: 
     for tensor in model.tensors:
         if choices[tensor.name].type in FLOAT_TYPES or choices[tensor.name].type == tensor.type:
             continue
-        try:
-            importance = importance_for(imatrix, tensor.name, tensor.matrices, tensor.columns, str(path))
-        except InputError:
-            if tensor.name != EMBEDDING:  # a head's entry of another width, which readers have always passed over
-                raise
-            continue
+        importance = importance_for(imatrix, tensor.name, tensor.matrices, tensor.columns, str(path))
         if importance is not None:
             found[tensor.name] = np.ascontiguousarray(importance, np.float32)
     return found
@@ -279,7 +326,7 @@ def _by_type(plan: _Plan) -> Table:
 def _totals(plan: _Plan) -> tuple[int, int, int]:
     """Weights, their bytes as stored by the source, and as written."""
     weights = sum(int(np.prod(t.shape, dtype=np.int64)) for t in plan.model.tensors)
-    before = sum(tensor_bytes(t.type, t.shape) for t in plan.model.tensors)
+    before = plan.bytes_before
     after = sum(tensor_bytes(plan.choices[t.name].type, t.shape) for t in plan.model.tensors)
     return weights, before, after
 
@@ -365,5 +412,9 @@ def _done_report(plan: _Plan, files: tuple[tuple[Path, int], ...], resumed: int,
         facts=tuple(facts),
         tables=(_by_type(plan),),
         warnings=_warnings(plan),
-        next_steps=(next_step("inspect", first), next_step("report", plan.options.path, first), next_step("serve", first)),
+        next_steps=(
+            next_step("inspect", first),
+            next_step("report", plan.options.origin or plan.options.path, first),
+            next_step("serve", first),
+        ),
     )

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec, ScaleGroup
 from quantkit.errors import InputError
-from quantkit.layouts.base import GroupedInt, on_device, with_bias
+from quantkit.layouts.base import Neutral, SuperBlock, on_device, with_bias
 from quantkit.ops.dtypes import TORCH_DTYPES
+from quantkit.ops.ggml.decode import decode
+from quantkit.ops.ggml.tensor import encode_tensor
 from quantkit.ops.grouped import dequantize, fake_quantize
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, built_in, choice, number, refuse_unknown_options
@@ -83,16 +85,40 @@ def _repeat_to_query_heads(scale: Tensor, spec: ModelSpec) -> Tensor:
     return scale.reshape(kv, 1, spec.head_dim).expand(kv, queries // kv, spec.head_dim).reshape(-1)
 
 
+def _blocks(weight: Tensor, scheme: LinearScheme, gram: Tensor) -> SuperBlock:
+    """``weight [N, K]`` in ggml's blocks, whose search weighs each input by its mean square: the diagonal of ``gram [K, K]``."""
+    power = gram.diagonal()
+    mean = power.mean()
+    return SuperBlock(encode_tensor(weight, scheme.code, power / mean if mean > 0 else None), scheme.code)
+
+
 def _on_grid(weight: Tensor, scheme: LinearScheme, shrink: Tensor | float = 1.0) -> Tensor:
     """``weight [N, K]`` as ``scheme`` would store it."""
     scales = TORCH_DTYPES[scheme.scale_dtype]
     return fake_quantize(weight, group_of(weight, scheme), scheme.bits, scheme.sym, shrink, scales, min_zero(scheme))
 
 
+def _named_blocks(weight: Tensor, scheme: LinearScheme, gram: Tensor, where: str) -> SuperBlock:
+    try:
+        return _blocks(weight, scheme, gram)
+    except InputError as exc:
+        raise InputError(where, exc.what, exc.expected, exc.hint) from exc
+
+
+def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    """The output error of ``rounded`` relative to the outputs themselves."""
+    error = output_error(weight - rounded, gram)
+    return round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6)
+
+
 def _rounding_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: LinearScheme) -> float:
     """Output error of ``weight [N, K]`` when it is rounded as ``weight * scale``; infinite where that leaves float16."""
     try:
-        rounded = _on_grid(weight * scale, scheme) / scale
+        scaled = weight * scale
+        if scheme.layout == "ggml":
+            rounded = decode(_blocks(scaled, scheme, gram / torch.outer(scale, scale)).blocks, scheme.code) / scale
+        else:
+            rounded = _on_grid(scaled, scheme) / scale
     except InputError:  # this scale makes weights too large to store; another will not
         return math.inf
     return output_error(weight - rounded, gram)
@@ -169,7 +195,7 @@ class Awq:
                     facts.setdefault(role, {}).update(kind)
         roles = [role for role in linears if not is_kept(schemes[role]) and schemes[role].method == self.name]
 
-        def work(job: int, device: str) -> tuple[GroupedInt, dict[str, Any]]:
+        def work(job: int, device: str) -> tuple[Neutral, dict[str, Any]]:
             role = roles[job]
             where = spec.tensor(block.layer, spec.linears[role].name)
             gram, scale = stats[role].gram.to(device), input_scales.get(role)
@@ -186,16 +212,21 @@ class Awq:
         changed = {role: weight for role, weight in linears.items() if role not in results and weight is not before[role]}
         return BlockFit(results, changed, biases, norms, norm_biases, facts)
 
-    def _round(self, role: str, weight: Tensor, gram: Tensor, scheme: LinearScheme, where: str) -> tuple[GroupedInt, dict[str, Any]]:
-        """``weight [N, K]`` on its grid, clipped where that helps its outputs over ``gram [K, K]``; and how good that is."""
+    def _round(self, role: str, weight: Tensor, gram: Tensor, scheme: LinearScheme, where: str) -> tuple[Neutral, dict[str, Any]]:
+        """``weight [N, K]`` on its grid, clipped where that helps its outputs over ``gram [K, K]``; and how good that is.
+
+        ggml's blocks are not clipped: their encoder searches each block's range itself.
+        """
+        if scheme.layout == "ggml":
+            blocks = _named_blocks(weight, scheme, gram, where)
+            return blocks, {"output_error": _relative_error(weight, decode(blocks.blocks, scheme.code), gram)}
         shrink = weight.new_ones(weight.shape[0], weight.shape[1] // group_of(weight, scheme))  # [N, G]
         if self.options.clip and role not in UNCLIPPED_ROLES:
             shrink = self._search_clip(weight, gram, scheme)
         found = round_to_nearest(weight, scheme, where, shrink)
-        error = output_error(weight - dequantize(found.codes, found.scales, found.zeros), gram)
         return found, {
             "clipped": round(float((shrink < 1).float().mean()), 6),
-            "output_error": round(math.sqrt(max(error, 0.0) / max(output_error(weight, gram), 1e-30)), 6),
+            "output_error": _relative_error(weight, dequantize(found.codes, found.scales, found.zeros), gram),
         }
 
     def _search_scale(

@@ -6,6 +6,7 @@ By default each linear sees the activations of the model as quantized so far, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.layouts.base import GroupedInt
+from quantkit.layouts.base import GroupedInt, Neutral, SuperBlock
 from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.quant_config import is_kept
+from quantkit.quantizers import ggml_grid
 from quantkit.quantizers.base import (
     FLOAT,
     QUANTIZED,
@@ -64,9 +66,10 @@ class Gptq:
             if role not in stats:
                 raise InputError(where, "no calibration token reached it", "text that does", "more --samples, or --override to keep it")
             alike.setdefault((id(stats[role]), schemes[role]), []).append(role)
-        groups = [(scheme, roles) for (_, scheme), roles in alike.items()]
-        results: dict[str, GroupedInt] = {}
         facts: dict[str, Any] = {}
+        results: dict[str, Neutral] = {}
+        self._fit_blocks(block, stats, [(s, roles) for (_, s), roles in alike.items() if s.layout == "ggml"], spec, results, facts)
+        groups = [(scheme, roles) for (_, scheme), roles in alike.items() if scheme.layout != "ggml"]
         for (scheme, roles), solved in zip(groups, self._solve(block, stats, groups, spec), strict=True):
             first = 0
             for role in roles:
@@ -81,6 +84,34 @@ class Gptq:
                     **({"borrowed_statistics": True} if stats[role].borrowed else {}),
                 }
         return BlockFit(results, facts=facts)
+
+    def _fit_blocks(
+        self,
+        block: BlockWeights,
+        stats: Mapping[str, InputStats],
+        groups: Sequence[tuple[LinearScheme, Sequence[str]]],
+        spec: ModelSpec,
+        results: dict[str, Neutral],
+        facts: dict[str, Any],
+    ) -> None:
+        """Put into ``results`` and ``facts`` the linears that are stored in ggml's blocks, dealt over the devices."""
+        jobs = [(scheme, role) for scheme, roles in groups for role in roles]
+
+        def work(job: int, device: str) -> ggml_grid.GridFit:
+            scheme, role = jobs[job]
+            seen, where = stats[role].on(device), spec.tensor(block.layer, spec.linears[role].name)
+            weight = block.linears[role].to(device)
+            return ggml_grid.fit(weight, seen, scheme.code, self._options(scheme), where)
+
+        costs = [block.linears[role].numel() * spec.linear_shape(role)[1] for _, role in jobs]
+        for (scheme, role), found in zip(jobs, spread(block.devices, costs, work), strict=True):
+            results[role] = SuperBlock(torch.from_numpy(found.blocks).to(block.devices[0]), scheme.code, block.biases.get(role))
+            facts[role] = {
+                "output_error": round(math.sqrt(found.loss / max(found.total, 1e-30)), 6),
+                "output_error_searched": round(math.sqrt(found.weighed / max(found.total, 1e-30)), 6),
+                "rows_solved": round(found.solved, 6),
+                **({"borrowed_statistics": True} if stats[role].borrowed else {}),
+            }
 
     def _solve(
         self, block: BlockWeights, stats: Mapping[str, InputStats], groups: Sequence[tuple[LinearScheme, Sequence[str]]], spec: ModelSpec

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
+from quantkit.ops.ggml.recode import BlockGrid
 from quantkit.ops.grouped import dequantize, scales_and_zeros
 
 ORDERS = ("static", "act", "none")
@@ -90,19 +91,6 @@ class Solved:
     def error(self) -> float:
         """sqrt(loss / total)."""
         return math.sqrt(self.loss / self.total) if self.total else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class GivenGrid:
-    """A grid fixed beforehand: ``w = scale * (code - zero) + offset`` for codes 0 to 2^bits - 1, groups of consecutive inputs.
-
-    ``scales [N, G]`` float32 of any sign, 0 too; ``offsets [N, G]`` float32, or None for none.
-    """
-
-    scales: Tensor
-    offsets: Tensor | None
-    zero: int
-    bits: int
 
 
 def joined(parts: Sequence[Solved], device: str) -> Solved:
@@ -391,7 +379,7 @@ def _check(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, wh
     k = weight.shape[1]
     g = k if options.group_size == -1 else options.group_size
     assert gram.shape == (k, k) and (cross is None or cross.shape == (k, k)), (weight.shape, gram.shape)
-    assert 1 < options.bits < 9 and options.order in ORDERS and options.block >= 1 and options.damp > 0, options
+    assert options.order in ORDERS and options.block >= 1 and options.damp > 0, options
     if g < 1 or k % g:
         raise InputError(where, f"has {k} inputs, which groups of {g} do not divide", f"a --group-size that divides {k}, or -1")
     if tokens < 1:
@@ -412,7 +400,7 @@ class _Found:
 
 
 def _find(
-    weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, where: str, gram_cross: Tensor | None, g: int, given: GivenGrid | None
+    weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, where: str, cross: Tensor | None, g: int, given: BlockGrid | None
 ) -> _Found:
     """The codes that ``solve`` and ``solve_on_grid`` are about."""
     k = weight.shape[1]
@@ -425,8 +413,8 @@ def _find(
     factor = _factorize(gram, tokens, dead, perm, options.damp, where)
     group = (perm if options.order == "static" else position) // g  # of each column as visited
     work = weight.mT.index_select(0, perm)  # [K, N]
-    if gram_cross is not None:
-        work += _aim_at_float(weight, gram, gram_cross, tokens, perm, factor)
+    if cross is not None:
+        work += _aim_at_float(weight, gram, cross, tokens, perm, factor)
     if given is None and not dead.all():
         work.masked_fill_(dead[perm].unsqueeze(1), 0)
     if given is not None and given.offsets is not None:
@@ -453,7 +441,7 @@ def _find(
     return _Found(codes, grid, inverse, damp, int(dead.sum()), attempts)
 
 
-def _as_fixed(given: GivenGrid) -> _Grid:
+def _as_fixed(given: BlockGrid) -> _Grid:
     """The grid without its offsets. A scale of 0 becomes one so small that it makes 0 of any code, and divides."""
     scales = torch.where(given.scales == 0, NO_SCALE, given.scales).mT.contiguous()
     return _Grid(scales, torch.full_like(scales, given.zero, dtype=torch.uint8))
@@ -470,6 +458,7 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
     Raises InputError naming ``where``: a group that does not divide K, statistics that no damping makes positive definite, weights
     whose scale leaves its dtype.
     """
+    assert options.bits in BITS, options
     g = _check(weight, gram, tokens, options, where, gram_cross)
     found = _find(weight, gram, tokens, options, where, gram_cross, g, None)
     codes, grid = found.codes.index_select(0, found.inverse).mT.contiguous(), found.grid
@@ -480,7 +469,7 @@ def solve(weight: Tensor, gram: Tensor, tokens: int, options: SolverOptions, whe
 
 
 def solve_on_grid(
-    weight: Tensor, gram: Tensor, tokens: int, grid: GivenGrid, options: SolverOptions, where: str, gram_cross: Tensor | None = None
+    weight: Tensor, gram: Tensor, tokens: int, grid: BlockGrid, options: SolverOptions, where: str, gram_cross: Tensor | None = None
 ) -> Tensor:
     """As ``solve``, on a grid that is given and stays: the codes uint8 ``[N, K]``.
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
-from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled, on_device, with_bias
+from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled, SuperBlock, on_device, with_bias
 from quantkit.ops.codebook import quantize_4bit
 from quantkit.ops.dtypes import TORCH_DTYPES
 from quantkit.ops.eightbit import fp8_block_quantize, fp8_channel_quantize, int8_channel_quantize, llm_int8_quantize
+from quantkit.ops.ggml.tensor import encode_tensor
 from quantkit.ops.grouped import encode, group_range, scales_and_zeros
 from quantkit.quant_config import is_kept
 from quantkit.quantizers.base import FLOAT, BlockFit, BlockWeights, InputStats, QuantizerFactory, built_in, choice, refuse_unknown_options
@@ -77,6 +78,8 @@ def quantize_weight(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype, wh
                 return Scaled(*fp8_channel_quantize(weight, scales))
             case "fp8_block":
                 return Scaled(*fp8_block_quantize(weight))
+            case "ggml":
+                return SuperBlock(encode_tensor(weight, scheme.code), scheme.code)
     except InputError as exc:
         raise InputError(where, exc.what, exc.expected, exc.hint) from exc
     return round_to_nearest(weight, scheme, where)

@@ -83,7 +83,8 @@ def sampled_tokens(
     spec = spec_for(checkpoint.config)
     if not 2 <= seq_len <= spec.max_positions:
         raise InputError("--seq-len", f"is {seq_len}", f"2 to {spec.max_positions}, the positions of the model")
-    stored = checkpoint.dtype(f"{spec.architecture.embedding}.weight")
+    name = f"{spec.architecture.embedding}.weight"
+    stored = checkpoint.dtype(name) if name in checkpoint.tensors else "BF16"  # a packed embedding has no dtype of its own
     decoder = load_decoder(checkpoint, dtype=torch.bfloat16 if stored in ("BF16", "F16") else torch.float32, device=device)
     starts, silent = start_tokens(tokenizer, spec, samples), silent_tokens(tokenizer, spec)
     generator = torch.Generator().manual_seed(SEED)

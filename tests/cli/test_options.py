@@ -18,7 +18,12 @@ from quantkit.report import Report
 Run = Callable[..., Any]
 
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "inspect": ("m", {"path": "m"}, "--tensors", {"tensors": True}),
+    "inspect": (
+        "m",
+        {"path": "m"},
+        "--tensors --plot w.png --tensor a --tensor b",
+        {"tensors": True, "plot": Path("w.png"), "tensor": ("a", "b")},
+    ),
     "plan": (
         "m --tp 3",
         {"path": "m", "tp": 3},

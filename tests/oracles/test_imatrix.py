@@ -154,13 +154,33 @@ def test_a_file_quantized_with_a_matrix_is_that_of_llama_cpp(
     source = Source(open_checkpoint(model), spec_for(open_checkpoint(model).config), "F16", torch.float32, ("cpu",))
     tokens = CalibrationTokens(torch.arange(64).repeat(3).reshape(4, 48), "x")
     path.write_bytes(form(captured(source, tokens, output=False, offload=lambda hidden: hidden, progress=silent)))
-    reference.run("quantize", path, model, tmp_path / "theirs.gguf", file_type)
-    quantize.run(GgufOptions(str(model), tmp_path / "ours.gguf", file_type, GgufChoices(type=file_type, imatrix=path)))
-    quantize.run(GgufOptions(str(model), tmp_path / "plain.gguf", "q4_k_m"))
-    ours, theirs, plain = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("ours", "theirs", "plain"))
+    weighed = as_llama_cpp(model, path, file_type, reference, tmp_path)
+    if file_type == "q4_k_m":
+        quantize.run(GgufOptions(str(model), tmp_path / "plain.gguf", file_type))
+        plain = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+        assert any(not np.array_equal(plain[name], data) for name, data in weighed.items())
+
+
+def test_experts_quantized_with_a_matrix_are_those_of_llama_cpp(reference: Runs, tmp_path: Path) -> None:
+    config = {**config_of("qwen3-moe"), "hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 12}
+    _, twin = random_twin(config, torch.float32)
+    model, path = experts_model(tmp_path / "model.gguf", config, twin), tmp_path / "matrix"
+    source: Any = Source(twin, spec_for(config), "F16", torch.float32, ("cpu",))  # type: ignore[arg-type]
+    tokens = CalibrationTokens(torch.tensor([[3, 5]]), "x")
+    found = captured(source, tokens, output=True, offload=lambda hidden: hidden, progress=silent)
+    counts = found.entries["blk.0.ffn_down_exps.weight"].counts
+    assert (counts == 0).any() and (counts > 0).any()
+    path.write_bytes(encode_gguf(found))
+    as_llama_cpp(model, path, "q4_k_m", reference, tmp_path)
+
+
+def as_llama_cpp(model: Path, matrix: Path, file_type: str, reference: Runs, tmp_path: Path) -> dict[str, Any]:
+    """The data of ``model`` quantized with ``matrix``, the same from both programs, by name."""
+    reference.run("quantize", matrix, model, tmp_path / "theirs.gguf", file_type)
+    quantize.run(GgufOptions(str(model), tmp_path / "ours.gguf", file_type, GgufChoices(type=file_type, imatrix=matrix)))
+    ours, theirs = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("ours", "theirs"))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         assert ours[name].tensor_type == tensor.tensor_type, name
         np.testing.assert_array_equal(ours[name].data, tensor.data, err_msg=name)
-    if file_type == "q4_k_m":
-        assert any(not np.array_equal(plain[name].data, tensor.data) for name, tensor in theirs.items())
+    return {name: tensor.data for name, tensor in ours.items()}

@@ -79,7 +79,7 @@ def test_kernels_are_built_once(cache: Path, gpu: None, monkeypatch: pytest.Monk
 
 def test_building_without_nvcc_is_one_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantkit.ops.cuda_library.find_compiler", lambda: None)
-    with pytest.raises(MachineError, match="^nvcc: is not installed"):
+    with pytest.raises(MachineError, match=r"^nvcc: is not installed"):
         doctor.run(DoctorOptions(build_kernels=True))
 
 

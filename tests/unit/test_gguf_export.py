@@ -287,9 +287,7 @@ def test_where_readers_differ_the_plan_says_so(family: str, words: str) -> None:
 
 
 def test_most_models_need_no_note() -> None:
-    assert not any(
-        plan_of(config_of(family))[0].notes for family in ("llama", "gemma2-types", "gemma3", "llama-yarn", "gpt2", "mixtral")
-    )
+    assert not any(plan_of(config_of(family))[0].notes for family in ("llama", "gemma2-types", "gemma3", "llama-yarn", "gpt2", "mixtral"))
     assert not plan_of({**config_of("mistral"), "sliding_window": 64})[0].notes
 
 
@@ -354,6 +352,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
         (names | {f"{block}mlp.extra.weight"}, "mlp.extra.weight: is no tensor of a llama model"),
         (names | {"model.layers.3.mlp.up_proj.weight"}, "layers.3.mlp.up_proj.weight: is no tensor"),
         (names - {"lm_head.weight"}, "lm_head.weight: is missing"),
+        (names | {"lm_head.bias"}, "lm_head.bias: is no tensor of a llama model"),
     ):
         with pytest.raises(InputError) as caught:
             export_plan(config, spec, wrong)

@@ -383,6 +383,11 @@ def test_a_sentencepiece_model_is_read_as_the_library_reads_it(folder: Path, tra
     assert model.named == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
+def merges_of(root: Path) -> list[list[str]]:
+    found: list[list[str]] = json.loads((root / "tokenizer.json").read_bytes())["model"]["merges"]
+    return found
+
+
 @pytest.mark.parametrize("files", ["model", "json", "both"])
 def test_a_sentencepiece_tokenizer_comes_back(
     tmp_path: Path, folder: Path, trained: sentencepiece.SentencePieceProcessor, files: str
@@ -400,8 +405,13 @@ def test_a_sentencepiece_tokenizer_comes_back(
     assert (written["model"], written["pre"], written["add_space_prefix"]) == ("llama", "default", True)
     assert written["tokens"] == (*original["tokenizer.ggml.tokens"], *(f"[PAD{index}]" for index in range(600, 610)))
     np.testing.assert_array_equal(written["token_type"], [*original["tokenizer.ggml.token_type"], *[UNUSED] * 10])
-    learned = slice(259, 600)
-    np.testing.assert_array_equal(written["scores"][learned], original["tokenizer.ggml.scores"][learned])
+    if files == "json":  # scores are counted anew, over the pieces that merges make; their order is the same
+        made = np.flatnonzero(written["scores"] > -len(set(map("".join, merges_of(tmp_path)))))
+        made = made[made >= 259]
+        order = np.argsort(-original["tokenizer.ggml.scores"][made], kind="stable")
+        assert (np.diff(written["scores"][made][order]) == -1).all() and len(made) > 250
+    else:
+        np.testing.assert_array_equal(written["scores"][3:600], original["tokenizer.ggml.scores"][3:])
     assert (written["scores"][600:] == -10000).all()
     assert written["scores"].dtype == np.float32 and found.metadata["tokenizer.ggml.scores"].element == F32
     assert written["token_type"].dtype == np.int32 and found.metadata["tokenizer.ggml.token_type"].element == I32
@@ -474,8 +484,8 @@ def test_spaces_of_a_tokenizer_json(
     assert found.metadata["tokenizer.ggml.add_space_prefix"].value is prefix
     assert [note in text for text in found.notes] == ([] if note is None else [True])
     again, tokenizer = back(tmp_path, found.metadata), load_tokenizer(tmp_path)
-    assert all(again.encode(text, special=True) == tokenizer.encode(text, special=True) for text in SPOKEN if text[0] != " " and "³" not in text
-               and (note is None or "NFKC" not in note)) or note is not None  # fmt: skip
+    texts = SPOKEN if note is None else TEXTS[:1]
+    assert all(again.encode(text, special=True) == tokenizer.encode(text, special=True) for text in texts)
 
 
 def test_merges_that_scores_cannot_say_are_noted(tmp_path: Path, trained: sentencepiece.SentencePieceProcessor) -> None:

@@ -366,6 +366,16 @@ def test_a_quantized_model_has_a_matrix_too(tmp_path: Path) -> None:
     assert not np.array_equal(last, np.ones_like(last)) and 0.5 < np.median(last) < 2
 
 
+def test_a_model_whose_embedding_is_packed_can_speak_for_itself(tmp_path: Path) -> None:
+    from quantkit.commands import quantize
+
+    rule, out = "embed_tokens:bits=8,group_size=64", tmp_path / "q"
+    layout = "compressed-tensors"
+    quantize.run(quantize.QuantizeOptions(str(MODELS / "llama"), out, method="rtn", format=layout, group_size=64, override=(rule,)))
+    report = run(ImatrixOptions(str(out), tmp_path / "m.gguf", calib="self", samples=1, seq_len=16))
+    assert report.data["entries"] == 28 and report.data["calibration"]["source"] == "self"
+
+
 def quick(out: Path, **changes: Any) -> ImatrixOptions:
     return ImatrixOptions(**{"path": str(MODELS / "llama"), "out": out, "samples": 2, "seq_len": 16, **changes})
 

