@@ -24,8 +24,8 @@ TYPES = (
     *("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "iq4_xs", "iq4_nl", "q4_k_s", "q4_k_m"),
     *("q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0"),
 )
-METHODS = ("awq", "gptq")
-"""Whose corrected weights are written as GGUF too."""
+METHODS, CORRECTED = ("awq", "gptq"), ("q2_k", "q3_k_m", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m")
+"""Methods whose weights are written as GGUF too, and the types that are made so."""
 
 
 def quantkit(*arguments: str | Path) -> None:
@@ -74,7 +74,8 @@ def main() -> None:
             out.unlink()
             return {"type": kind, "how": how, **found}
 
-        tasks = [(kind, how) for kind in options.only for how in ("plain", "imatrix", *options.methods)]
+        tasks = [(kind, how) for kind in options.only if kind in CORRECTED for how in options.methods]  # the longest first
+        tasks += [(kind, how) for kind in options.only for how in ("plain", "imatrix")]
         tasks = [(kind, how) for kind, how in tasks if (kind, how) != ("q2_k_s", "plain")]  # which needs an importance matrix
         pending = [pool.submit(made, *task) for task in tasks]
         pending += [

@@ -176,7 +176,7 @@ def whole_file(model: str, kind: str) -> dict[str, Any]:
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "quantkit", "quantize", model, f"{scratch}/out.gguf", "--method", "gguf", "--type", kind]
-        subprocess.run([*command, "--device", "cpu", "--quiet"], check=True)
+        subprocess.run([*command, "--device", "cpu", "--quiet"], stdout=subprocess.DEVNULL, check=True)
         nbytes = Path(scratch, "out.gguf").stat().st_size
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

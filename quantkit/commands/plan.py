@@ -104,7 +104,9 @@ def _read(options: PlanOptions) -> _Model:
         tensors: Mapping[str, Stored] = claimed_tensors(config, spec.all_linears(), spec.architecture.head, spec.architecture.embedding)
         stored = kind = None
     else:
-        checkpoint = as_blocks(open_checkpoint(options.path))
+        checkpoint = open_checkpoint(options.path)
+        if options.method is None:  # which would quantize what the blocks decode to
+            checkpoint = as_blocks(checkpoint)
         config, spec, tensors = dict(checkpoint.config), spec_for(checkpoint.config), checkpoint.tensors
         kind, table = checkpoint.kind, f"{spec.architecture.embedding}.weight"
         stored = checkpoint.dtype(table) if kind == "hf" and table in checkpoint.tensors else None
@@ -215,10 +217,11 @@ def _fit(memory: tuple[RankMemory, ...], limit: int, length: int) -> _Fit:
 
 def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None) -> tuple[tuple[str, str], ...]:
     name, layers = model.spec.architecture.name, model.spec.layers
-    layouts = sorted({f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in assignment.values() if not is_kept(s)})
+    stored = {s for s in assignment.values() if not is_kept(s)}
+    layouts = sorted(s.code if s.layout == "ggml" else f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in stored)
     facts = [
         ("model", f"{name}, {layers} layers, {plan.dims['heads'].size} heads, {plan.dims['kv_heads'].size} KV heads"),
-        ("linears", "; ".join(layouts) or "unquantized"),
+        ("linears", "; ".join(dict.fromkeys(layouts)) or "unquantized"),
         ("kept tensors and KV cache", f"{model.dtype} ({model.dtype_source})"),
         *mode_facts(plan),
     ]

@@ -17,6 +17,7 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError
 from quantkit.layouts.base import GroupedInt, Neutral, SuperBlock
 from quantkit.ops.dtypes import TORCH_DTYPES
+from quantkit.ops.ggml.tensor import encoder_on
 from quantkit.quant_config import is_kept
 from quantkit.quantizers import ggml_grid
 from quantkit.quantizers.base import (
@@ -101,7 +102,7 @@ class Gptq:
             scheme, role = jobs[job]
             seen, where = stats[role].on(device), spec.tensor(block.layer, spec.linears[role].name)
             weight = block.linears[role].to(device)
-            return ggml_grid.fit(weight, seen, scheme.code, self._options(scheme), where)
+            return ggml_grid.fit(weight, seen, scheme.code, self._options(scheme), where, encoder_on(device))
 
         costs = [block.linears[role].numel() * spec.linear_shape(role)[1] for _, role in jobs]
         for (scheme, role), found in zip(jobs, spread(block.devices, costs, work), strict=True):

@@ -120,13 +120,34 @@ def _base(backend: Backend, where: str) -> dict[int, str]:
     return found
 
 
-def _surroundings(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer puts before and after a text."""
-    encoded = backend.encode("a", add_special_tokens=True)
-    mask = list(encoded.special_tokens_mask)
-    before = mask.index(0) if 0 in mask else len(mask)
-    after = before + mask[before:].index(1) if 1 in mask[before:] else len(mask)
-    return tuple(encoded.ids[:before]), tuple(encoded.ids[after:])
+def _surroundings(processor: Mapping[str, Any] | None, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer puts before and after a text. Read and not tried: the library panics at some broken templates."""
+    before: list[int] = []
+    after: list[int] = []
+    for node in _nodes(processor, "processors"):
+        kind = node.get("type")
+        if kind == "TemplateProcessing":
+            sides = _template_sides(node, f"{where}: post_processor")
+        elif kind in ("BertProcessing", "RobertaProcessing"):
+            sides = [node["cls"][1]], [node["sep"][1]]
+        else:
+            continue
+        before, after = [*sides[0], *before], [*after, *sides[1]]
+    return tuple(before), tuple(after)
+
+
+def _template_sides(node: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+    sides: tuple[list[int], list[int]] = ([], [])
+    seen = 0
+    for part in node["single"]:
+        token = part.get("SpecialToken") if isinstance(part, dict) else None
+        if token is None:
+            seen = 1
+        elif token["id"] not in node["special_tokens"]:
+            raise InputError(where, f"names {token['id']!r:.100} and has no ids for it", "ids for every special token of its template")
+        else:
+            sides[seen].extend(node["special_tokens"][token["id"]]["ids"])
+    return sides
 
 
 def _stripping_notes(backend: Backend) -> list[str]:
@@ -155,7 +176,7 @@ def _byte_level(backend: Backend, data: Mapping[str, Any], steps: Sequence[Step]
     tokens = {index: Token(token, NORMAL) for index, token in _base(backend, where).items()} | _added(backend, pieces=False)
     unknown = data["model"].get("unk_token")
     named = {"unk_token": unknown} if isinstance(unknown, str) else {}
-    return Body("gpt2", pre, tokens, merges, None, _surroundings(backend), named, tuple(notes))
+    return Body("gpt2", pre, tokens, merges, None, _surroundings(data.get("post_processor"), where), named, tuple(notes))
 
 
 def _nodes(node: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
@@ -214,7 +235,7 @@ def _sentencepiece_json(backend: Backend, data: Mapping[str, Any], steps: Sequen
     tokens |= {index: _kept(token, tokens.get(index)) for index, token in added.items()}
     _need_bytes(tokens, where)
     named = {"unk_token": unknown} if isinstance(unknown, str) else {}
-    return Body("llama", "default", tokens, None, prefix, _surroundings(backend), named, tuple(notes))
+    return Body("llama", "default", tokens, None, prefix, _surroundings(data.get("post_processor"), where), named, tuple(notes))
 
 
 def _kept(token: Token, piece: Token | None) -> Token:

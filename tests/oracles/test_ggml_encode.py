@@ -79,3 +79,25 @@ def test_bytes_are_those_of_ggml(model: str, kind: str, ggml: Reference, figures
     if not count:
         pytest.skip(f"no row of {model} is whole blocks of {kind}")
     figures.append(f"{model} {kind}: {count} weights the same bytes as ggml, plain and with importance")
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_odd_blocks_are_those_of_ggml(kind: str, ggml: Reference) -> None:
+    """One sign, zeros of both signs, magnitudes alike, steps, values so small that the inverse of a scale is infinite, outliers."""
+    random = np.random.default_rng(0)
+    bell = random.standard_normal((16, 512)).astype(np.float32)
+    tied = bell.copy()
+    tied[::2, ::32], tied[::2, 5::32], tied[1::2, ::32], tied[1::2, 5::32] = 9, -9, -9, 9
+    holes = np.where(random.random((16, 512)) < 0.5, np.float32(-0.0), bell)
+    small = [bell * np.float32(10.0**power) for power in (-45, -43, -41, -39, -38, -37, -30, -15, -8)]
+    steps = (np.round(bell * 4) / 4).astype(np.float32)
+    outliers = np.where(random.random((16, 512)) < 0.01, bell * 1000, bell).astype(np.float32)
+    ones = np.full((2, 512), 0.3, np.float32)
+    importance = random.random(512).astype(np.float32)
+    importance[::7] = 0
+    for place, values in enumerate(
+        (bell, abs(bell), -abs(bell), tied, holes, np.abs(holes), steps, outliers, ones, -ones, 0 * bell, *small)
+    ):
+        for weights in (None, importance, np.zeros(512, np.float32)):
+            found, expected = encode(values, kind, weights), ggml(values, kind, weights)
+            assert np.array_equal(found, expected), (place, weights is not None, np.flatnonzero((found != expected).any(axis=1)))

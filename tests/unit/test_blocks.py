@@ -18,17 +18,20 @@ from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.gguf import GgufSource
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.comm import Comm, run_threads
+from quantkit.commands.plan import PlanOptions
+from quantkit.commands.plan import run as plan_command
 from quantkit.convert import convert_to_hf, keep_blocks
 from quantkit.errors import InputError
+from quantkit.geometry import ggml_scheme
 from quantkit.layouts.registry import UnpackingLinear
 from quantkit.layouts.table import PackedTable
 from quantkit.model.load import embedded, load_decoder
 from quantkit.ops.ggml.encode import BLOCKS, encode
 from quantkit.ops.ggml.linear import BlockCpuLinear
 from quantkit.ops.grouped import Int4CpuLinear
-from quantkit.plan import GATHER, ROW, make_plan, rank_memory
+from quantkit.plan import GATHER, ROW, head_geometry, make_plan, rank_memory
 from quantkit.quant_config import assignment_from_config, quantization_config, stored_assignment
-from quantkit.scheme import KEEP
+from quantkit.scheme import KEEP, LinearScheme
 from quantkit.shard import open_rank, shard_checkpoint, unshard
 from quantkit.transcode import exact_conversion
 from quantkit.verify import verify
@@ -317,3 +320,25 @@ def test_modules_that_are_not_named_are_floats() -> None:
     config = {"quantization_config": {"quant_method": "gguf", "modules": {"a": "Q4_K"}}}
     found = assignment_from_config(config, ["a", "b"], {})
     assert (found["a"].code, found["a"].bits, found["a"].group_size) == ("Q4_K", 4, 256) and found["b"] == KEEP
+
+
+def test_plan_says_what_a_file_takes_and_where_it_is_cut(llama: Path) -> None:
+    report = plan_command(PlanOptions(str(llama), 2))
+    kept = as_blocks(open_checkpoint(llama))
+    assert sum(rank["linears"] for rank in report.data["ranks"]) == sum(ref.nbytes for name, ref in kept.tensors.items() if "_proj" in name)
+    assert dict(report.facts)["linears"] == "; ".join(sorted(set(MIXED.values())))
+    cuts = {(row[0], row[4], row[5]) for row in report.tables[1].rows}
+    assert {("down", 256, "row"), ("down", 32, "row"), ("o", 256, "row"), ("k", 32, "column")} <= cuts
+    # As a source of floats it can be planned in any format.
+    assert (
+        plan_command(PlanOptions(str(llama), 2, method="awq", group_size=64)).data["assignment"]["model.layers.0.mlp.up_proj"]["layout"]
+        == "awq"
+    )
+
+
+def test_a_head_in_blocks_is_padded_where_one_of_words_is_refused(llama: Path) -> None:
+    spec = spec_for(as_blocks(open_checkpoint(llama)).config)
+    assignment = {**dict.fromkeys(spec.all_linears(), KEEP), "lm_head": ggml_scheme("Q6_K")}
+    assert head_geometry(spec, assignment, dtype="F16").n == 128
+    with pytest.raises(InputError, match="no multiple of 64"):
+        head_geometry(spec, {**assignment, "lm_head": LinearScheme("rtn", "packed", 4, 64, True)}, dtype="F16")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, WHOLE, Axis, Geometry, Part, geometry_of, plain
+from quantkit.geometry import DTYPE_BYTES, GGML_BLOCKS, WHOLE, Axis, Geometry, Part, geometry_of, ggml_scheme, plain
 from quantkit.scheme import KEEP, LinearScheme
 
 
@@ -117,3 +119,30 @@ def test_granule_is_the_least_common_multiple_over_parts() -> None:
     assert (geometry.granule("N"), geometry.granule("K")) == (12, 10)
     assert [geometry.shape(part) for part in parts] == [(4, 1), (6, 4)]
     assert DTYPE_BYTES["U8"] == 1
+
+
+# blocks of ggml
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("Q4_0", 4.5), ("Q8_0", 8.5), ("Q2_K", 2.625), ("Q3_K", 3.4375), ("Q6_K", 6.5625), ("IQ4_XS", 4.25)]
+)
+def test_blocks_take_the_bits_of_their_type_and_are_cut_between_them(kind: str, bits: float) -> None:
+    block = GGML_BLOCKS[kind]
+    geometry = geometry_of(ggml_scheme(kind), 48, 768, dtype="F16")
+    assert geometry.total_bytes * 8 == 48 * 768 * bits
+    assert (geometry.granule("N"), geometry.granule("K")) == (1, block.elements)
+    (part,) = geometry.parts
+    assert geometry.slices(part, range(5, 7), range(256, 768)) == (
+        slice(5, 7),
+        slice(256 // block.elements * block.nbytes, geometry.shape(part)[1]),
+    )
+    with pytest.raises(InputError, match="inside a granule"):
+        geometry.cut(range(48), range(16, 768))
+
+
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match="576 input features do not divide into Q4_K blocks, expected a multiple of 256"):
+        geometry_of(ggml_scheme("Q4_K"), 48, 576, dtype="F16")
+    with pytest.raises(InputError, match="block type 'IQ2_S'"):
+        geometry_of(replace(ggml_scheme("Q4_K"), code="IQ2_S"), 48, 512, dtype="F16")

@@ -141,6 +141,22 @@ def test_odd_shapes_of_data_decode_near_them(kind: str) -> None:
             assert error.max() < 0.5 * np.abs(values).max()
 
 
+def test_first_of_equal_extremes_and_blocks_of_one_sign_are_as_in_the_gguf_package() -> None:
+    """What the vector way through a block leaves to the scalar one."""
+    values = bell(12, 256)
+    values[0], values[1] = abs(values[0]), -abs(values[1])
+    values[2, :64], values[3, ::2] = 0, 0
+    values[4, ::32], values[4, 5::32] = 7, -7
+    values[5, ::32], values[5, 5::32] = -7, 7
+    values[6], values[7] = 0.0, -0.0
+    values[8] = np.where(np.arange(256) % 3 == 0, np.float32(-0.0), abs(values[8]))
+    values[9] = np.where(np.arange(256) % 3 == 1, np.float32(-0.0), np.float32(0))
+    values[10], values[11] = 0.3, -0.3
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        expected = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+        assert np.array_equal(encode(values, kind), expected), (kind, np.flatnonzero((encode(values, kind) != expected).any(axis=1)))
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_rows_may_be_none(kind: str) -> None:
     elements, size = BLOCKS[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,8 +16,9 @@ from quantkit.formats.gguf import BY_NAME
 from quantkit.geometry import GGML_BLOCKS, geometry_of, ggml_scheme
 from quantkit.layouts.base import SuperBlock, stacked
 from quantkit.layouts.registry import UnpackingLinear, codec, load_linear
-from quantkit.ops.ggml.decode import LEVELS, decode
+from quantkit.ops.ggml.decode import FOUR_BITS, LEVELS, decode, four_bits, infinite_blocks
 from quantkit.ops.ggml.encode import BLOCKS, encode
+from quantkit.ops.ggml.linear import DENSE_ROWS, BlockCpuLinear, _shared
 
 KINDS = tuple(GGML_BLOCKS)
 DECODED = {
@@ -134,3 +136,62 @@ def test_a_linear_stays_in_blocks_and_multiplies_by_what_they_decode_to(kind: st
     assert linear.nbytes == blocks.nbytes == geometry.total_bytes
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(1))
     assert torch.equal(linear(x), torch.nn.functional.linear(x, decode(blocks, kind)))
+
+
+# the kernel of a CPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_multiplied_on_a_cpu_by_the_weights_that_ggml_decodes(kind: str) -> None:
+    blocks = torch.from_numpy(encode(golden(), kind))
+    linear = BlockCpuLinear(blocks, kind, torch.float32)
+    dense = decode(blocks, kind)
+    assert torch.equal(linear.weight(), dense) and linear.nbytes == blocks.nbytes
+    x = torch.randn(DENSE_ROWS, 512, generator=torch.Generator().manual_seed(2))
+    for tokens in (x[:1], x[:3], x):
+        want = tokens.double() @ dense.double().T
+        assert float((linear(tokens).double() - want).abs().max()) < 1e-5
+    assert linear(x[:0]).shape == (0, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_activations_meet_unrounded_weights(dtype: torch.dtype) -> None:
+    blocks = torch.from_numpy(encode(golden(), "Q5_K"))
+    linear, dense = BlockCpuLinear(blocks, "Q5_K", dtype), decode(blocks, "Q5_K")
+    assert torch.equal(linear.weight(), dense.to(dtype))
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.allclose(linear(x), (x.double() @ dense.double().T).to(dtype), atol=1e-3, rtol=1e-2) and linear(x).dtype == dtype
+
+
+def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = torch.from_numpy(encode(golden(), "Q8_0"))
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(4))
+    linear = BlockCpuLinear(blocks, "Q8_0", torch.bfloat16)
+    alone, weight = linear(x), linear.weight()
+    seen = set()
+
+    def shared(rows: int, weights: int, run: Any) -> None:
+        _shared(rows, weights, lambda first, last: (seen.add((first, last)), run(first, last)))
+
+    monkeypatch.setattr("quantkit.ops.ggml.linear.THREAD_WEIGHTS", 64 * 512 // 3)
+    monkeypatch.setattr("quantkit.ops.ggml.linear.TILE_WEIGHTS", 40 * 512)
+    monkeypatch.setattr("quantkit.ops.ggml.linear._shared", shared)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    assert torch.equal(linear(x), alone) and seen == {(0, 21), (21, 42), (42, 64)}
+    assert torch.equal(linear.weight(), weight)
+
+
+@pytest.mark.parametrize("kind", sorted(FOUR_BITS))
+def test_four_bit_types_are_what_the_int4_kernel_takes(kind: str) -> None:
+    blocks = torch.from_numpy(encode(golden(), kind))
+    codes, scales, middles = four_bits(blocks, kind)
+    found = (codes.float().reshape(64, 16, 32) - 8) * scales.unsqueeze(-1) + middles.unsqueeze(-1)
+    assert torch.allclose(found.reshape(64, 512), decode(blocks, kind), atol=1e-6)
+
+
+def test_blocks_with_scales_that_are_not_finite_are_counted() -> None:
+    blocks = torch.from_numpy(encode(golden(), "Q4_1"))
+    assert infinite_blocks(blocks, "Q4_1") == 0
+    blocks[3, 2:4] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # an infinite offset
+    blocks[9, 20:22] = torch.tensor([1, 0x7C], dtype=torch.uint8)  # no number
+    assert infinite_blocks(blocks, "Q4_1") == 2
