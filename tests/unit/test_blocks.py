@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,22 @@ import numpy as np
 import pytest
 import torch
 from decoder_fixtures import logits_of
+from gguf_export_fixtures import config_of as config_of_any
+from gguf_export_fixtures import values_of as values_of_any
+from gguf_export_fixtures import write_family
 from gguf_fixtures import ARCHES, config_of, gguf_values, metadata_of, values_of, write_gguf
 from torch import Tensor
 
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.blocks import as_blocks
-from quantkit.checkpoint.gguf import GgufSource
+from quantkit.checkpoint.gguf import GgufSource, decoded
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.comm import Comm, run_threads
 from quantkit.commands.plan import PlanOptions
 from quantkit.commands.plan import run as plan_command
 from quantkit.convert import convert_to_hf, keep_blocks
 from quantkit.errors import InputError
+from quantkit.formats.gguf import read_gguf
 from quantkit.geometry import ggml_scheme
 from quantkit.layouts.registry import UnpackingLinear
 from quantkit.layouts.table import PackedTable
@@ -68,7 +73,7 @@ def encoded(tensors: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> dict
 
 
 LETTERS = [chr(code) for code in range(33, 127)]
-TOKENS = {
+TOKENS: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
     "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *LETTERS, "th", "he", "the"],
@@ -76,6 +81,12 @@ TOKENS = {
     "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(LETTERS) + 3),
 }
 """A vocabulary of 100."""
+MORE = [f"<{index}>" for index in range(31)]
+TOKENS_OF_131 = {
+    **TOKENS,
+    "tokenizer.ggml.tokens": [*TOKENS["tokenizer.ggml.tokens"], *MORE],
+    "tokenizer.ggml.token_type": [*TOKENS["tokenizer.ggml.token_type"], *[3] * len(MORE)],
+}
 
 
 def model_file(path: Path, family: str, kinds: Mapping[str, str] = MIXED, **changes: Any) -> Path:
@@ -122,6 +133,51 @@ def test_blocks_give_the_logits_of_the_decoded_floats_bit_for_bit(tmp_path: Path
     decoder = load_decoder(kept, dtype=torch.float32, parity=True)
     assert isinstance(decoder.blocks[0].linears["q"].op, UnpackingLinear) and isinstance(decoder.embedding.weight, PackedTable)
     assert all(torch.equal(a, b) for a, b in zip(logits_of(decoder, texts()), want, strict=True))
+
+
+def family_file(path: Path, family: str) -> Path:
+    """A random model of ``family`` whose matrices, stacked experts too, are Q8_0, its down projections Q5_1; a router stays floats."""
+    values = values_of_any(config_of_any(family))
+    before = read_gguf(write_family(path.with_suffix(".before"), config_of_any(family), values))
+    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in before.metadata.items()}
+    tensors: dict[str, Any] = {}
+    for name, tensor in before.tensors.items():
+        rows = decoded(before, tensor, range(math.prod(tensor.shape[:-1])), range(tensor.shape[-1]))
+        kind = "Q5_1" if "ffn_down" in name else "Q8_0"
+        quantized = len(tensor.shape) > 1 and "gate_inp" not in name and "position" not in name
+        if quantized:
+            tensors[name] = (kind, encode(np.ascontiguousarray(rows), kind).reshape(*tensor.shape[:-1], -1))
+        else:
+            tensors[name] = rows.reshape(tensor.shape)
+    return write_gguf(path, plain.pop("general.architecture"), plain | TOKENS_OF_131, tensors)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe", "phi3", "gpt2", "qwen", "gemma2"])
+def test_experts_fused_and_transposed_linears_stay_in_blocks(tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(family_file(tmp_path / "model.gguf", family))
+    kept = as_blocks(checkpoint)
+    spec = spec_for(kept.config)
+    modules = kept.config["quantization_config"]["modules"]
+    linears = [path for layer in range(spec.layers) for path, roles in spec.block_modules(layer).items() if spec.linears[roles[0]].quantize]
+    assert set(modules) == {*linears, spec.architecture.embedding, *(() if spec.tied else (spec.architecture.head,))}
+    assert {kind for name, kind in modules.items() if name in linears} == {"Q8_0", "Q5_1"}
+    want = logits_of(load_decoder(checkpoint, dtype=torch.float32), texts())
+    assert all(
+        torch.equal(a, b) for a, b in zip(logits_of(load_decoder(kept, dtype=torch.float32, parity=True), texts()), want, strict=True)
+    )
+    wide, plan = logits_of(load_decoder(checkpoint, dtype=torch.float64), texts()), plan_for(kept, 2)
+
+    def rank(comm: Comm) -> list[Tensor]:
+        with torch.no_grad():
+            return logits_of(load_decoder(kept, dtype=torch.float64, plan=plan, comm=comm, parity=True), texts())
+
+    assert all(same(found, wide) for found in run_threads(2, rank))
+    keep_blocks(checkpoint, tmp_path / "kept", max_shard_size=1 << 30, overwrite=False)
+    assert verify(tmp_path / "kept", deep=True).defects == []
+    again = load_decoder(open_checkpoint(tmp_path / "kept"), dtype=torch.float32, parity=True)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(again, texts()), want, strict=True))
+    shard_checkpoint(open_checkpoint(tmp_path / "kept"), tmp_path / "shards", 2, overwrite=False)
+    assert unshard(tmp_path / "shards", tmp_path / "again", overwrite=False).proven
 
 
 def test_rows_of_queries_are_put_back_as_bytes_for_any_range(llama: Path) -> None:

