@@ -9,7 +9,8 @@ TOKENS is JSON: windows of token ids of quantkit's built-in calibration text. `a
 an artifact as the tool saves it, with its tokenizer.
 
 4 bits in groups of 64, every other setting the tool's default. The models run in float32, since a CPU without AVX512 needs minutes for
-what it does in seconds there; what a tool leaves in float32 is then stored as float16, as the base is.
+what it does in seconds there; what a tool leaves in float32 is then stored as float16 when the base is. Beside a base in bfloat16,
+whose values float16 may not hold, it stays float32, so that no rounding of ours is charged to the tool.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ RUNS = {
 }
 
 
-def store_halves(artifact: Path) -> None:
-    """Every float32 tensor of the artifact as float16, and a config that says so."""
+def store(artifact: Path, dtype: str) -> None:
+    """Every float32 tensor of the artifact as ``dtype``, float16 or float32, and a config that says so."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -150,13 +151,15 @@ def store_halves(artifact: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if any(value.dtype == torch.bfloat16 for value in tensors.values()):
             raise ValueError(f"{path}: holds bfloat16, so the tool did not run the model in float32")
+        if dtype == "float32":
+            continue
         halves = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
         if any(bool(value.isinf().any()) for value in halves.values() if value.dtype == torch.float16):
             raise ValueError(f"{path}: a value is too large for float16")
         save_file({name: value.contiguous() for name, value in halves.items()}, path, metadata)
     config = json.loads((artifact / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = "float16"
+    config["dtype"] = dtype
     (artifact / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -174,7 +177,7 @@ def make(name: str, base: Path, tokens: Path, out: Path, device: str = "cpu") ->
     """One artifact, in this environment."""
     windows: Windows = json.loads(tokens.read_text())
     RUNS[name].make(base, windows, out, RUNS[name].sym, device)
-    store_halves(out)
+    store(out, "float16" if json.loads((base / "config.json").read_text())["dtype"] == "float16" else "float32")
     check(out)
 
 

@@ -222,18 +222,21 @@ def scratch_array(path: Path, nbytes: int) -> NDArray[np.uint8]:
             return np.memmap(file, dtype=np.uint8, mode="r+", shape=(nbytes,))
 
 
-def append(path: Path, data: bytes | bytearray, *, at: int) -> int:
+def append(path: Path, *data: ReadableBuffer, at: int) -> int:
     """Cut an existing file to ``at`` bytes, append ``data``, sync; returns the new length. Links are not followed."""
     with _refusals(path, "append to it"):
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.ftruncate(fd, at)
             os.lseek(fd, at, os.SEEK_SET)
-            _write_all(fd, memoryview(data), path)
+            for buffer in data:
+                with memoryview(buffer) as view, view.cast("B") as flat:
+                    _write_all(fd, flat, path)
+                    at += flat.nbytes
             os.fsync(fd)
         finally:
             os.close(fd)
-    return at + len(data)
+    return at
 
 
 def make_dir(path: Path) -> None:

@@ -28,6 +28,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.gguf import GgufFile, GgufTensor, Value, row_bytes, text, u32
 from quantkit.mixtures import Choice, FileType, ModelFacts
+from quantkit.ops.ggml.encode import RowRefused, encode
 from quantkit.progress import Progress, silent
 from quantkit.text.gguf_vocabulary import tokenizer_metadata
 from quantkit.transcode import QuantizedLinear, dense_weight, quantized_linears
@@ -75,11 +76,14 @@ class GgufModel:
 
     metadata: Mapping[str, Value]
     tensors: tuple[InputTensor, ...]
+    nbytes: int
+    """Of the tensors as the source stores them."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it is said."""
 
     @property
     def facts(self) -> ModelFacts:
+        """Raises InputError for a size that is none."""
         architecture = str(self.metadata["general.architecture"].value)
 
         def number(key: str, default: int) -> int:
@@ -87,6 +91,8 @@ class GgufModel:
             if value is None:
                 return default
             first = value.value[0] if value.element is not None and len(value.value) else value.value  # a value per layer
+            if isinstance(first, bool) or not isinstance(first, (int, np.integer)) or first < 0:
+                raise InputError(f"{architecture}.{key}", f"is {first!r:.100}", "a number of them")
             return int(first)
 
         heads = number("attention.head_count", 1)
@@ -109,7 +115,10 @@ def model_of_gguf(file: GgufFile) -> GgufModel:
     metadata = {key: value for key, value in file.values().items() if key not in split}
     if "general.architecture" not in metadata:
         raise InputError(f"{file.path}: general.architecture", "is missing", "the architecture of the model")
-    return GgufModel(metadata, tuple(_of_gguf(file, tensor) for tensor in file.tensors.values()))
+    if not file.tensors:
+        raise InputError(str(file.path), "has no tensors", "a model with weights")
+    nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
+    return GgufModel(metadata, tuple(_of_gguf(file, tensor) for tensor in file.tensors.values()), nbytes)
 
 
 def _of_gguf(file: GgufFile, tensor: GgufTensor) -> InputTensor:
@@ -126,18 +135,18 @@ def _of_gguf(file: GgufFile, tensor: GgufTensor) -> InputTensor:
     return InputTensor(tensor.name, tensor.shape, tensor.type, 1, floats, stored)
 
 
-def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None) -> GgufModel:
+def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name: str) -> GgufModel:
     """The model of a Hugging Face checkpoint under GGUF names; quantized linears are dequantized as they are read, and count as F16.
 
-    Raises InputError for a model that GGUF cannot say, and for such a tokenizer.
+    ``name`` is what it is called where ``config.json`` does not say. Raises InputError for a model that GGUF cannot say, and for such a tokenizer.
     """
     spec = spec_for(checkpoint.config)
     plan = export_plan(checkpoint.config, spec, checkpoint.tensors)
     architecture = str(plan.metadata["general.architecture"].value)
     metadata = {**plan.metadata, **tokenizer_metadata(checkpoint.root, checkpoint.config, architecture, pre_tokenizer)}
-    metadata.setdefault("general.name", text(checkpoint.root.resolve().name))
+    metadata.setdefault("general.name", text(name))
     reader = _FloatReader(checkpoint, quantized_linears(checkpoint))
-    return GgufModel(metadata, tuple(_of_checkpoint(tensor, reader) for tensor in plan.tensors), plan.notes)
+    return GgufModel(metadata, tuple(_of_checkpoint(tensor, reader) for tensor in plan.tensors), checkpoint.nbytes, plan.notes)
 
 
 def exported_modules(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -213,8 +222,6 @@ def planned(model: GgufModel, choices: Mapping[str, Choice]) -> tuple[PlannedTen
 
 def cpu_encoder(values: Floats, kind: str, importance: Floats | None) -> bytes:
     """Rows as blocks, on the thread that asks."""
-    from quantkit.ops.ggml.encode import encode
-
     return encode(np.ascontiguousarray(values), kind, importance).tobytes()
 
 
@@ -295,8 +302,8 @@ def _encoded(tensor: InputTensor, rows: range, kind: str, importance: Floats | N
     matrix = rows.start // tensor.shape[-2] if len(tensor.shape) > 1 else 0
     try:
         return encoder(values, kind, None if importance is None else importance[matrix])
-    except InputError as exc:
-        raise InputError(f"{tensor.name}, rows {rows.start} to {rows.stop - 1}: {exc.where}", exc.what, exc.expected, exc.hint) from exc
+    except RowRefused as exc:
+        raise RowRefused(f"{tensor.name} as {kind}", rows.start + exc.row, finite=exc.finite) from exc
 
 
 def _as_floats(tensor: InputTensor, rows: range, values: Floats, kind: str) -> bytes:
@@ -312,9 +319,9 @@ def _as_floats(tensor: InputTensor, rows: range, values: Floats, kind: str) -> b
         narrow = values.astype(np.float16)
     beyond = np.isinf(narrow) & np.isfinite(values)
     if beyond.any():
-        row = rows.start + int(np.argmax(beyond.any(axis=1)))
-        worst = float(np.abs(values[np.isfinite(values)]).max())
-        raise InputError(tensor.name, f"holds {worst:g} in row {row}, which float16 cannot", "values up to 65504", "bf16 has the range")
+        first = tuple(np.argwhere(beyond)[0])
+        what = f"holds {values[first]:g} in row {rows.start + first[0]}, which float16 cannot"
+        raise InputError(tensor.name, what, "values up to 65504", "bf16 has the range")
     return narrow.tobytes()
 
 

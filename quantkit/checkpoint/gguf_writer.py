@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +191,14 @@ class GgufWriter:
         own = {WRITTEN: {"parts": len(self._parts), "headers": headers}}
         self._identity: dict[str, Any] = json.loads(json.dumps({**identity, **own}, allow_nan=False))
         self._held = ExitStack()
-        self._buffer = bytearray()
+        self._disk = ThreadPoolExecutor(1)
+        self._storing: Future[None] | None = None
+        """The batch that is on its way to the disk; one at most, so two are in memory."""
+        self._batch: list[ReadableBuffer] = []
+        self._batch_bytes = 0
         self._begun: int | None = None
         self._at = 0
-        """How much of the part in hand is on the disk."""
+        """How much of the part in hand is on the disk, or on its way there."""
         self._hashes: list[str] = []
         """Of the tensors that were written, committed or not."""
         self._committed, self._length, self._publishing = 0, 0, False
@@ -210,6 +215,7 @@ class GgufWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._disk.shutdown()
         self._held.close()
 
     def _final(self, part: _Part) -> Path:
@@ -333,7 +339,7 @@ class GgufWriter:
         return frozenset(place.tensor.name for place in self._places[: self._committed])
 
     def write(self, name: str, chunks: Iterable[ReadableBuffer]) -> None:
-        """Write the next tensor, ``name``, from C-contiguous buffers that are consumed one at a time; they are its exact bytes.
+        """Write the next tensor, ``name``, from C-contiguous buffers, which must not change after; together they are its exact bytes.
 
         Raises MachineError when the disk is full. What ``chunks`` raises ends the writer: only a resumed one goes on.
         """
@@ -342,7 +348,7 @@ class GgufWriter:
         if self._begun != place.part:
             self._commit()
             self._begin(place.part)
-        assert self._at + len(self._buffer) == place.begin, "a tensor before this one was not written whole"
+        assert self._at + self._batch_bytes == place.begin, "a tensor before this one was not written whole"
         digest, left = hashlib.sha256(), tensor_bytes(place.tensor.type, place.tensor.shape)
         padding = bytes(place.end - place.begin - left)
         for chunk in chunks:
@@ -362,30 +368,45 @@ class GgufWriter:
             self._commit()
 
     def _begin(self, number: int) -> None:
+        self._settle()
         part = self._parts[number]
         fs.write_bytes(self.partial / part.name, part.header)
         self._begun, self._at = number, len(part.header)
 
     def _put(self, view: memoryview) -> None:
-        for start in range(0, view.nbytes, BATCH_BYTES):
-            self._buffer += view[start : start + BATCH_BYTES]
-            if len(self._buffer) >= BATCH_BYTES:
-                self._flush()
+        self._batch.append(view)
+        self._batch_bytes += view.nbytes
+        if self._batch_bytes >= BATCH_BYTES:
+            self._flush(b"")
 
-    def _flush(self) -> None:
-        if self._buffer:
-            assert self._begun is not None
-            self._at = fs.append(self.partial / self._parts[self._begun].name, self._buffer, at=self._at)
-            self._buffer.clear()
+    def _flush(self, lines: bytes) -> None:
+        """Send the batch to the disk, and ``lines`` of the journal after it; the batch before it is there when this returns."""
+        self._settle()
+        batch, at, begun, length = self._batch, self._at, self._begun, self._length
+        self._batch, self._at, self._length = [], at + self._batch_bytes, length + len(lines)
+        self._batch_bytes = 0
+
+        def store() -> None:
+            if batch:
+                assert begun is not None
+                fs.append(self.partial / self._parts[begun].name, *batch, at=at)
+            if lines:
+                fs.append(self.partial / JOURNAL, lines, at=length)
+
+        self._storing = self._disk.submit(store)
+
+    def _settle(self) -> None:
+        """Wait for the disk. Raises what it said."""
+        if self._storing is not None:
+            storing, self._storing = self._storing, None
+            storing.result()
 
     def _commit(self) -> None:
-        """Make the tensors written so far survive a kill."""
-        self._flush()
+        """Make the tensors written so far survive a kill, once the disk has them."""
         names = [place.tensor.name for place in self._places[self._committed : len(self._hashes)]]
         if names:
             pairs = zip(names, self._hashes[self._committed :], strict=True)
-            lines = b"".join(log.encode_line({"tensor": name, "sha256": sha256}) for name, sha256 in pairs)
-            self._length = fs.append(self.partial / JOURNAL, lines, at=self._length)
+            self._flush(b"".join(log.encode_line({"tensor": name, "sha256": sha256}) for name, sha256 in pairs))
             self._committed = len(self._hashes)
 
     def publish(self) -> tuple[tuple[Path, int], ...]:
@@ -395,6 +416,7 @@ class GgufWriter:
         """
         assert len(self._hashes) == len(self._places), "not every tensor was written"
         self._commit()
+        self._settle()
         if not self._publishing:
             if not self._places:
                 self._begin(0)

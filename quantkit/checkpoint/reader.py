@@ -105,6 +105,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     gguf: GgufSource | BlockSource | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors as they are stored."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
     def dtype(self, name: str) -> str:
         """The safetensors dtype of what ``read`` returns: of GGUF blocks, F32."""
         return self.gguf.dtype(name) if self.gguf is not None else self.tensors[name].dtype

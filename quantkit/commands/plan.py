@@ -248,7 +248,8 @@ def _next_steps(options: PlanOptions, model: _Model) -> tuple[str, ...]:
         how = ("--method", options.method, "--group-size", str(options.group_size))
         return (next_step("quantize", options.path, "OUT", *how), next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
     if model.kind == "gguf":
-        return (next_step("convert", options.path, "OUT"), next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
+        keep = next_step("convert", options.path, "OUT", "--to", "blocks")
+        return (next_step("serve", options.path, "--tp", str(options.tp)), keep, next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
     return (next_step("shard", options.path, "SHARDS", "--tp", str(options.tp)),)
 
 

@@ -96,7 +96,6 @@ class _Plan:
     metadata: Mapping[str, Value]
     importance: Mapping[str, Floats]
     imatrix: Imatrix | None
-    bytes_before: int
 
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
@@ -171,7 +170,7 @@ def block_assignment(options: GgufOptions, spec: ModelSpec, method: str) -> dict
     Raises InputError for a model or a mixture that GGUF cannot hold.
     """
     checkpoint = open_checkpoint(options.path)
-    model = model_of_checkpoint(checkpoint, options.choices.pre_tokenizer)
+    model = model_of_checkpoint(checkpoint, options.choices.pre_tokenizer, _name(options))
     _, choices = _choices(options, model, importance=True)
     modules = {module: choices[name].type for name, modules in exported_modules(checkpoint).items() for module in modules}
     assignment = dict.fromkeys(spec.all_linears(), KEEP)
@@ -187,8 +186,7 @@ def _plan(options: GgufOptions) -> _Plan:
     imatrix = None if options.choices.imatrix is None else read_imatrix(options.choices.imatrix)
     model, fingerprint = _source(options, root)
     file_type, choices = _choices(options, model, importance=options.weighed or imatrix is not None)
-    # A copy of a GGUF file is of the type that it was.
-    kept = {key: value for key, value in model.metadata.items() if options.type == AUTO and key == FILE_TYPE}
+    kept = model.metadata if options.type == AUTO else {}  # a copy of a GGUF file is of the type that it was
     plan = _Plan(
         options,
         root,
@@ -199,7 +197,6 @@ def _plan(options: GgufOptions) -> _Plan:
         final_metadata(model, file_type, {**_imatrix_keys(options.choices.imatrix, imatrix), **kept}),
         {} if imatrix is None else _importance(options.choices.imatrix, imatrix, model, choices),
         imatrix,
-        _bytes(model if options.origin is None else _source(replace(options, path=options.origin), resolve_path(options.origin))[0]),
     )
     if plan.requantized and not options.choices.allow_requantize:
         first = next(t for t in model.tensors if t.name == plan.requantized[0])
@@ -208,16 +205,16 @@ def _plan(options: GgufOptions) -> _Plan:
     return plan
 
 
-def _bytes(model: GgufModel) -> int:
-    """Of all tensors as the source stores them."""
-    return sum(tensor_bytes(tensor.type, tensor.shape) for tensor in model.tensors)
+def _name(options: GgufOptions) -> str:
+    """Of the directory or file that the model came in, for want of a better one."""
+    return resolve_path(options.origin or options.path).resolve().name
 
 
 def _source(options: GgufOptions, root: Path) -> tuple[GgufModel, Callable[[], Any]]:
     """The model, and what tells its bytes from others."""
     if root.is_dir():
         checkpoint = open_checkpoint(options.path)
-        return model_of_checkpoint(checkpoint, options.choices.pre_tokenizer), checkpoint.fingerprint
+        return model_of_checkpoint(checkpoint, options.choices.pre_tokenizer, _name(options)), checkpoint.fingerprint
     if options.choices.pre_tokenizer is not None:
         raise InputError("--pre-tokenizer", "was given, and the source is a GGUF file, which has its own", "no --pre-tokenizer")
     file = read_gguf(root)
@@ -261,7 +258,7 @@ def _imatrix_keys(path: Path | None, imatrix: Imatrix | None) -> dict[str, Value
 
 
 def _importance(path: Path | None, imatrix: Imatrix, model: GgufModel, choices: Mapping[str, Choice]) -> dict[str, Floats]:
-    """The importance of each tensor's columns, where the type that it gets can use it."""
+    """The importance of each tensor's columns, where the type that it gets can use it. Raises InputError when none can."""
     found = {}
     for tensor in model.tensors:
         if choices[tensor.name].type in FLOAT_TYPES or choices[tensor.name].type == tensor.type:
@@ -269,6 +266,8 @@ def _importance(path: Path | None, imatrix: Imatrix, model: GgufModel, choices: 
         importance = importance_for(imatrix, tensor.name, tensor.matrices, tensor.columns, str(path))
         if importance is not None:
             found[tensor.name] = np.ascontiguousarray(importance, np.float32)
+    if not found:
+        raise InputError(str(path), "has nothing on any tensor that is quantized here", "the matrix of this model, and a quantized type")
     return found
 
 
@@ -294,10 +293,13 @@ def _encoder(name: str) -> tuple[Encoder, str]:
         raise InputError("--device", f"{name!r} is unknown", "auto, cpu or cuda")
     import torch
 
+    from quantkit.ops.cuda_library import load_library
     from quantkit.ops.ggml.cuda import available
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", "cuda was asked for, and torch sees no GPU", "--device cpu, or a machine with a GPU")
+    if name == "cuda":
+        load_library()  # what is not built is told before anything is written
     if name == "cuda" or (torch.cuda.is_available() and available()):
         return cuda_encoder, torch.cuda.get_device_name()
     return cpu_encoder, "cpu"
@@ -326,7 +328,7 @@ def _by_type(plan: _Plan) -> Table:
 def _totals(plan: _Plan) -> tuple[int, int, int]:
     """Weights, their bytes as stored by the source, and as written."""
     weights = sum(int(np.prod(t.shape, dtype=np.int64)) for t in plan.model.tensors)
-    before = plan.bytes_before
+    before = plan.model.nbytes if plan.options.origin is None else open_checkpoint(plan.options.origin).nbytes
     after = sum(tensor_bytes(plan.choices[t.name].type, t.shape) for t in plan.model.tensors)
     return weights, before, after
 

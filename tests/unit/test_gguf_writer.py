@@ -284,7 +284,11 @@ def test_a_long_tensor_goes_to_the_disk_in_pieces(tmp_path: Path, monkeypatch: p
     out = tmp_path / "m.gguf"
     sizes: list[int] = []
     append = gguf_writer.fs.append
-    monkeypatch.setattr(gguf_writer.fs, "append", lambda path, data, *, at: (sizes.append(len(data)), append(path, data, at=at))[1])
+    monkeypatch.setattr(
+        gguf_writer.fs,
+        "append",
+        lambda path, *data, at: (sizes.append(sum(memoryview(one).nbytes for one in data)), append(path, *data, at=at))[1],
+    )
 
     def breaks() -> Iterator[bytes]:
         yield data_of(TENSORS[2])[:200]

@@ -109,7 +109,7 @@ def test_every_tensor_is_what_the_encoder_makes_of_it(tmp_path: Path, small: Pat
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", ["q4_k_m", "f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", ["q4_k_s", "f32", "f16", "bf16"])
 def test_floats_of_every_dtype(tmp_path: Path, stored: torch.dtype, kind: str) -> None:
     def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -121,7 +121,7 @@ def test_floats_of_every_dtype(tmp_path: Path, stored: torch.dtype, kind: str) -
     done = made(source, tmp_path / "out.gguf", kind)
     assert_encoded(tmp_path / "out.gguf", values_of(source))
     matrices = {t.type for t in read_gguf(tmp_path / "out.gguf").tensors.values() if len(t.shape) > 1}
-    assert matrices == {kind.upper()} if kind != "q4_k_m" else matrices <= {"Q4_K", "Q6_K"}
+    assert matrices == {kind.upper()} if kind != "q4_k_s" else matrices == {"Q4_K", "Q5_K", "Q6_K"}
     assert done.data["bytes_before"] == sum(v.nbytes for v in load_file(source / "model.safetensors").values())
 
 
@@ -156,10 +156,10 @@ def test_rows_that_no_type_divides_get_another_and_are_told(tmp_path: Path) -> N
     types = {name: kind for name, (kind, _) in blocks_of(tmp_path / "out.gguf").items()}
     assert types["blk.0.attn_q.weight"] == "Q5_0" and types["blk.0.ffn_gate.weight"] == "Q5_0"
     assert types["blk.0.ffn_down.weight"] in ("Q4_K", "Q6_K")
-    count = sum(kind in ("Q5_0", "Q8_0") for kind in types.values())
+    count = sum(kind in ("Q5_0", "Q8_0") for name, kind in types.items() if name != "output.weight")  # which its rule makes Q8_0
     assert done.data["fallbacks"] == count > 0
     assert any(f"{count} tensors have rows that their type does not divide" in warning for warning in done.warnings)
-    assert_encoded(tmp_path / "out.gguf", values_of_family(source))
+    assert_encoded(tmp_path / "out.gguf", values_of(source))
 
 
 def random_model(root: Path, config: Mapping[str, Any]) -> Path:
@@ -171,11 +171,6 @@ def random_model(root: Path, config: Mapping[str, Any]) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODELS / "llama" / file, root / file)
     return root
-
-
-def values_of_family(root: Path) -> dict[str, NDArray[np.float32]]:
-    """As ``values_of``, for heads that are not as wide as the model."""
-    return values_of(root)
 
 
 # experts
@@ -395,7 +390,7 @@ def test_a_split_model_has_the_same_tensors(tmp_path: Path, small: Path) -> None
     assert blocks_of(parts[0]) == blocks_of(tmp_path / "whole.gguf")
 
 
-@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("threads", [1, 8])
 def test_threads_and_slabs_do_not_change_a_byte(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     made(small, tmp_path / "usual.gguf")
     monkeypatch.setattr(quantize_gguf, "cores", lambda: threads)
@@ -414,7 +409,7 @@ def test_experts_in_slabs(tmp_path: Path, experts: Path, monkeypatch: pytest.Mon
 # ending early
 
 
-@pytest.mark.parametrize("at", [0, 1, 9, 19])
+@pytest.mark.parametrize("at", [0, 9, 19])
 def test_a_run_that_was_ended_goes_on_to_the_same_bytes(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     made(small, tmp_path / "whole.gguf")
     write, count = GgufWriter.write, 0
@@ -566,8 +561,7 @@ def test_a_gpu_without_its_kernels_is_told_before_anything_is_written(
     tmp_path: Path, small: Path, nothing_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("quantkit.ops.ggml.cuda.available", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(MachineError, match="kernels"):
         run(QuantizeOptions(path=str(small), out=tmp_path / "out.gguf", method="gguf", device="cuda"))
 
@@ -616,9 +610,10 @@ def test_float16_names_the_value_of_the_row_that_it_names(tmp_path: Path) -> Non
 
 def test_what_is_not_a_number_stays_so_in_floats(tmp_path: Path) -> None:
     source = spoiled(tmp_path / "model", "model.layers.1.mlp.down_proj.weight", 4, float("nan"))
-    for kind in ("f32", "f16", "bf16"):
+    for kind, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
         made(source, tmp_path / f"{kind}.gguf", kind)
-        assert_encoded(tmp_path / f"{kind}.gguf", values_of(source))
+        stored = torch.frombuffer(bytearray(blocks_of(tmp_path / f"{kind}.gguf")["blk.1.ffn_down.weight"][1]), dtype=dtype)
+        assert stored.view(256, 512).isnan().nonzero().tolist() == [[4, 3]]
 
 
 # odd files

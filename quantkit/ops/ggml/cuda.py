@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import InputError, MachineError
 from quantkit.ops.cuda_library import HINT, find_library, load_library
-from quantkit.ops.ggml.encode import BLOCKS, Bytes, Floats
+from quantkit.ops.ggml.encode import BLOCKS, Bytes, Floats, RowRefused
 
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = (ctypes.c_char_p, _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)
@@ -54,8 +54,7 @@ def encode_cuda(values: Tensor, kind: str, importance: Tensor | None = None) -> 
 
     ``values``: float32 [rows, columns] on a GPU, contiguous, finite. ``kind``: a key of ``BLOCKS``. ``importance``: float32 [columns] on
     the same GPU, finite and not negative. Returns uint8 [rows, columns // elements * bytes] there, finished; no other memory of the values'
-    size is taken. Raises ``InputError`` for any other input, and where a block's scale does not fit in float16; ``MachineError`` when the
-    kernels are not built or do not run.
+    size is taken. Raises ``InputError`` and ``RowRefused`` as ``encode``; ``MachineError`` when the kernels are not built or do not run.
     """
     if kind not in BLOCKS:
         raise InputError(kind, "unknown block type", f"one of {', '.join(BLOCKS)}")
@@ -84,9 +83,9 @@ def encode_cuda(values: Tensor, kind: str, importance: Tensor | None = None) -> 
     if importance is not None and not fine:
         raise InputError("importance", "has a value that is negative or not finite", "finite values, 0 or more")
     if not_finite < rows:
-        raise InputError(where, f"row {not_finite} is not finite", "finite values")
+        raise RowRefused(where, not_finite, finite=False)
     if infinite < rows:
-        raise InputError(where, f"the scale of a block of row {infinite} does not fit in float16", "smaller values or importance")
+        raise RowRefused(where, infinite, finite=True)
     return out
 
 

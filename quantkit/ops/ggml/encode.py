@@ -55,6 +55,15 @@ _HALVES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 """Kind -> offsets of the float16 scales in a block."""
 
 
+class RowRefused(InputError):
+    """A row that its type cannot hold. ``finite``: its values are numbers, and too large."""
+
+    def __init__(self, where: str, row: int, *, finite: bool) -> None:
+        self.row, self.finite = row, finite
+        what = f"the scale of a block of row {row} does not fit in float16" if finite else f"row {row} is not finite"
+        super().__init__(where, what, "smaller values or importance" if finite else "finite values")
+
+
 Encoder = Callable[[Floats, Floats, Bytes], int]
 """Fills a part of the answer; gives its first block that has a value which is not finite or a scale beyond float16, -1 if none has."""
 
@@ -102,8 +111,8 @@ def encode(values: Floats, kind: str, importance: Floats | None = None, threads:
 
     ``values``: float32 [rows, columns], C-contiguous, finite. ``kind``: a key of ``BLOCKS``. ``importance``: float32 [columns], finite and
     not negative; Q8_0 rounds each element alone, so it comes out the same with any. ``threads`` share the rows; their number does not
-    change a byte. Returns uint8 [rows, columns // elements * bytes]. Raises ``InputError`` for any other input, and where a block's
-    scale does not fit in float16; ``MachineError`` without numba.
+    change a byte. Returns uint8 [rows, columns // elements * bytes]. Raises ``InputError`` for any other input, ``RowRefused`` for values
+    that are not finite or whose scale does not fit in float16; ``MachineError`` without numba.
     """
     if kind not in BLOCKS:
         raise InputError(kind, "unknown block type", f"one of {', '.join(BLOCKS)}")
@@ -140,8 +149,6 @@ def encode(values: Floats, kind: str, importance: Floats | None = None, threads:
         with ThreadPoolExecutor(len(parts)) as pool:
             found = [task.result() for task in [pool.submit(part, *span) for span in parts]]
     bad = next((row for row in found if row >= 0), None)
-    if bad is not None and not np.isfinite(values[bad]).all():
-        raise InputError(f"{kind} values", f"row {bad} is not finite", "finite values")
     if bad is not None:
-        raise InputError(f"{kind} values", f"the scale of a block of row {bad} does not fit in float16", "smaller values or importance")
+        raise RowRefused(f"{kind} values", bad, finite=bool(np.isfinite(values[bad]).all()))
     return out
