@@ -30,7 +30,7 @@ from quantkit.formats.gguf import GgufFile, GgufTensor, Value, row_bytes, text, 
 from quantkit.mixtures import Choice, FileType, ModelFacts
 from quantkit.ops.ggml.encode import RowRefused, encode
 from quantkit.progress import Progress, silent
-from quantkit.text.gguf_vocabulary import tokenizer_metadata
+from quantkit.text.gguf_vocabulary import gguf_vocabulary
 from quantkit.transcode import QuantizedLinear, dense_weight, quantized_linears
 
 Floats = NDArray[np.float32]
@@ -143,7 +143,8 @@ def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name:
     spec = spec_for(checkpoint.config)
     plan = export_plan(checkpoint.config, spec, checkpoint.tensors)
     architecture = str(plan.metadata["general.architecture"].value)
-    metadata = {**plan.metadata, **tokenizer_metadata(checkpoint.root, checkpoint.config, architecture, pre_tokenizer)}
+    vocabulary = gguf_vocabulary(checkpoint.root, checkpoint.config, architecture, pre_tokenizer)
+    metadata = {**plan.metadata, **vocabulary.metadata}
     metadata.setdefault("general.name", text(name))
     reader = _FloatReader(checkpoint, quantized_linears(checkpoint))
     return GgufModel(metadata, tuple(_of_checkpoint(tensor, reader) for tensor in plan.tensors), checkpoint.nbytes, plan.notes)

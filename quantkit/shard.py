@@ -99,7 +99,7 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     """
     where = checkpoint.root.name
     if checkpoint.kind != "hf":
-        raise InputError(where, "is a GGUF file", "a checkpoint directory", "quantkit convert makes one")
+        raise InputError(where, "is a GGUF file", "a checkpoint directory", "quantkit convert --to blocks makes one of its blocks")
     in_files = {name for path in {ref.file for ref in checkpoint.tensors.values()} for name in read_header(path).entries}
     if renamed := sorted(set(checkpoint.tensors) - in_files):
         what = f"holds {renamed[0]} under another name or stacked with others"

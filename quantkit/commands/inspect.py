@@ -204,7 +204,7 @@ def _linears(tensors: Mapping[str, TensorRef], spec: ModelSpec, assignment: Assi
             continue
         n, k = spec.stored_shape(roles[name][0]) if name in roles else (spec.dims["vocab"].elements, spec.dims["hidden"].elements)
         bits = round(8 * geometry_of(scheme, n, k, dtype="F16").total_bytes / (n * k), 4)
-        label = scheme.code if scheme.layout == "bnb4" else f"{scheme.layout}, {scheme.bits} bits"
+        label = scheme.code or f"{scheme.layout}, {scheme.bits} bits"
         label += " (embedding)" * (name == spec.architecture.embedding)
         found.append(_Stored(label, bits, k if scheme.group_size == -1 else scheme.group_size))
     return dict(Counter(found))

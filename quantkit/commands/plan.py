@@ -249,7 +249,11 @@ def _next_steps(options: PlanOptions, model: _Model) -> tuple[str, ...]:
         return (next_step("quantize", options.path, "OUT", *how), next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
     if model.kind == "gguf":
         keep = next_step("convert", options.path, "OUT", "--to", "blocks")
-        return (next_step("serve", options.path, "--tp", str(options.tp)), keep, next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)))
+        return (
+            next_step("serve", options.path, "--tp", str(options.tp)),
+            keep,
+            next_step("shard", "OUT", "SHARDS", "--tp", str(options.tp)),
+        )
     return (next_step("shard", options.path, "SHARDS", "--tp", str(options.tp)),)
 
 

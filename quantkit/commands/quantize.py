@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.checkpoint.journal import changed_field
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest
 from quantkit.commands import quantize_gguf
 from quantkit.commands.assign import artifact_bytes, assign, check_recipe, float_dtype
 from quantkit.commands.quantize_gguf import DEFAULT_TYPE, GgufChoices, GgufOptions
 from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report, dry_run_report
 from quantkit.convert import GGUF_DTYPE
 from quantkit.errors import InputError, MachineError
+from quantkit.geometry import GGML_BLOCKS
 from quantkit.mixtures import FILE_TYPES
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, quantization_config
@@ -297,35 +300,44 @@ BLOCK_METHODS = ("awq", "gptq")
 """Methods that make ggml's blocks: an artifact of blocks, which is then written as a GGUF file."""
 
 
+def _block_method(options: QuantizeOptions, names: tuple[str, ...]) -> str:
+    """The method that makes blocks for a GGUF file. Raises InputError where it cannot, and for options that say nothing of blocks."""
+    form, method = str(options.format), names[0]
+    if len(names) > 1 or method not in BLOCK_METHODS or FILE_TYPES[form.lower()].default not in GGML_BLOCKS:
+        expected = f"a quantized type with one method of {', '.join(BLOCK_METHODS)}, or --method gguf --type {form}"
+        raise InputError("--format", f"is {form} with method {', '.join(names)}", expected)
+    for name in ("type", "imatrix"):
+        if getattr(options.gguf, name) is not None:
+            what = f"was given with --format {form}" + ("" if name == "type" else f", and {method} gathers its own statistics")
+            raise InputError(_flag(name), what, f"no {_flag(name)}")
+    given = effective_recipe(replace(options, format=None), method)
+    for field, option in (("bits", "bits"), ("group_size", "group_size"), ("sym", "sym"), ("format", None), ("overrides", "override")):
+        if getattr(given, field) not in (None, []):
+            said = option is not None and getattr(options, option) not in (None, ())
+            where = _flag(option) if said and option is not None else f"--recipe {options.recipe}: {field}"
+            raise InputError(where, f"was given with --format {form}", "--tensor-type PATTERN=TYPE for some tensors")
+    return method
+
+
 def _quantize_blocks(options: QuantizeOptions, names: tuple[str, ...], known: Mapping[str, Method], progress: Progress) -> Report:
     """``--method awq --format q4_k_m``: the linears of the blocks by the method, in the types of the mixture; the rest as method gguf does.
 
     The artifact in between lies beside OUT until the file is there, and is what ``--resume`` goes on from.
     """
-    assert options.format is not None
-    if len(names) > 1 or names[0] not in BLOCK_METHODS:
-        expected = f"one method of {', '.join(BLOCK_METHODS)}, or --method gguf --type {options.format}"
-        raise InputError("--format", f"is {options.format} with method {', '.join(names)}", expected)
-    for name in ("bits", "group_size", "sym", "override"):
-        if getattr(options, name) not in (None, ()):
-            raise InputError(_flag(name), f"was given with --format {options.format}", "--tensor-type PATTERN=TYPE for some tensors")
-    for name in ("type", "imatrix"):
-        if getattr(options.gguf, name) is not None:
-            what = f"was given with --format {options.format}" + ("" if name == "type" else f", and {names[0]} gathers its own statistics")
-            raise InputError(_flag(name), what, f"no {_flag(name)}")
-    method = names[0]
-    recipe = effective_recipe(replace(options, format=None), method)
-    quantizers = {method: known[method].factory(recipe.options)}
+    method, form = _block_method(options, names), str(options.format).lower()
     checkpoint = open_checkpoint(options.path)
+    if checkpoint.kind != "hf":
+        hint = f"quantkit convert {options.path} FLOATS makes one"
+        raise InputError(options.path, "is a GGUF file", f"a directory, for --format {form} with method {method}", hint)
     spec = spec_for(checkpoint.config)
     _check_source(checkpoint, spec)
+    recipe = effective_recipe(replace(options, format=None), method, spec.max_positions)
     between = options.out.with_name(f"{options.out.name}.blocks")
     target = GgufOptions(
-        str(between),
+        options.path,
         options.out,
-        options.format.lower(),
+        form,
         options.gguf,
-        origin=options.path,
         weighed=True,
         device=options.device,
         max_part_bytes=options.max_shard_size,
@@ -333,11 +345,11 @@ def _quantize_blocks(options: QuantizeOptions, names: tuple[str, ...], known: Ma
         overwrite=options.overwrite,
         dry_run=options.dry_run,
     )
+    quantizers = {method: known[method].factory(recipe.options)}
     if options.dry_run:
-        return quantize_gguf.run(replace(target, path=options.path, origin=None), progress)
+        return _by_method(quantize_gguf.run(target, progress), method, None)
     quantize_gguf.refuse_out(target, checkpoint.root)
-    recipe = effective_recipe(replace(options, format=None), method, spec.max_positions)
-    assignment = quantize_gguf.block_assignment(replace(target, path=options.path, origin=None), spec, method)
+    assignment = quantize_gguf.block_assignment(target, spec, method)
     plan = ArtifactPlan(
         recipe,
         between,
@@ -346,19 +358,36 @@ def _quantize_blocks(options: QuantizeOptions, names: tuple[str, ...], known: Ma
         quantization_config(assignment, spec.architecture.head, spec.architecture.embedding),
         *artifact_bytes(checkpoint, spec, assignment),
     )
-    made = None
-    if not (options.resume and _is_finished(between)):
-        made = _quantize(Run(replace(options, out=between), checkpoint, spec, {method: plan}), progress)
-    report = quantize_gguf.run(target, progress)
+    work = Run(replace(options, out=between), checkpoint, spec, {method: plan})
+    finished = options.resume and _is_finished(between)
+    if finished:
+        _refuse_other_work(work, plan, progress)
+    made = None if finished else _quantize(work, progress)
+    report = quantize_gguf.run(replace(target, path=str(between), origin=options.path), progress)
     fs.remove_tree(between)
-    if made is None:
-        return report
-    facts = [fact for fact in made.facts if fact[0] == "calibrated on"]
+    return _by_method(report, method, made)
+
+
+def _refuse_other_work(work: Run, plan: ArtifactPlan, progress: Progress) -> None:
+    """Raise InputError, naming the field, when the artifact that is there was made from other inputs than those of ``work``."""
+    calibration = _calibration(plan.recipe, work.checkpoint, _device(work.options.device), progress) if plan.calibrated else None
+    facts = _identity(replace(work, calibration=calibration), plan, work.checkpoint.fingerprint())
+    now = json.loads(json.dumps({**facts, "assignment": assignment_to_json(plan.assignment)}))
+    then = read_manifest(plan.out) or {}
+    if changed := changed_field({key: then.get(key) for key in now}, now):
+        field, before, after = changed
+        hint = "run as before to continue, or --overwrite to start over"
+        raise InputError(f"{plan.out}: {field}", f"was {before!r:.200} when it was made and is {after!r:.200} now", "no change", hint)
+
+
+def _by_method(report: Report, method: str, made: Report | None) -> Report:
+    """The report of a GGUF file whose blocks ``method`` made, with what ``made`` says of that."""
+    calibrated = [] if made is None else [fact for fact in made.facts if fact[0] == "calibrated on"]
     return replace(
         report,
-        data={**report.data, "method": method, "calibrated": made.data},
-        facts=(("method", method), *facts, *report.facts),
-        warnings=(*report.warnings, *made.warnings),
+        data={**report.data, "method": method, **({} if made is None else {"calibrated": made.data})},
+        facts=(("method", method), *calibrated, *report.facts),
+        warnings=(*report.warnings, *(made.warnings if made else ())),
     )
 
 

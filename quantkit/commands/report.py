@@ -71,7 +71,7 @@ class Measured:
 def _label(checkpoint: Checkpoint) -> str:
     """What made the model, in words: the method of its manifest (rounding is written in AWQ's format too), bits and group."""
     quant = checkpoint.config.get("quantization_config")
-    if checkpoint.kind == "gguf" or not isinstance(quant, dict):
+    if not isinstance(quant, dict):
         return "GGUF" if checkpoint.kind == "gguf" else "unquantized"
     manifest = read_manifest(checkpoint.root) or {}
     name = str(manifest.get("method") or quant.get("quant_method"))
@@ -79,6 +79,8 @@ def _label(checkpoint: Checkpoint) -> str:
     schemes = [s for s in stored_assignment(checkpoint.config, spec, checkpoint.tensors).values() if not is_kept(s)]
     if not schemes:
         return name
+    if all(s.layout == "ggml" for s in schemes):
+        return f"GGUF {'/'.join(sorted({s.code for s in schemes}))}"
     bits, groups = sorted({s.bits for s in schemes}), sorted({s.group_size for s in schemes})
     shown = "/".join("row" if g == -1 else str(g) for g in groups)
     return f"{name} {'/'.join(map(str, bits))}-bit g{shown}"
@@ -175,7 +177,7 @@ def _baseline(options: ReportOptions) -> dict[str, float]:
         if not 1 <= ppl < math.inf:  # a perplexity that no model has would let every artifact through, or none
             raise InputError(str(options.baseline), f"says that the perplexity of {method!r:.100} is {ppl}", "a number from 1 on")
     for artifact in options.artifacts:
-        method = _label(open_checkpoint(artifact))
+        method = _label(as_blocks(open_checkpoint(artifact)))
         if method not in found:
             raise InputError(
                 str(options.baseline), f"has no {method}, as {artifact} is", f"one of {', '.join(found)}" if found else "a report of it"
@@ -206,7 +208,8 @@ def _divergence_data(model: Measured) -> dict[str, Any]:
     if found is None:
         return {}
     names = ("mean", "error", "median", "p99", "p999", "maximum", "rms_change", "same_top")
-    return {"kld": {name: getattr(found, name) for name in names}}
+    values = {name: float(getattr(found, name)) for name in names}
+    return {"kld": {name: value if math.isfinite(value) else None for name, value in values.items()}}
 
 
 def _divergence_table(models: Sequence[Measured]) -> tuple[Table, ...]:

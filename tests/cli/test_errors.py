@@ -35,6 +35,7 @@ USAGE = {
     "quiet and verbose": ["version", "--quiet", "--verbose"],
     "no command": ["--json"],
     "list-methods with a command": ["--list-methods", "version"],
+    "divergence below zero": ["report", "{model}", "{model}", "--max-kld", "-1"],
 }
 INPUT = {
     "missing path": ["plan", "{tmp}/nowhere", "--tp", "2"],
@@ -63,6 +64,23 @@ INPUT = {
     "percentage or factor": ["report", "{model}", "{model}", "--max-ppl-increase", "5"],
     "no percentage": ["report", "{model}", "{model}", "--max-ppl-increase", "much"],
     "plan for groups of zero": ["plan", "{model}", "--tp", "2", "--method", "awq", "--group-size", "0"],
+    "gguf by another name": ["quantize", "{model}", "{out}", "--method", "gguf"],
+    "gguf beside a method": ["quantize", "{model}", "{out}.gguf", "--method", "gguf,awq"],
+    "gguf of bits": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--bits", "4"],
+    "gguf of an unknown type": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--type", "q4"],
+    "gguf without a matrix": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--type", "q2_k_s"],
+    "gguf with a matrix that is none": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--imatrix", "{tmp}/empty/notes.txt"],
+    "tensor type that is no pair": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--tensor-type", "ffn_down"],
+    "tensor type of no tensor": ["quantize", "{model}", "{out}.gguf", "--method", "gguf", "--tensor-type", "ffn_dwon=q6_k"],
+    "type without gguf": ["quantize", "{model}", "{out}", "--method", "awq", "--type", "q4_k_m"],
+    "blocks of bits": ["quantize", "{model}", "{out}.gguf", "--method", "awq", "--format", "q4_k_m", "--bits", "4"],
+    "blocks of a method that makes none": ["quantize", "{model}", "{out}.gguf", "--method", "rtn", "--format", "q4_k_m"],
+    "blocks of floats": ["quantize", "{model}", "{out}.gguf", "--method", "awq", "--format", "f16"],
+    "blocks with a matrix": ["quantize", "{model}", "{out}.gguf", "--method", "gptq", "--format", "q4_k_m", "--imatrix", "i.gguf"],
+    "convert to the unknown": ["convert", "{model}", "{out}", "--to", "onnx"],
+    "convert blocks to a dtype": ["convert", "{model}", "{out}", "--to", "blocks", "--dtype", "float16"],
+    "convert to blocks of nothing": ["convert", "{model}", "{out}", "--to", "blocks"],
+    "convert with a pre-tokenizer": ["convert", "{model}", "{out}", "--pre-tokenizer", "gpt-2"],
     "no gpu memory": ["plan", "{model}", "--tp", "2", "--gpu-memory", "lots"],
 }
 
@@ -94,6 +112,7 @@ def places(tmp_path: Path, models: Path) -> dict[str, str]:
 @pytest.mark.parametrize("case", [*USAGE, *INPUT])
 def test_error_text(case: str, places: dict[str, str], quantkit: Run, golden: Callable[[str, str], None]) -> None:
     line = (USAGE | INPUT)[case]
+    before = sorted(Path(places["tmp"]).rglob("*"))
     result = quantkit(*(word.format(**places) for word in line))
     error, *hint = result.err.splitlines()
     assert result.code == 2
@@ -101,7 +120,7 @@ def test_error_text(case: str, places: dict[str, str], quantkit: Run, golden: Ca
     assert error.startswith("error: ")
     assert len(hint) <= 1
     assert all(text.startswith("hint: ") for text in hint)
-    assert not Path(places["out"]).exists()
+    assert sorted(Path(places["tmp"]).rglob("*")) == before, "something was left"
     typed = " ".join(word.format(tmp="TMP", model="MODEL", out="OUT") for word in line)
     shown = result.err.replace(places["tmp"], "TMP").replace(places["model"], "MODEL")
     golden(f"errors/{case.replace(' ', '-')}.txt", f"$ quantkit {typed}\n{shown}")

@@ -20,7 +20,7 @@ from quantkit.cli.app import app
 
 Run = Callable[..., Any]
 
-COMMANDS = ("inspect", "plan", "convert", "quantize", "shard", "unshard", "verify", "serve", "report", "version")
+COMMANDS = ("inspect", "plan", "convert", "quantize", "imatrix", "shard", "unshard", "verify", "serve", "report", "doctor", "version")
 RECIPE = ("recipe show", "recipe validate", "recipe init")
 PAGES = ("", *COMMANDS, "recipe", *RECIPE)
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "rich", "yaml")

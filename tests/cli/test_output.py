@@ -74,6 +74,15 @@ def test_a_check_that_says_no_exits_1_after_its_report(quantkit: Run, models: Pa
     assert re.fullmatch(r"failed: rank \d needs .*\n", result.err)
 
 
+def test_predictions_that_are_too_far_from_the_base_s_exit_1(quantkit: Run, models: Path) -> None:
+    line = ("report", models / "llama", models / "qwen2", "--tokens", "64", "--window", "32", "--json")
+    result = quantkit(*line, "--max-kld", "0.05")
+    assert result.code == 1
+    assert json.loads(result.out)["models"][1]["kld"]["mean"] > 0.05
+    assert re.search(r"^failed: .*qwen2: a mean KL divergence of \d\.\d{4}, expected at most 0\.05\n", result.err, re.MULTILINE)
+    assert quantkit(*line, "--max-kld", "90").code == 0
+
+
 def test_facts_that_a_plan_shows_are_in_its_json(quantkit: Run, models: Path) -> None:
     data = json.loads(quantkit("plan", models / "llama", "--tp", "2", "--json").out)
     assert data["plan"]["tp"] == 2
@@ -85,6 +94,8 @@ def test_list_methods(quantkit: Run) -> None:
     assert {m["name"] for m in methods} >= {"rtn", "awq"}
     assert all(set(m) == {"name", "summary", "formats", "origin"} for m in methods)
     assert {m["origin"] for m in methods if m["name"] in ("rtn", "awq")} == {"built-in"}
+    (gguf,) = (m for m in methods if m["name"] == "gguf")
+    assert {"q4_k_m", "iq4_xs", "f16"} <= set(gguf["formats"]) and gguf["origin"] == "built-in"
     shown = quantkit("--list-methods").out
     assert all(text in shown for m in methods for text in (m["name"], m["summary"], m["origin"]))
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.errors import InputError
+from quantkit.geometry import GGML_BLOCKS, ggml_scheme
 from quantkit.plan import ParallelPlan, block_geometries, equal_split_obstacles, make_plan, rank_memory
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
@@ -42,8 +43,9 @@ def models(draw: st.DrawFn) -> tuple[ModelSpec, Assignment]:
         assignment[name] = KEEP
         if role is not None and draw(st.booleans()):
             k = spec.linear_shape(role)[1]
-            fitting = [size for size in (-1, 8, 32, 64, 128) if size == -1 or k % size == 0]
-            assignment[name] = LinearScheme("awq", "awq", 4, draw(st.sampled_from(fitting)))
+            fitting = [LinearScheme("awq", "awq", 4, size) for size in (-1, 8, 32, 64, 128) if size == -1 or k % size == 0]
+            fitting += [ggml_scheme(kind) for kind in ("Q5_0", "Q4_K", "Q6_K") if k % GGML_BLOCKS[kind].elements == 0]
+            assignment[name] = draw(st.sampled_from(fitting))
     return spec, assignment
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -398,3 +399,20 @@ def test_a_head_in_blocks_is_padded_where_one_of_words_is_refused(llama: Path) -
     assert head_geometry(spec, assignment, dtype="F16").n == 128
     with pytest.raises(InputError, match="no multiple of 64"):
         head_geometry(spec, {**assignment, "lm_head": LinearScheme("rtn", "packed", 4, 64, True)}, dtype="F16")
+
+
+def test_a_directory_whose_configuration_lies_is_refused_before_anything_is_read(llama: Path, tmp_path: Path) -> None:
+    keep(llama, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for kind, what in (
+        ("Q4_K", r"up_proj\.weight: has shape \[1280, 160\], expected \[1280, 144\]"),
+        (None, r"up_proj\.weight: has shape \[1280, 160\], expected \[1280, 256\]"),
+    ):
+        modules = {name: kind if name.endswith("0.mlp.up_proj") else was for name, was in config["quantization_config"]["modules"].items()}
+        told = {name: was for name, was in modules.items() if was is not None}
+        changed = {**config, "quantization_config": {"quant_method": "gguf", "modules": told}}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(changed))
+        checkpoint = open_checkpoint(tmp_path / "out")
+        with pytest.raises(InputError, match=what):
+            load_decoder(checkpoint, dtype=torch.float32)
+        assert any("up_proj" in defect.where for defect in verify(tmp_path / "out", deep=True).defects)

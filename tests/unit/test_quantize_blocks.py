@@ -21,7 +21,7 @@ from quantkit.commands.convert import run as convert
 from quantkit.commands.quantize import QuantizeOptions, run
 from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.errors import InputError
-from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.divergence import divergence
 from quantkit.formats.gguf import read_gguf
 from quantkit.model.load import load_decoder
 from quantkit.report import Report
@@ -31,7 +31,7 @@ from quantkit.text.tokenizer import load_tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ("awq", "gptq")
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 64}
-FAST = {"awq": ("scale_points=3", "duo=false"), "gptq": ("sweeps=1",)}
+FAST = {"awq": ("scale_points=4", "duo=false"), "gptq": ("sweeps=1",)}
 """What is looked for is not the best result."""
 
 
@@ -48,10 +48,11 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def loss(path: Path) -> float:
-    decoder = load_decoder(as_blocks(open_checkpoint(path)), dtype=torch.float32, parity=True)
-    ids = load_tokenizer(MODELS / "llama").encode(builtin_text("calibration"), special=False)[:2048]
-    return perplexity(decoder, ids, window=256, stride=256).value
+def distance(source: Path, path: Path) -> float:
+    """The mean divergence from the source over text that it was calibrated on."""
+    base, model = (load_decoder(as_blocks(open_checkpoint(p)), dtype=torch.float32, parity=True) for p in (source, path))
+    ids = load_tokenizer(source).encode(builtin_text("calibration"), special=False)[:1024]
+    return divergence(base, model, ids, window=256, stride=256).mean
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +84,12 @@ def test_the_file_is_of_the_mixture_and_says_whose_it_is(tmp_path: Path, small: 
     assert ours.metadata["general.name"] == theirs.metadata["general.name"] == "model", "the name of the source, not of what lay between"
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("form", ["q3_k_s", "q4_0"])
-def test_it_is_better_than_plain_blocks(tmp_path: Path, method: str, form: str) -> None:
+def test_it_is_nearer_to_the_model_than_plain_blocks(tmp_path: Path, method: str) -> None:
     source = MODELS / "llama"
-    plain(source, tmp_path / "plain.gguf", form)
-    made(source, tmp_path / "out.gguf", method, form, samples=16, seq_len=128, option=())
-    assert loss(tmp_path / "out.gguf") < loss(tmp_path / "plain.gguf")
-    assert (tmp_path / "out.gguf").stat().st_size == pytest.approx((tmp_path / "plain.gguf").stat().st_size, rel=0.01)
+    plain(source, tmp_path / "plain.gguf", "q4_0")
+    made(source, tmp_path / "out.gguf", method, "q4_0", samples=12, seq_len=128)
+    assert distance(source, tmp_path / "out.gguf") < distance(source, tmp_path / "plain.gguf")
+    assert (tmp_path / "out.gguf").stat().st_size == (tmp_path / "plain.gguf").stat().st_size
 
 
 def test_a_dry_run_says_the_exact_size_and_the_method(tmp_path: Path, small: Path, method: str, whole: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_run_that_was_ended_goes_on_in_either_step(
     with pytest.raises(InputError):
         made(small, tmp_path / "out.gguf", method)
     other = next(name for name in METHODS if name != method)
-    for changed in ({"seq_len": 32}, {"option": FAST[method][:1] + ("damp=0.02",) if method == "gptq" else ("scale_points=4",)}):
+    for changed in ({"seq_len": 32}, {"option": FAST[method][:1] + ("damp=0.02",) if method == "gptq" else ("scale_points=2",)}):
         with pytest.raises(InputError, match=r"when the work began|was made"):
             made(small, tmp_path / "out.gguf", method, resume=True, **changed)
     with pytest.raises(InputError, match=r"when the work began|was made"):
@@ -153,12 +152,11 @@ def test_the_choices_of_a_file_hold_here_too(tmp_path: Path, small: Path) -> Non
     assert file.tensors["token_embd.weight"].type == "Q8_0" and file.metadata["tokenizer.ggml.pre"] == "smollm"
 
 
-def test_a_float_file_can_be_the_source(tmp_path: Path, small: Path, whole: Path, method: str) -> None:
+def test_a_gguf_file_is_no_source(tmp_path: Path, small: Path) -> None:
     convert(ConvertOptions(str(small), tmp_path / "floats.gguf", to="gguf"))
-    made(tmp_path / "floats.gguf", tmp_path / "out.gguf", method)
-    assert {n: (t.type, t.shape) for n, t in read_gguf(tmp_path / "out.gguf").tensors.items()} == {
-        n: (t.type, t.shape) for n, t in read_gguf(whole).tensors.items()
-    }
+    with pytest.raises(InputError, match="is a GGUF file, expected a directory"):
+        made(tmp_path / "floats.gguf", tmp_path / "out.gguf", "awq")
+    assert names(tmp_path) == ["floats.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -168,13 +166,13 @@ def test_a_float_file_can_be_the_source(tmp_path: Path, small: Path, whole: Path
         ("gptq", "q4_k_m", {"group_size": 32}, "--group-size: was given with --format q4_k_m"),
         ("awq", "q4_k_m", {"sym": True}, "--sym/--asym: was given"),
         ("awq", "q4_k_m", {"override": ("down:keep",)}, "--override: was given"),
-        ("awq", "q4_k_m", {"recipe": Path("awq-w4-g64")}, "--recipe"),
+        ("awq", "q4_k_m", {"recipe": Path("awq-w4-g64")}, "--recipe awq-w4-g64: bits: was given with --format q4_k_m"),
         ("awq", "q4_k_m", {"choices": {"type": "q4_k_m"}}, "--type: was given with --format q4_k_m, expected no --type"),
         ("awq", "q4_k_m", {"choices": {"imatrix": Path("i.gguf")}}, "awq gathers its own statistics, expected no --imatrix"),
         ("awq", "f16", {}, "--format: is f16"),
         ("gptq", "BF16", {}, "--format: is BF16"),
         ("rtn", "q4_k_m", {}, "or --method gguf --type q4_k_m"),
-        ("nf4", "q8_0", {}, "expected one method of awq, gptq"),
+        ("nf4", "q8_0", {}, "expected a quantized type with one method of awq, gptq"),
         ("awq,gptq", "q4_k_m", {}, "is q4_k_m with method awq, gptq"),
         ("gguf", "q4_k_m", {}, "--format: was given, and method gguf has no such setting"),
         ("awq", "q4_k_m", {"choices": {"tensor_type": ("nowhere=q8_0",)}}, "matches no tensor"),

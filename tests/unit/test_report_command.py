@@ -28,7 +28,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(artifact: Path) -> Callable[..., Any]:
     def measured(**options: Any) -> Any:
-        return run(ReportOptions(base=str(LLAMA), artifacts=(str(artifact),), window=256, tokens=4096, **options))
+        return run(ReportOptions(base=str(LLAMA), artifacts=(str(artifact),), **{"window": 256, "tokens": 4096, **options}))
 
     return measured
 
@@ -114,3 +114,39 @@ def test_a_slip_in_the_last_path_is_found_before_anything_is_measured(artifact: 
 
 def test_the_gate_says_its_limit_as_it_was_given(report: Callable[..., Any]) -> None:
     assert report(max_ppl_increase=0.00001).failed.endswith("expected at most +0.001%")
+
+
+def test_divergence_is_in_the_report_and_has_a_gate(report: Callable[..., Any], tmp_path: Path) -> None:
+    plain = report(tokens=1024)
+    assert "kld" not in plain.data["models"][1] and len(plain.tables) == 1
+    done = report(tokens=1024, kld=True, out=tmp_path)
+    base, rtn = done.data["models"]
+    assert "kld" not in base
+    assert rtn["ppl"] == pytest.approx(plain.data["models"][1]["ppl"], rel=1e-6)
+    found = rtn["kld"]
+    assert 0 < found["median"] < found["p99"] <= found["p999"] <= found["maximum"] and 0 < found["error"] < found["mean"]
+    assert 0.5 < found["same_top"] < 1 and 0 < found["rms_change"] < 0.5
+    markdown = (tmp_path / "report.md").read_text()
+    assert "Divergence from the base, in nats" in markdown and f"{found['mean']:.5f}" in markdown
+    mean = found["mean"]
+    assert report(tokens=1024, max_kld=mean * 1.01).failed is None
+    failed = report(tokens=1024, max_kld=mean * 0.99).failed
+    assert failed.endswith(f"a mean KL divergence of {mean:.4f}, expected at most {mean * 0.99:g}")
+
+
+def test_a_model_is_at_no_distance_from_itself() -> None:
+    done = run(ReportOptions(base=str(LLAMA), artifacts=(str(LLAMA),), window=64, tokens=128, max_kld=0.0))
+    assert done.failed is None
+    assert done.data["models"][1]["kld"] | {"error": 0.0} == dict.fromkeys(("mean", "error", "median", "p99", "p999", "maximum"), 0.0) | {
+        "rms_change": 0.0,
+        "same_top": 1.0,
+    }
+
+
+def test_one_scored_position_is_still_json(tmp_path: Path) -> None:
+    run(ReportOptions(base=str(LLAMA), artifacts=(str(LLAMA),), window=2, tokens=2, kld=True, out=tmp_path))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)["models"][1]["kld"]["error"] is None

@@ -114,25 +114,41 @@ def _block_iq4_nl(b: Bytes, out: Floats) -> None:
 @_jit
 def _block_q2_k(b: Bytes, out: Floats) -> None:
     d, least = _half(b, 80), _half(b, 82)
-    for j in range(16):  # sub-block j: a = j // 8, s = j // 2 % 4, half of the 32 bytes = j % 2
-        scale, low = d * np.float32(b[j] & 15), least * np.float32(b[j] >> 4)
-        first, shift, to = 16 + 32 * (j >> 3) + 16 * (j & 1), 2 * ((j >> 1) & 3), 16 * j
+    for j in range(4):  # 16 bytes, whose four codes lie 32 elements apart: sub-block 8 * (j // 2) + 2 * s + j % 2 for s of 0 to 3
+        sub, qs, to = 8 * (j >> 1) + (j & 1), 16 + 16 * j, 128 * (j >> 1) + 16 * (j & 1)
+        scale_0, low_0 = d * np.float32(b[sub] & 15), least * np.float32(b[sub] >> 4)
+        scale_1, low_1 = d * np.float32(b[sub + 2] & 15), least * np.float32(b[sub + 2] >> 4)
+        scale_2, low_2 = d * np.float32(b[sub + 4] & 15), least * np.float32(b[sub + 4] >> 4)
+        scale_3, low_3 = d * np.float32(b[sub + 6] & 15), least * np.float32(b[sub + 6] >> 4)
         for k in range(16):
-            out[to + k] = scale * np.float32((b[first + k] >> shift) & 3) - low
+            q = b[qs + k]
+            out[to + k] = scale_0 * np.float32(q & 3) - low_0
+            out[to + 32 + k] = scale_1 * np.float32((q >> 2) & 3) - low_1
+            out[to + 64 + k] = scale_2 * np.float32((q >> 4) & 3) - low_2
+            out[to + 96 + k] = scale_3 * np.float32(q >> 6) - low_3
+
+
+@_jit
+def _scale_q3_k(b: Bytes, j: int) -> np.float32:
+    low = np.int64(b[96 + (j & 7)] >> (4 * (j >> 3))) & 15
+    high = np.int64(b[104 + (j & 3)] >> (2 * (j >> 2))) & 3
+    return np.float32((low | (high << 4)) - 32)
 
 
 @_jit
 def _block_q3_k(b: Bytes, out: Floats) -> None:
     d = _half(b, 108)
-    for j in range(16):
-        low = np.int64(b[96 + (j & 7)] >> (4 * (j >> 3))) & 15
-        high = np.int64(b[104 + (j & 3)] >> (2 * (j >> 2))) & 3
-        scale = d * np.float32((low | (high << 4)) - 32)
-        first, mask, to = 32 + 32 * (j >> 3) + 16 * (j & 1), 16 * (j & 1), 16 * j
-        shift, bit = 2 * ((j >> 1) & 3), j >> 1
+    for j in range(4):  # as Q2_K; the third bit of code s is bit 4 * (j // 2) + s of the mask
+        sub, qs, mask, bit = 8 * (j >> 1) + (j & 1), 32 + 16 * j, 16 * (j & 1), 4 * (j >> 1)
+        to = 128 * (j >> 1) + mask
+        scale_0, scale_1 = d * _scale_q3_k(b, sub), d * _scale_q3_k(b, sub + 2)
+        scale_2, scale_3 = d * _scale_q3_k(b, sub + 4), d * _scale_q3_k(b, sub + 6)
         for k in range(16):
-            code = np.int32((b[first + k] >> shift) & 3) + (np.int32((b[mask + k] >> bit) & 1) << 2) - 4
-            out[to + k] = scale * np.float32(code)
+            q, m = np.int32(b[qs + k]), np.int32(b[mask + k]) >> bit
+            out[to + k] = scale_0 * np.float32((q & 3) + ((m & 1) << 2) - 4)
+            out[to + 32 + k] = scale_1 * np.float32(((q >> 2) & 3) + (((m >> 1) & 1) << 2) - 4)
+            out[to + 64 + k] = scale_2 * np.float32(((q >> 4) & 3) + (((m >> 2) & 1) << 2) - 4)
+            out[to + 96 + k] = scale_3 * np.float32((q >> 6) + (((m >> 3) & 1) << 2) - 4)
 
 
 @_jit
@@ -179,14 +195,17 @@ def _block_q5_k(b: Bytes, out: Floats) -> None:
 @_jit
 def _block_q6_k(b: Bytes, out: Floats) -> None:
     d = _half(b, 208)
-    for j in range(16):  # a = j // 8, s = j // 2 % 4
-        scale = d * np.float32(np.int8(b[192 + j]))
-        s, half = (j >> 1) & 3, 16 * (j & 1)
-        low, high = 64 * (j >> 3) + 32 * (s & 1) + half, 128 + 32 * (j >> 3) + half
-        down, up, to = 4 * (s >> 1), 2 * s, 16 * j
+    for j in range(4):  # 16 bytes of high bits, whose four codes lie 32 elements apart
+        a, half = j >> 1, 16 * (j & 1)
+        scale, low, high, to = 192 + 8 * a + (j & 1), 64 * a + half, 128 + 32 * a + half, 128 * a + half
+        scale_0, scale_1 = d * np.float32(np.int8(b[scale])), d * np.float32(np.int8(b[scale + 2]))
+        scale_2, scale_3 = d * np.float32(np.int8(b[scale + 4])), d * np.float32(np.int8(b[scale + 6]))
         for k in range(16):
-            code = np.int32((b[low + k] >> down) & 15) | (np.int32((b[high + k] >> up) & 3) << 4)
-            out[to + k] = scale * np.float32(code - 32)
+            first, second, top = np.int32(b[low + k]), np.int32(b[low + 32 + k]), np.int32(b[high + k])
+            out[to + k] = scale_0 * np.float32(((first & 15) | ((top & 3) << 4)) - 32)
+            out[to + 32 + k] = scale_1 * np.float32(((second & 15) | (((top >> 2) & 3) << 4)) - 32)
+            out[to + 64 + k] = scale_2 * np.float32(((first >> 4) | (((top >> 4) & 3) << 4)) - 32)
+            out[to + 96 + k] = scale_3 * np.float32(((second >> 4) | ((top >> 6) << 4)) - 32)
 
 
 @_jit
