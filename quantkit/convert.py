@@ -25,6 +25,7 @@ from quantkit.checkpoint.artifact import ArtifactWriter, PublishedArtifact, Stor
 from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import NUMPY_DTYPES, Checkpoint
 from quantkit.errors import InputError
+from quantkit.formats.floats import rounded, widened
 from quantkit.geometry import DTYPE_BYTES, FLOATS, GGML_BLOCKS, Geometry
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
@@ -222,9 +223,9 @@ def _tensor(checkpoint: Checkpoint, job: _Job) -> tuple[StoredTensor, Change]:
         if own == job.dtype:
             part[...] = values
             continue
-        wide = _floats(values, own)
-        part[...] = _rounded(wide, job.dtype)
-        _compare(job, wide, _floats(part, job.dtype), change)
+        wide = values if own == "F64" else widened(values, own)
+        part[...] = rounded(wide, job.dtype)
+        _compare(job, wide, part if job.dtype == "F64" else widened(part, job.dtype), change)
     change.changed_tensors = int(change.changed > 0)
     return StoredTensor(job.name, job.dtype, job.shape, flat.view(np.uint8).data), change
 
@@ -242,24 +243,6 @@ def _chunks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[str, NDArray[An
     for start in range(0, job.shape[0], rows):
         inner = [slice(0, size) for size in job.shape[1:]]
         yield own, checkpoint.read(job.name, (slice(start, min(start + rows, job.shape[0])), *inner))
-
-
-def _floats(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Values of a float dtype as float32, float64 as it is; exact."""
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values if dtype == "F64" else values.astype(np.float32, copy=False)
-
-
-def _rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Floats rounded to nearest, ties to even, as ``dtype`` stores them."""
-    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found by comparing
-        if dtype != "BF16":
-            return values.astype(NUMPY_DTYPES[dtype])
-        bits = values.astype(np.float32).view(np.uint32)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40  # adding could carry a NaN's payload away
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, nearest).astype(np.uint16)
 
 
 def _compare(job: _Job, before: NDArray[Any], after: NDArray[Any], change: Change) -> None:

@@ -26,6 +26,7 @@ from quantkit.checkpoint.gguf_export import ExportTensor, export_plan, read_rows
 from quantkit.checkpoint.gguf_writer import GgufWriter, PlannedTensor
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputError
+from quantkit.formats.floats import rounded, widened
 from quantkit.formats.gguf import GgufFile, GgufTensor, Value, row_bytes, text, u32
 from quantkit.mixtures import Choice, FileType, ModelFacts
 from quantkit.ops.ggml.encode import RowRefused, encode
@@ -127,7 +128,7 @@ def _of_gguf(file: GgufFile, tensor: GgufTensor) -> InputTensor:
 
     def floats(rows: range) -> Floats:
         values = decoded(file, tensor, rows, range(columns))
-        return _widened(values, tensor.type)
+        return widened(values, tensor.type)
 
     def stored(rows: range) -> bytes:
         return b"".join(fs.read_range(tensor.file, tensor.offset + rows.start * width, len(rows) * width))
@@ -138,7 +139,8 @@ def _of_gguf(file: GgufFile, tensor: GgufTensor) -> InputTensor:
 def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name: str) -> GgufModel:
     """The model of a Hugging Face checkpoint under GGUF names; quantized linears are dequantized as they are read, and count as F16.
 
-    ``name`` is what it is called where ``config.json`` does not say. Raises InputError for a model that GGUF cannot say, and for such a tokenizer.
+    ``name`` is what it is called where ``config.json`` does not say. Raises InputError for a model that GGUF cannot say, and for such
+    a tokenizer.
     """
     spec = spec_for(checkpoint.config)
     plan = export_plan(checkpoint.config, spec, checkpoint.tensors)
@@ -182,7 +184,7 @@ class _FloatReader:
     def __call__(self, name: str, index: tuple[slice, ...] | None = None) -> Floats:
         linear = self._linears.get(name.removesuffix(".weight"))
         if linear is None:
-            return _widened(self._checkpoint.read(name, index), self._checkpoint.dtype(name))
+            return widened(self._checkpoint.read(name, index), self._checkpoint.dtype(name))
         last = self._last  # another thread may put a newer one in its place
         if last is None or last[0] != name:
             last = self._last = (name, dense_weight(self._checkpoint, linear))
@@ -201,13 +203,6 @@ def _of_checkpoint(tensor: ExportTensor, read: _FloatReader) -> InputTensor:
     )  # blocks are stored along the inputs, whatever floats are
     rows_of_bytes = replace(tensor, shape=(*tensor.shape[:-1], row_bytes(kind, tensor.shape[-1])), sources=sources)
     return InputTensor(tensor.name, tensor.shape, kind, unit, floats, lambda rows: read_rows(rows_of_bytes, rows, read.blocks).tobytes())
-
-
-def _widened(values: NDArray[Any], dtype: str) -> Floats:
-    """Floats as float32; exact, but for float64."""
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
 
 
 def final_metadata(model: GgufModel, file_type: FileType, extra: Mapping[str, Value]) -> dict[str, Value]:
@@ -309,15 +304,9 @@ def _encoded(tensor: InputTensor, rows: range, kind: str, importance: Floats | N
 
 def _as_floats(tensor: InputTensor, rows: range, values: Floats, kind: str) -> bytes:
     """Floats rounded to nearest, ties to even (``gguf.md`` 3.8). Raises InputError for what float16 cannot hold."""
-    if kind == "F32":
-        return values.tobytes()
-    if kind == "BF16":
-        bits = values.view(np.uint32)
-        nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-        quiet = (bits >> 16) | 0x40
-        return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, nearest).astype(np.uint16).tobytes()
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float16)
+    narrow = rounded(values, kind)
+    if kind != "F16":
+        return narrow.tobytes()
     beyond = np.isinf(narrow) & np.isfinite(values)
     if beyond.any():
         first = tuple(np.argwhere(beyond)[0])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from quantkit.checkpoint.gguf import DECODED, PLAIN, GgufSource, decoded
 from quantkit.errors import InputError, MachineError
+from quantkit.formats.floats import widened
 from quantkit.transcode import QuantizedLinear, dense_weight, quantized_linears
 
 if TYPE_CHECKING:
@@ -134,12 +135,12 @@ def _of_floats(checkpoint: Checkpoint, name: str) -> Weights:
 
     def chunks() -> Iterator[Floats]:
         if not shape:
-            yield _widened(checkpoint.read(name), checkpoint.dtype(name))
+            yield widened(checkpoint.read(name), checkpoint.dtype(name))
             return
         step = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             index = (slice(start, min(start + step, shape[0])), *(slice(0, size) for size in shape[1:]))
-            yield _widened(checkpoint.read(name, index), checkpoint.dtype(name))
+            yield widened(checkpoint.read(name, index), checkpoint.dtype(name))
 
     return Weights(name, checkpoint.tensors[name].dtype, shape, chunks)
 
@@ -161,16 +162,9 @@ def _of_gguf(file: GgufFile, tensor: GgufTensor, aliases: tuple[str, ...]) -> We
     def chunks() -> Iterator[Floats]:
         step = max(1, CHUNK_ELEMENTS // max(1, columns))
         for start in range(0, rows, step):
-            yield _widened(decoded(file, tensor, range(start, min(start + step, rows)), range(columns)), tensor.type)
+            yield widened(decoded(file, tensor, range(start, min(start + step, rows)), range(columns)), tensor.type)
 
     return Weights(tensor.name, tensor.type, tensor.shape, chunks, aliases)
-
-
-def _widened(values: NDArray[Any], dtype: str) -> Floats:
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32, copy=False)
 
 
 def chosen(weights: Sequence[Weights], patterns: Sequence[str]) -> list[Weights]:

@@ -19,6 +19,7 @@ from quantkit import fs
 from quantkit.arch.spec import ModelSpec, resolve_spec
 from quantkit.checkpoint.gguf_config import BLOCK, EMBEDDING, FINAL_NORM, HEAD, POSITIONS, config_of, row_of
 from quantkit.errors import InputError
+from quantkit.formats.floats import widened
 from quantkit.formats.gguf import BY_NAME, GgufFile, GgufTensor
 
 PLAIN: Mapping[str, np.dtype[Any]] = MappingProxyType({"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")})
@@ -173,9 +174,7 @@ def _undone(values: NDArray[Any], stored: Stored) -> NDArray[Any]:
         pairs = values.reshape(-1, stored.head_dim // 2, 2, values.shape[1])
         values = pairs.swapaxes(1, 2).reshape(values.shape)
     if stored.offset:
-        if stored.tensor.type == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        values = values.astype(np.float32) - np.float32(stored.offset)
+        values = widened(values, stored.tensor.type) - np.float32(stored.offset)
     return values
 
 

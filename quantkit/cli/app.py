@@ -400,8 +400,9 @@ def quantize(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            autocompletion=_one_of("awq", "gptq", "gptq_v2", "compressed-tensors", "bnb", "fp8"),
-            help="Format of the artifact: awq, gptq, gptq_v2, compressed-tensors, bnb or fp8. Default: the method's own.",
+            autocompletion=_one_of("awq", "gptq", "gptq_v2", "compressed-tensors", "bnb", "fp8", "q4_k_m"),
+            help="Format of the artifact: awq, gptq, gptq_v2, compressed-tensors, bnb or fp8; of awq and gptq also a type of a "
+            "GGUF file, such as q4_k_m. Default: the method's own.",
         ),
     ] = None,
     recipe: Annotated[

@@ -78,25 +78,26 @@ def run(options: ConvertOptions, progress: Progress = silent) -> Report:
     checkpoint = open_checkpoint(options.path)
     fs.refuse_source(options.out, checkpoint.root)
     digest = _checked_digest(options.path, checkpoint)
+    size = DEFAULT_SHARD_BYTES if options.max_shard_size is None else options.max_shard_size
     if options.to == "blocks":
         kept = keep_blocks(
             checkpoint,
             options.out,
-            max_shard_size=options.max_shard_size or DEFAULT_SHARD_BYTES,
+            max_shard_size=size,
             overwrite=options.overwrite,
             origin=None if digest is None else {"sha256": digest},
             progress=progress,
         )
         return _blocks_report(options, kept)
     if options.to != "hf":
-        size, overwrite = options.max_shard_size or DEFAULT_SHARD_BYTES, options.overwrite
+        overwrite = options.overwrite
         exact = convert_exactly(checkpoint, options.out, to=options.to, max_shard_size=size, overwrite=overwrite, progress=progress)
         return _exact_report(options, checkpoint, exact)
     done = convert_to_hf(
         checkpoint,
         options.out,
         dtype=options.dtype,
-        max_shard_size=options.max_shard_size or DEFAULT_SHARD_BYTES,
+        max_shard_size=size,
         overwrite=options.overwrite,
         origin=None if digest is None else {"sha256": digest},
         progress=progress,

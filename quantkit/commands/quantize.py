@@ -310,11 +310,12 @@ def _block_method(options: QuantizeOptions, names: tuple[str, ...]) -> str:
         if getattr(options.gguf, name) is not None:
             what = f"was given with --format {form}" + ("" if name == "type" else f", and {method} gathers its own statistics")
             raise InputError(_flag(name), what, f"no {_flag(name)}")
-    given = effective_recipe(replace(options, format=None), method)
-    for field, option in (("bits", "bits"), ("group_size", "group_size"), ("sym", "sym"), ("format", None), ("overrides", "override")):
-        if getattr(given, field) not in (None, []):
-            said = option is not None and getattr(options, option) not in (None, ())
-            where = _flag(option) if said and option is not None else f"--recipe {options.recipe}: {field}"
+    plain = replace(options, format=None)
+    recipe = effective_recipe(plain, method)
+    for option in ("bits", "group_size", "sym", "format", "override"):
+        name = "overrides" if option == "override" else option
+        if getattr(recipe, name) not in (None, []):
+            where = f"--recipe {options.recipe}: {name}" if getattr(plain, option) in (None, ()) else _flag(option)
             raise InputError(where, f"was given with --format {form}", "--tensor-type PATTERN=TYPE for some tensors")
     return method
 
@@ -554,6 +555,6 @@ def _publish(work: Run, plan: ArtifactPlan, writer: ArtifactWriter, model: Quant
     config = {**checkpoint.config, "quantization_config": dict(plan.config)}
     if work.spec.tied and head in plan.assignment:
         config["tie_word_embeddings"] = False
-    size = work.options.max_shard_size or DEFAULT_SHARD_BYTES
+    size = DEFAULT_SHARD_BYTES if work.options.max_shard_size is None else work.options.max_shard_size
     published = writer.publish(config=config, files=checkpoint.extra_files(), manifest=manifest, max_shard_size=size)
     return [name for name, _ in published.files]

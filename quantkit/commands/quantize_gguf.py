@@ -20,7 +20,6 @@ from quantkit.formats.gguf import MAGIC, Value, read_gguf, tensor_bytes, text, u
 from quantkit.formats.imatrix import Imatrix, importance_for, read_imatrix
 from quantkit.geometry import GGML_BLOCKS, ggml_scheme
 from quantkit.gguf_file import (
-    FILE_TYPE,
     FLOAT_TYPES,
     Encoder,
     Floats,

@@ -5,7 +5,7 @@ gguf_convert_reference.py convert LLAMA_CPP OUT MODEL...
     does not convert, with its words. Needs torch and transformers.
 gguf_convert_reference.py logits IDS LENGTHS OUT FILE...
     OUT gets, as JSON, for each file the natural logarithms of the probabilities of the next token after the first LENGTHS (a JSON list)
-    of IDS, or the reason why it was not loaded. Runs in the environment of xllamacpp, which is llama.cpp in this process.
+    of IDS, or the reason why it was not loaded. Runs in the llama-cpp environment, whose xllamacpp is llama.cpp in this process.
 """
 
 from __future__ import annotations

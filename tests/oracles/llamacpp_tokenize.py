@@ -1,4 +1,4 @@
-"""llama.cpp's tokens of texts; runs in the xllamacpp environment, which has no quantkit.
+"""llama.cpp's tokens of texts; runs in the llama-cpp environment, by its xllamacpp, which has no quantkit.
 
     llamacpp_tokenize.py MODEL.gguf TEXTS.json OUT.json
 

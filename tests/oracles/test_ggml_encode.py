@@ -1,7 +1,7 @@
 """ggml's blocks against ggml: libggml-base encodes the same weights of real models, plain and with importance, into the same bytes.
 
 QUANTKIT_ORACLE_MODELS names the models, separated by spaces (paths or pkg:NAME); without it, those of ``tests/data/models`` and the demo
-model. QUANTKIT_GGML_LIBRARY names another libggml-base than that of ``requirements-ggml.txt``.
+model. QUANTKIT_GGML_LIBRARY names another libggml-base than that of ``requirements-llama-cpp.txt``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ Reference = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 def ggml() -> Reference:
     """``encode`` as ggml does it."""
     given = os.environ.get("QUANTKIT_GGML_LIBRARY")
-    found = [Path(given)] if given else sorted((HERE / ".venv" / "ggml").glob("lib/python*/site-packages/libggml/lib*/libggml-base.so"))
+    found = (
+        [Path(given)] if given else sorted((HERE / ".venv" / "llama-cpp").glob("lib/python*/site-packages/libggml/lib*/libggml-base.so"))
+    )
     if not found:
-        pytest.fail("the ggml environment is not there: `make oracle` builds it", pytrace=False)
+        pytest.fail("the llama-cpp environment is not there: `make oracle` builds it", pytrace=False)
     chunk = ctypes.CDLL(str(found[0])).ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]

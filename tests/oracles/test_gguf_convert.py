@@ -222,7 +222,7 @@ def computed(oracle: Callable[[str, str], Runs], tmp_path_factory: pytest.TempPa
         files[name] = write_family(root / f"{name}.gguf", case.config, case.values, vocabulary(case.config["vocab_size"]))
     (root / "ids").write_text(json.dumps(IDS))
     (root / "lengths").write_text(json.dumps(LENGTHS))
-    oracle("xllamacpp", "gguf_convert_reference.py").run("logits", root / "ids", root / "lengths", root / "out", *files.values())
+    oracle("llama-cpp", "gguf_convert_reference.py").run("logits", root / "ids", root / "lengths", root / "out", *files.values())
     found = json.loads((root / "out").read_text())
     yield {name: found[str(file)] for name, file in files.items()}
 

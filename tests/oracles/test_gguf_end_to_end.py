@@ -80,8 +80,10 @@ rounds activations to float16, since the weights are."""
 GELU = ("gemma2", "gemma3_text", "gpt2")
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
 """A rounding may send a token to another expert, and its logits elsewhere: there the median of the positions counts."""
-QUANTIZED = 4e-2
-"""How far logits may be apart, relative to their spread, where llama.cpp rounds activations to 8 bits."""
+QUANTIZED = 6e-2
+"""How far logits may be apart, relative to their spread, where llama.cpp rounds activations to 8 bits: 4e-2 after 30 layers."""
+NEEDS_IMATRIX, FLOAT_FILES = ("q2_k_s",), ("f32", "f16", "bf16")
+"""What llama.cpp refuses without an importance matrix, and what we refuse with one."""
 IMATRIX_KEYS = {f"quantize.imatrix.{key}" for key in ("file", "dataset", "entries_count", "chunks_count")}
 """Written by llama-quantize, which the library leaves to its caller."""
 POSITIONS, PROMPT, GENERATED = 200, 24, 32
@@ -238,7 +240,8 @@ class Differences:
     same: float
 
     def __str__(self) -> str:
-        return f"|dlogp| {self.mean:.1e}, at most {self.largest:.1e}, logits {self.relative:.1e} (median {self.median:.1e}), top-1 {self.same:.1%}"
+        logits = f"logits {self.relative:.1e} (median {self.median:.1e})"
+        return f"|dlogp| {self.mean:.1e}, at most {self.largest:.1e}, {logits}, top-1 {self.same:.1%}"
 
 
 def differences(ours: Answer, theirs: Answer, ids: list[int]) -> Differences:
@@ -260,7 +263,8 @@ def shared(ours: list[int], theirs: list[int]) -> float:
 def check_greedy(file: Path, ids: list[int], ours: Answer, theirs: Answer, limit: float) -> str:
     """The same tokens and text, or a first other token that ours would take but for a difference below ``limit``."""
     if ours.greedy == theirs.greedy:
-        assert ours.text == theirs.text
+        # Of SentencePiece tokens our text is one that begins here, so that the first word has no space before it.
+        assert ours.text.lstrip(" ") == theirs.text.lstrip(" ")
         return ", same text"
     first = next(place for place, (a, b) in enumerate(zip(ours.greedy, theirs.greedy, strict=True)) if a != b)
     row = log_softmax(logits_of(file, [*ids[:PROMPT], *ours.greedy[:first]])[-1:])[0]
@@ -304,19 +308,20 @@ def test_a_model_in_llama_cpp(model: Model, request: pytest.FixtureRequest, figu
 
 def quantized_by_both(source: Path, folder: Path, file_type: str, oracle: Callable[[str, str], Runs], imatrix: Path | None) -> Path:
     """Our file, whose tensors have the types and bytes that llama_model_quantize gives them, and whose metadata are as it writes them."""
+    name = FILE_TYPES[file_type].name  # of an alias, what it stands for
     ours, theirs = folder / f"ours-{file_type}.gguf", folder / f"theirs-{file_type}.gguf"
     quantize_gguf.run(GgufOptions(str(source), ours, file_type, GgufChoices(type=file_type, imatrix=imatrix), device="cpu"))
     if imatrix is None:
-        oracle("llama-cpp", "mixture_reference.py").run("quantize", source, theirs, file_type)
+        oracle("llama-cpp", "mixture_reference.py").run("quantize", source, theirs, name)
     else:
-        oracle("llama-cpp", "imatrix_reference.py").run("quantize", imatrix, source, theirs, file_type)
+        oracle("llama-cpp", "imatrix_reference.py").run("quantize", imatrix, source, theirs, name)
     a, b = read_gguf(ours), read_gguf(theirs)
-    assert list(a.tensors) == list(b.tensors)
+    assert a.tensors.keys() == b.tensors.keys()  # llama.cpp puts them in an order of its own
     for name, tensor in b.tensors.items():
         assert (a.tensors[name].type, a.tensors[name].shape) == (tensor.type, tensor.shape), name
         assert data_of(a, name) == data_of(b, name), name
     left, right = a.values(), b.values()
-    assert {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)} <= (IMATRIX_KEYS if imatrix else set())
+    assert {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)} == (IMATRIX_KEYS if imatrix else set())
     theirs.unlink()
     return ours
 
@@ -339,14 +344,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "f16.gguf", folder / "imatrix.gguf"
 
 
-@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "imatrix"])
-@pytest.mark.parametrize("file_type", sorted(FILE_TYPES))
+@pytest.mark.parametrize(
+    ("file_type", "weighed"),
+    [(name, False) for name in sorted(FILE_TYPES) if name not in NEEDS_IMATRIX]
+    + [(name, True) for name in sorted(FILE_TYPES) if name not in FLOAT_FILES],
+)
 def test_every_file_type_is_quantized_to_the_same_bytes(
     file_type: str, weighed: bool, small: tuple[Path, Path], oracle: Callable[[str, str], Runs], tmp_path: Path
 ) -> None:
     source, imatrix = small
-    if file_type == "q2_k_s" and not weighed:
-        pytest.skip("llama.cpp refuses it without an importance matrix")
     quantized_by_both(source, tmp_path, file_type, oracle, imatrix if weighed else None)
 
 

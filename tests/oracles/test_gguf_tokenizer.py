@@ -70,9 +70,7 @@ DISTINCT = {(str(pre.pre_tokenizer), str(pre.normalizer), pre.ignore_merges): na
 
 @pytest.fixture(scope="module")
 def llamacpp(oracle: Callable[[str, str], Oracle]) -> Oracle:
-    if not (HERE / ".venv" / "xllamacpp" / "bin" / "python").exists():
-        pytest.skip("the xllamacpp environment is not there: `make oracle` builds it")
-    return oracle("xllamacpp", "llamacpp_tokenize.py")
+    return oracle("llama-cpp", "llamacpp_tokenize.py")
 
 
 def random_texts(count: int, alphabet: str) -> list[str]:

@@ -306,7 +306,7 @@ def test_an_unfinished_run_of_other_options_is_not_continued(tmp_path: Path, mon
     assert convert(TINY, tmp_path / "out", dtype="float32", overwrite=True).data["exact"] is True
 
 
-@pytest.mark.parametrize("target", ["gguf", "bnb", "fp8", "HF", ""])
+@pytest.mark.parametrize("target", ["onnx", "bnb", "fp8", "HF", ""])
 def test_other_targets_are_named_as_not_written(tmp_path: Path, target: str) -> None:
     with pytest.raises(InputError, match=f"--to: '{target}' is not something convert writes, expected one of hf, gptq"):
         convert(TINY, tmp_path / "out", to=target)
