@@ -7,6 +7,7 @@ is that of a few slabs whatever the model, and the number of threads does not ch
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 SLAB_ELEMENTS = 1 << 22
 """16 MiB of float32."""
 FILE_TYPE = "general.file_type"
+_PHI3_TOKENS = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
 QUANTIZATION_VERSION = 2
 """Of the block layouts (``gguf.md`` 1)."""
 
@@ -148,8 +150,17 @@ def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name:
     vocabulary = gguf_vocabulary(checkpoint.root, checkpoint.config, architecture, pre_tokenizer)
     metadata = {**plan.metadata, **vocabulary.metadata}
     metadata.setdefault("general.name", text(name))
+    metadata["general.name"] = text(_harmless_name(str(metadata["general.name"].value), vocabulary.metadata))
     reader = _FloatReader(checkpoint, quantized_linears(checkpoint))
     return GgufModel(metadata, tuple(_of_checkpoint(tensor, reader) for tensor in plan.tensors), checkpoint.nbytes, plan.notes)
+
+
+def _harmless_name(name: str, vocabulary: Mapping[str, Value]) -> str:
+    """A name that llama.cpp loads: by "phi-3" or "phi3" in it, in any case, it looks four tokens up, and fails where one is missing."""
+    tokens = vocabulary.get("tokenizer.ggml.tokens")
+    if tokens is not None and set(tokens.value) >= _PHI3_TOKENS:
+        return name
+    return re.sub(r"(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
 
 
 def exported_modules(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

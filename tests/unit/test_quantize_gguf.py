@@ -363,6 +363,15 @@ def test_a_pre_tokenizer_is_taken_at_its_word(tmp_path: Path, small: Path) -> No
     assert read_gguf(tmp_path / "out.gguf").metadata["tokenizer.ggml.pre"] == "smollm"
 
 
+@pytest.mark.parametrize(
+    ("called", "written"), [("Phi-3-mini", "Phi 3-mini"), ("my-phi3", "my-phi 3"), ("phi-4", "phi-4"), ("sophie", "sophie")]
+)
+def test_a_name_that_llama_cpp_fails_on_is_spelled_otherwise(tmp_path: Path, small: Path, called: str, written: str) -> None:
+    shutil.copytree(small, tmp_path / called)
+    made(tmp_path / called, tmp_path / "out.gguf")
+    assert read_gguf(tmp_path / "out.gguf").metadata["general.name"] == written
+
+
 @pytest.mark.parametrize("limit", [None, 300_000])
 @pytest.mark.parametrize("kind", ["q4_k_m", "bf16"])
 def test_a_dry_run_says_the_exact_sizes_and_writes_nothing(tmp_path: Path, small: Path, kind: str, limit: int | None) -> None:
