@@ -482,8 +482,9 @@ def quantize(
     def work(progress: Progress) -> Report:
         from quantkit.commands import quantize
         from quantkit.commands.quantize_gguf import GgufChoices
+        from quantkit.commands.quantize_options import QuantizeOptions
 
-        options = quantize.QuantizeOptions(
+        options = QuantizeOptions(
             path=path,
             out=out,
             method=method,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.commands.quantize import GGUF
+from quantkit.commands.quantize_options import GGUF
 from quantkit.mixtures import FILE_TYPES
 from quantkit.report import Report, Table
 

@@ -17,7 +17,7 @@ from quantkit.scheme import LinearScheme, assignment_to_json
 from quantkit.verify import mixed_siblings
 
 if TYPE_CHECKING:
-    from quantkit.commands.quantize import QuantizeOptions
+    from quantkit.commands.quantize_options import QuantizeOptions
     from quantkit.quantizers.base import Quantizer
     from quantkit.quantizers.calibration import CalibrationTokens
     from quantkit.quantizers.pipeline import QuantizedModel

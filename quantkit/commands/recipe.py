@@ -61,7 +61,7 @@ def show(options: ShowOptions) -> Report:
 def validate(options: ValidateOptions) -> Report:
     """Check a recipe down to the options of its method. Raises InputError naming the file and the field."""
     from quantkit.commands.assign import check_recipe
-    from quantkit.commands.quantize import QuantizeOptions, effective_recipe
+    from quantkit.commands.quantize_options import QuantizeOptions, effective_recipe
     from quantkit.quantizers.base import methods
 
     path, _ = read_recipe_text(options.path)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from quantkit.checkpoint.journal import read_journal
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError, MachineError
 
 MODEL = Path(__file__).parent.parent / "data" / "models" / "llama"
@@ -26,7 +27,8 @@ QUICK = "method: awq\ngroup_size: 64\ncalibration: {samples: 4, seq_len: 64}\nop
 SCRIPT = """
 import sys
 from pathlib import Path
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import QuantkitError
 path, out, recipe, resume = sys.argv[1:]
 try:

@@ -21,7 +21,7 @@ from quantkit.arch.table import TABLE, spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.comm import Comm, run_threads
 from quantkit.commands import quantize
-from quantkit.commands.quantize import QuantizeOptions
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError
 from quantkit.model.load import load_decoder
 from quantkit.verify import verify

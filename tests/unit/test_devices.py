@@ -19,8 +19,8 @@ from torch import Tensor
 
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
-from quantkit.commands import quantize
-from quantkit.commands.quantize import QuantizeOptions
+from quantkit.commands import quantize, quantize_run
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError, MachineError
 from quantkit.layouts.base import GroupedInt
 from quantkit.model.load import embedded, load_block
@@ -199,7 +199,7 @@ def test_the_error_of_a_linear_that_was_cut_is_that_of_all_its_rows() -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...]) -> None:
-    monkeypatch.setattr(quantize, "_devices", lambda name, count: devices)
+    monkeypatch.setattr(quantize_run, "devices_of", lambda name, count: devices)
 
 
 def quantized(source: Path, out: Path, method: str, **fields: Any) -> Report:
@@ -308,7 +308,7 @@ def test_more_devices_than_there_are_is_the_machines_no(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert quantize._devices("auto", 3) == ("cuda:0", "cuda:1", "cuda:2") and quantize._devices("cuda", 1) == ("cuda",)
+    assert quantize_run.devices_of("auto", 3) == ("cuda:0", "cuda:1", "cuda:2") and quantize_run.devices_of("cuda", 1) == ("cuda",)
 
 
 def test_a_cpu_is_one_device(tmp_path: Path, small: Path) -> None:

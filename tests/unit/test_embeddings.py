@@ -18,7 +18,8 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.comm import Comm, run_threads
 from quantkit.commands import inspect, plan
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.convert import convert_to_hf
 from quantkit.errors import InputError
 from quantkit.geometry import geometry_of

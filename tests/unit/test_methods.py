@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import ArtifactWriter
 from quantkit.checkpoint.reader import open_checkpoint
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError
 from quantkit.layouts.registry import UnpackingLinear
 from quantkit.model.load import load_block, load_decoder

@@ -17,7 +17,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import ArtifactWriter
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands import quantize
-from quantkit.commands.quantize import QuantizeOptions
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError, MachineError
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.layouts.awq import unpack_words

@@ -20,7 +20,7 @@ from quantkit.arch import table
 from quantkit.arch.table import TABLE
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.commands import quantize
-from quantkit.commands.quantize import QuantizeOptions
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.model.load import load_decoder
 from quantkit.verify import verify
 

@@ -18,8 +18,9 @@ from quantkit.checkpoint.gguf_writer import GgufWriter
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.commands.convert import ConvertOptions
 from quantkit.commands.convert import run as convert
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
 from quantkit.commands.quantize_gguf import GgufChoices
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError
 from quantkit.evaluate.divergence import divergence
 from quantkit.formats.gguf import read_gguf

@@ -26,8 +26,9 @@ from quantkit.checkpoint.gguf_writer import GgufWriter
 from quantkit.commands import quantize_gguf
 from quantkit.commands.convert import ConvertOptions
 from quantkit.commands.convert import run as convert
-from quantkit.commands.quantize import QuantizeOptions, run
+from quantkit.commands.quantize import run
 from quantkit.commands.quantize_gguf import GgufChoices
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError, MachineError, QuantkitError
 from quantkit.formats.gguf import GgufFile, read_gguf
 from quantkit.formats.imatrix import Imatrix, ImatrixEntry, encode_dat, encode_gguf

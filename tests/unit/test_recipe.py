@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.commands.assign import check_recipe
-from quantkit.commands.quantize import QuantizeOptions, effective_recipe
+from quantkit.commands.quantize_options import QuantizeOptions, effective_recipe
 from quantkit.commands.recipe import ValidateOptions, validate
 from quantkit.errors import InputError
 from quantkit.quantizers.base import methods

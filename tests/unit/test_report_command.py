@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.commands.quantize import QuantizeOptions
 from quantkit.commands.quantize import run as quantize
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.commands.report import ReportOptions, run
 from quantkit.errors import InputError
 

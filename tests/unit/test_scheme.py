@@ -10,7 +10,7 @@ import pytest
 
 from quantkit.arch.table import spec_for
 from quantkit.commands.assign import assign
-from quantkit.commands.quantize import QuantizeOptions, effective_recipe
+from quantkit.commands.quantize_options import QuantizeOptions, effective_recipe
 from quantkit.errors import InputError
 from quantkit.method_facts import METHODS
 from quantkit.quant_config import assignment_from_config, quantization_config

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.commands import quantize
-from quantkit.commands.quantize import QuantizeOptions
+from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.commands.verify import VerifyOptions, run
 from quantkit.errors import InputError
 from quantkit.shard import shard_checkpoint
