@@ -28,7 +28,7 @@ from quantkit.checkpoint.gguf_writer import GgufWriter, PlannedTensor
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.floats import rounded, widened
-from quantkit.formats.gguf import GgufFile, GgufTensor, Value, row_bytes, text, u32
+from quantkit.formats.gguf import BY_NAME, GgufFile, GgufTensor, Value, row_bytes, text, u32
 from quantkit.mixtures import Choice, FileType, ModelFacts
 from quantkit.ops.ggml.encode import RowRefused, encode
 from quantkit.progress import Progress, silent
@@ -56,6 +56,8 @@ class InputTensor:
     name: str
     shape: tuple[int, ...]
     type: str
+    precision: str
+    """The type, no block type, that holds every value of it: float32 for blocks, and for linears that are dequantized as they are read."""
     unit: int
     """Rows that are read together: a head whose rows change places, or 1."""
     floats: Callable[[range], Floats]
@@ -135,7 +137,8 @@ def _of_gguf(file: GgufFile, tensor: GgufTensor) -> InputTensor:
     def stored(rows: range) -> bytes:
         return b"".join(fs.read_range(tensor.file, tensor.offset + rows.start * width, len(rows) * width))
 
-    return InputTensor(tensor.name, tensor.shape, tensor.type, 1, floats, stored)
+    precision = tensor.type if BY_NAME[tensor.type].elements == 1 else "F32"
+    return InputTensor(tensor.name, tensor.shape, tensor.type, precision, 1, floats, stored)
 
 
 def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name: str) -> GgufModel:
@@ -183,6 +186,10 @@ class _FloatReader:
         dtype = self._checkpoint.dtype(name)
         return dtype if dtype in FLOAT_TYPES else "F32" if dtype == "F64" else "F16"
 
+    def precision(self, name: str) -> str:
+        """The GGUF type that holds every value of a tensor."""
+        return self._checkpoint.dtype(name) if name in self._checkpoint.tensors else "F32"
+
     def block_type(self, name: str) -> str | None:
         """The block type that a weight is stored in; None where it is stored otherwise."""
         linear = self._linears.get(name.removesuffix(".weight"))
@@ -208,12 +215,15 @@ def _of_checkpoint(tensor: ExportTensor, read: _FloatReader) -> InputTensor:
     kind = next(iter(kinds)) if len(kinds) == 1 else None
     if kind is None:
         own = "F32" if tensor.float_only else read.type(tensor.source_names[0])
-        return InputTensor(tensor.name, tensor.shape, own, unit, floats)
+        held = {read.precision(name) for name in tensor.source_names}
+        return InputTensor(tensor.name, tensor.shape, own, next(iter(held)) if len(held) == 1 else "F32", unit, floats)
     sources = tuple(
         replace(source, transposed=False) for source in tensor.sources
     )  # blocks are stored along the inputs, whatever floats are
     rows_of_bytes = replace(tensor, shape=(*tensor.shape[:-1], row_bytes(kind, tensor.shape[-1])), sources=sources)
-    return InputTensor(tensor.name, tensor.shape, kind, unit, floats, lambda rows: read_rows(rows_of_bytes, rows, read.blocks).tobytes())
+    return InputTensor(
+        tensor.name, tensor.shape, kind, "F32", unit, floats, lambda rows: read_rows(rows_of_bytes, rows, read.blocks).tobytes()
+    )
 
 
 def final_metadata(model: GgufModel, file_type: FileType, extra: Mapping[str, Value]) -> dict[str, Value]:

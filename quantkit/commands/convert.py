@@ -72,6 +72,8 @@ def run(options: ConvertOptions, progress: Progress = silent) -> Report:
     if options.dtype is not None and options.to not in ("hf", "gguf"):
         raise InputError("--dtype", f"is given with --to {options.to}, which keeps every value as it is stored", "no --dtype, or --to hf")
     if options.to == "gguf":
+        if options.path in KNOWN_DIGESTS:
+            _checked_digest(options.path, open_checkpoint(options.path))
         return quantize_gguf.run(_gguf_options(options), progress)
     if options.pre_tokenizer is not None:
         raise InputError("--pre-tokenizer", f"was given with --to {options.to}", "--to gguf")

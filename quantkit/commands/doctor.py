@@ -27,9 +27,7 @@ def run(options: DoctorOptions, progress: Progress = silent) -> Report:
     """
     library = find_library()
     if options.build_kernels and library is None:
-        progress("compile", 0, 1)
-        library = build_library(cache_folder())
-        progress("compile", 1, 1)
+        library = build_library(cache_folder(), progress)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [torch.cuda.get_device_properties(i) for i in range(count)]
     devices = [{"name": each.name, "capability": f"{each.major}.{each.minor}", "bytes": each.total_memory} for each in found]

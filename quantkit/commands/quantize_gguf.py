@@ -16,7 +16,7 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.checkpoint.gguf_writer import file_bytes
 from quantkit.checkpoint.reader import open_checkpoint, resolve_path
 from quantkit.errors import InputError
-from quantkit.formats.gguf import MAGIC, Value, read_gguf, tensor_bytes, text, u32
+from quantkit.formats.gguf import BY_NAME, MAGIC, Value, read_gguf, tensor_bytes, text, u32
 from quantkit.formats.imatrix import Imatrix, importance_for, read_imatrix
 from quantkit.geometry import GGML_BLOCKS, ggml_scheme
 from quantkit.gguf_file import (
@@ -109,7 +109,18 @@ class _Plan:
     def requantized(self) -> list[str]:
         """Quantized tensors that change their type."""
         kinds = ((t, self.choices[t.name].type) for t in self.model.tensors)
-        return [t.name for t, kind in kinds if t.type not in FLOAT_TYPES and kind not in (t.type, *FLOAT_TYPES)]
+        return [t.name for t, kind in kinds if BY_NAME[t.type].elements > 1 and kind not in (t.type, *FLOAT_TYPES)]
+
+    @property
+    def rounded(self) -> Counter[str]:
+        """How many tensors get a type that does not hold every value of the source, by "from -> to"."""
+        found: Counter[str] = Counter()
+        for tensor in self.model.tensors:
+            kind = self.choices[tensor.name].type
+            copied = tensor.stored is not None and kind == tensor.type
+            if not copied and kind != tensor.precision and not (kind == "F32" and tensor.precision in FLOAT_TYPES):
+                found[f"{tensor.precision} -> {kind}"] += 1
+        return found
 
     @property
     def without_importance(self) -> list[str]:
@@ -227,6 +238,11 @@ def _choices(options: GgufOptions, model: GgufModel, *, importance: bool) -> tup
         most = Counter({kind: sum(t.type == kind and len(t.shape) > 1 for t in model.tensors) for kind in own.values()}).most_common(1)
         return _named_after(most[0][0]), {name: Choice(kind, kind) for name, kind in own.items()}
     file_type, chosen = file_type_of(options.type), options.choices
+    if chosen.pure and file_type.default in FLOAT_TYPES:
+        raise InputError("--pure", f"was given with type {options.type}, which is no mixture", "no --pure, or a quantized type")
+    if chosen.leave_output_tensor and all(tensor.name != OUTER[1] for tensor in model.tensors):
+        what = f"was given, and the model has no {OUTER[1]}: its embedding is its head"
+        raise InputError("--leave-output-tensor", what, "--token-embedding-type TYPE")
     mixture = MixtureOptions(
         pure=chosen.pure,
         tensor_types=tensor_type_pairs(" ".join(chosen.tensor_type)),
@@ -346,6 +362,13 @@ def _warnings(plan: _Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _verdict(plan: _Plan) -> str:
+    """Exact or lossy, and why."""
+    if not plan.rounded:
+        return "exact: every value is what the source holds"
+    return "lossy: rounded are " + ", ".join(f"{count} tensors ({kinds})" for kinds, count in sorted(plan.rounded.items()))
+
+
 def _data(plan: _Plan) -> dict[str, Any]:
     weights, before, after = _totals(plan)
     return {
@@ -359,6 +382,7 @@ def _data(plan: _Plan) -> dict[str, Any]:
         "types": dict(sorted(Counter(choice.type for choice in plan.choices.values()).items())),
         "fallbacks": len(plan.fallbacks),
         "requantized": len(plan.requantized),
+        "exact": not plan.rounded,
         "imatrix": None if plan.imatrix is None else {"entries": len(plan.imatrix.entries), "used": len(plan.importance)},
         "warnings": list(_warnings(plan)),
     }
@@ -367,6 +391,8 @@ def _data(plan: _Plan) -> dict[str, Any]:
 def _facts(plan: _Plan) -> list[tuple[str, str]]:
     weights, before, after = _totals(plan)
     facts = [("type", plan.file_type.name.upper()), ("bits per weight", f"{8 * after / weights:.3f}")]
+    if plan.options.command == "convert":
+        facts.append(("values", _verdict(plan)))
     if plan.imatrix is not None:
         facts.append(("importance", f"{len(plan.importance)} tensors, from {plan.options.choices.imatrix}"))
     return [*facts, ("size before", f"{before / 1e6:.1f} MB"), ("size after", f"{after / 1e6:.1f} MB ({after / before:.1%})")]

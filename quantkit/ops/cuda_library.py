@@ -1,6 +1,7 @@
 """The shared library of the CUDA sources in ``kernels/``: what it is called, where it is looked for, how it is built and loaded.
 
-Knows file names, nvcc and ctypes; no torch, and none of the functions in the library.
+``kernels/CMakeLists.txt`` says what is compiled and with which options. This module knows file names, CMake, nvcc and ctypes; no torch,
+and none of the functions in the library.
 """
 
 from __future__ import annotations
@@ -11,31 +12,38 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections import deque
+from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from quantkit import fs
 from quantkit.errors import MachineError
+from quantkit.progress import Progress, silent
 
 VARIABLE = "QUANTKIT_KERNELS"
 """Environment variable that names a library to use, whatever it was built from."""
-SOURCE = "ggml/encode.cu"
-CAPABILITIES = (80, 90)
-"""Compute capabilities that a library has code for; any later GPU compiles the last one's anew when the library is loaded."""
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-shared", "-Xcompiler", "-fPIC")
-"""-fmad=false: a fused multiply-add rounds once where ggml rounds twice."""
+DESCRIPTION = "CMakeLists.txt"
+SUFFIXES = (".cu", ".cuh", ".h", ".txt")
+"""Of the files that make the library; others in ``kernels/`` are no part of it."""
 HINT = "quantkit doctor --build-kernels"
+TOOLKIT = "a CUDA toolkit, 12 or later"
 MAX_BYTES = 256 << 20
+_STEP = re.compile(r"\[ *(\d+)(?:/(\d+)\]|%\])")
+"""How far a build is, as ninja says it ([3/12]) and as make does ([ 25%])."""
+_LOG_LINES = 4000
 
 
 def source_folder() -> Path:
     """``kernels/`` as it is installed, or beside the package in a checkout. Raises MachineError when it is in neither place."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "kernels", package.parent / "kernels"):
-        if (folder / SOURCE).is_file():
+        if (folder / DESCRIPTION).is_file():
             return folder
-    raise MachineError("kernels", f"{SOURCE} is missing", f"the CUDA sources in {package / 'kernels'}", "install quantkit again")
+    raise MachineError("kernels", f"{DESCRIPTION} is missing", f"the CUDA sources in {package / 'kernels'}", "install quantkit again")
 
 
 def cache_folder() -> Path:
@@ -47,20 +55,20 @@ def cache_folder() -> Path:
         raise MachineError("HOME", "is not set", "a home directory, for its cache", "set XDG_CACHE_HOME") from error
 
 
-def _targets() -> tuple[str, ...]:
-    last = CAPABILITIES[-1]
-    machine = [f"arch=compute_{each},code=sm_{each}" for each in CAPABILITIES]
-    return tuple(word for target in (*machine, f"arch=compute_{last},code=compute_{last}") for word in ("-gencode", target))
+def source_files() -> tuple[str, ...]:
+    """The files that the library is made of, as names below ``source_folder()``, sorted."""
+    folder = source_folder()
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return tuple(sorted(name.as_posix() for name in found if name.parts[0] != "build"))
 
 
 def library_name() -> str:
-    """The file name of the library that the sources and options of now give: both are hashed into it."""
-    folder = (source_folder() / SOURCE).parent
-    digest = hashlib.sha256("\0".join((*FLAGS, *_targets())).encode())
-    for path in sorted(each for each in folder.iterdir() if each.suffix in (".cu", ".cuh")):
-        data = fs.read_bytes(path, MAX_BYTES)
-        digest.update(f"\0{path.name}\0{len(data)}\0".encode() + data)
-    return f"libquantkit-{digest.hexdigest()[:16]}-{'-'.join(f'sm{each}' for each in CAPABILITIES)}.so"
+    """The file name of the library that the sources of now give: they, and the options in CMakeLists.txt, are hashed into it."""
+    folder, digest = source_folder(), hashlib.sha256()
+    for name in source_files():
+        data = fs.read_bytes(folder / name, MAX_BYTES)
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return f"libquantkit-{digest.hexdigest()[:16]}.so"
 
 
 def find_library() -> Path | None:
@@ -83,33 +91,93 @@ def find_compiler() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def build_library(folder: Path) -> Path:
-    """Compile the sources into ``folder``, about a minute; returns the library, which no reader sees half written.
+def _tool(name: str) -> str | None:
+    """A program on the path or beside this Python, where a wheel puts it whether or not its environment is activated."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
-    Raises InputError when ``folder`` cannot be made or written; MachineError when nvcc is missing, or with its first line that says error.
+
+def build_library(folder: Path, progress: Progress = silent) -> Path:
+    """Compile the sources into ``folder`` on every core; returns the library, which no reader sees half written.
+
+    Raises InputError when ``folder`` cannot be made or written; MachineError when a tool is missing, or with the line that says what went
+    wrong.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise MachineError("nvcc", "is not installed", "a CUDA toolkit, 12 or later", "put nvcc on the PATH, or set CUDA_HOME")
     target = folder / library_name()
+    tools = _tools()
     fs.make_dir(folder)
     with _scratch(folder) as scratch:
-        made = Path(scratch) / "library.so"
-        command = [compiler, *FLAGS, *_targets(), "-o", str(made), str(source_folder() / SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        except OSError as error:
-            raise MachineError("nvcc", f"cannot be started ({error.strerror or error})", "a compiler that runs") from error
-        if done.returncode or not made.is_file():
-            lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            said = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[0] if lines else f"exit {done.returncode}")
-            raise MachineError("nvcc", f"cannot build the kernels: {said:.300}", "a CUDA toolkit, 12 or later, and its C++ compiler")
+        made, _ = _compile(Path(scratch), tools, (), progress)
         fs.write_bytes(target, fs.read_bytes(made, MAX_BYTES))
     return target
 
 
+def compile_report(folder: Path, architecture: str) -> tuple[Path, str]:
+    """Compile for one ``architecture``, such as "90a-real", into ``folder``; returns the library and all that the compiler said.
+
+    ptxas says what each kernel takes. Raises as ``build_library`` does.
+    """
+    tools = _tools()
+    fs.make_dir(folder)
+    return _compile(folder, tools, ("-DQUANTKIT_REPORT=ON", f"-DQUANTKIT_ARCHITECTURES={architecture}"), silent)
+
+
+def _tools() -> tuple[str, str, str | None]:
+    """nvcc, cmake, and ninja unless make is to do its work. Raises MachineError for the first that is missing."""
+    compiler, cmake, ninja = find_compiler(), _tool("cmake"), _tool("ninja")
+    if compiler is None:
+        raise MachineError("nvcc", "is not installed", TOOLKIT, "put nvcc on the PATH, or set CUDA_HOME")
+    if cmake is None:
+        raise MachineError("cmake", "is not installed", "CMake 3.22 or later", "pip install cmake")
+    if ninja is None and shutil.which("make") is None:
+        raise MachineError("ninja", "is not installed", "ninja or make", "pip install ninja")
+    return compiler, cmake, ninja
+
+
+def _compile(scratch: Path, tools: tuple[str, str, str | None], options: tuple[str, ...], progress: Progress) -> tuple[Path, str]:
+    """Configure and build in ``scratch``; returns the library there and what the build said."""
+    compiler, cmake, ninja = tools
+    generator = ("-G", "Unix Makefiles") if ninja is None else ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}")
+    build = scratch / "build"
+    progress("configure", 0, 1)
+    configure = (cmake, "-S", str(source_folder()), "-B", str(build), *generator, f"-DCMAKE_CUDA_COMPILER={compiler}", *options)
+    _run(configure, "configure", silent)
+    progress("configure", 1, 1)
+    jobs = () if os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") else ("--parallel", str(len(os.sched_getaffinity(0))))
+    said = _run((cmake, "--build", str(build), *jobs), "compile", progress)
+    made = build / "libquantkit.so"
+    if not made.is_file():
+        raise _failure(said.splitlines(), 0)
+    return made, said
+
+
+def _run(command: tuple[str, ...], stage: str, progress: Progress) -> str:
+    """Run one step of the build and return what it said; each line that counts steps moves the progress."""
+    said: deque[str] = deque(maxlen=_LOG_LINES)
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line.rstrip("\n"))
+                if step := _STEP.match(line):
+                    progress(stage, int(step[1]), int(step[2] or 100))
+    except OSError as error:
+        raise MachineError(Path(command[0]).name, f"cannot be started ({error.strerror or error})", "a program that runs") from error
+    if process.returncode:
+        raise _failure(said, process.returncode)
+    return "\n".join(said)
+
+
+def _failure(said: Iterable[str], code: int) -> MachineError:
+    """The compiler's first line that says error, else what follows CMake's, else the first line."""
+    lines = [line.strip() for line in said if line.strip()]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE) and not line.startswith("CMake Error")]
+    after = [line for before, line in pairwise(lines) if before.startswith("CMake Error")]
+    line = next(iter(errors or after or lines), f"exit {code}")
+    return MachineError("nvcc", f"cannot build the kernels: {line:.300}", f"{TOOLKIT}, and its C++ compiler")
+
+
 def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """For the compiler, inside ``folder``: one that cannot be written is an error before the minute, not after it."""
+    """For the compiler, inside ``folder``: one that cannot be written is an error before the minutes, not after them."""
     try:
         return tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,54 +12,81 @@ from quantkit.errors import InputError, MachineError
 from quantkit.ops import cuda_library
 from quantkit.ops.cuda_library import build_library, cache_folder, find_compiler, find_library, library_name, load_library
 
-COMPILES = 'while [ "$1" != -o ]; do shift; done; echo "a library" > "$2"'
+COMPILES = """
+[ "$1" = --build ] || exit 0
+echo "[1/2] Building x"
+echo "[2/2] Linking"
+/bin/mkdir -p "$2"
+echo "a library" > "$2/libquantkit.so"
+"""
+"""What a cmake does that finds nothing wrong."""
 
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A copy of the sources, a cache and a home of this test alone, and no CUDA."""
     folder = tmp_path / "kernels"
-    shutil.copytree(cuda_library.source_folder() / "ggml", folder / "ggml")
+    for name in cuda_library.source_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(cuda_library.source_folder() / name, folder / name)
     monkeypatch.setattr(cuda_library, "source_folder", lambda: folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(cuda_library.VARIABLE, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python" / "python"))
+    monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
     return folder
 
 
-def nvcc(tmp_path: Path, script: str) -> Path:
-    """A compiler in ``CUDA_HOME`` that does what ``script`` says."""
-    path = tmp_path / "cuda" / "bin" / "nvcc"
-    path.parent.mkdir(parents=True)
+def program(path: Path, script: str) -> Path:
+    """A program that does what ``script`` says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
 
 
+def nvcc(tmp_path: Path, script: str = "exit 0") -> Path:
+    """A compiler in ``CUDA_HOME``."""
+    return program(tmp_path / "cuda" / "bin" / "nvcc", script)
+
+
+def tools(tmp_path: Path, script: str) -> None:
+    """nvcc, ninja, and a cmake that does what ``script`` says."""
+    nvcc(tmp_path)
+    program(tmp_path / "bin" / "ninja", "exit 0")
+    program(tmp_path / "bin" / "cmake", script)
+
+
 def test_the_sources_are_found_here() -> None:
-    folder = cuda_library.source_folder()
-    assert sorted(path.name for path in (folder / "ggml").glob("*.cu*")) == ["arithmetic.cuh", "blocks.cuh", "encode.cu", "searches.cuh"]
+    names = cuda_library.source_files()
+    assert {"CMakeLists.txt", "ggml/encode.cu", "ggml/searches.cuh"} <= set(names)
+    assert not {"README.md", "ggml/host.cpp"} & set(names)
+    assert not [name for name in names if name.startswith("build/")]
 
 
 def test_missing_sources_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "SOURCE", "ggml/none.cu")
-    with pytest.raises(MachineError, match=r"^kernels: ggml/none.cu is missing, expected the CUDA sources in ") as caught:
+    monkeypatch.setattr(cuda_library, "DESCRIPTION", "none.txt")
+    with pytest.raises(MachineError, match=r"^kernels: none.txt is missing, expected the CUDA sources in ") as caught:
         cuda_library.source_folder()
     assert caught.value.hint == "install quantkit again"
 
 
-def test_the_name_is_of_the_sources_and_options(monkeypatch: pytest.MonkeyPatch, sources: Path) -> None:
+def test_the_name_is_of_the_sources_and_options(sources: Path) -> None:
     name = library_name()
     assert name.startswith("libquantkit-")
-    assert name.endswith("-sm80-sm90.so")
     (sources / "ggml" / "host.cpp").write_text("// no part of the library\n")
+    (sources / "build").mkdir()
+    (sources / "build" / "x.cu").write_text("// nor what was built\n")
     assert library_name() == name
-    header = sources / "ggml" / "searches.cuh"
-    header.write_text(header.read_text() + "\n")
-    changed = library_name()
-    monkeypatch.setattr(cuda_library, "FLAGS", ("-O1",))
-    assert len({name, changed, library_name()}) == 3
+    names = {name}
+    for file in ("ggml/searches.cuh", "CMakeLists.txt"):
+        (sources / file).write_text((sources / file).read_text() + "\n")
+        names.add(library_name())
+    (sources / "new").mkdir()
+    (sources / "new" / "new.cu").write_text("// another\n")
+    assert len({*names, library_name()}) == 4
 
 
 def test_search_order(monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_path: Path) -> None:
@@ -116,32 +144,73 @@ def test_nvcc_is_taken_from_the_path_first(monkeypatch: pytest.MonkeyPatch, sour
 
 
 def test_build(sources: Path, tmp_path: Path) -> None:
-    nvcc(tmp_path, f'echo "$@" > {tmp_path}/said; {COMPILES}')
-    built = build_library(cache_folder())
+    tools(tmp_path, f'echo "$@" >> {tmp_path}/said; {COMPILES}')
+    seen: list[tuple[str, int, int]] = []
+    built = build_library(cache_folder(), lambda *what: seen.append(what))
     assert built == cache_folder() / library_name() == find_library()
     assert built.read_text() == "a library\n"
     assert [path.name for path in built.parent.iterdir()] == [built.name]
-    said = (tmp_path / "said").read_text()
-    assert said.endswith(f"{sources}/ggml/encode.cu\n")
-    for words in ("-fmad=false", "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
-        assert words in said.split()
-    assert "fast" not in said
+    configure, build = (tmp_path / "said").read_text().splitlines()
+    assert configure.startswith(f"-S {sources} -B {cache_folder()}/.build-")
+    assert f"-DCMAKE_CUDA_COMPILER={tmp_path}/cuda/bin/nvcc" in configure.split()
+    assert "QUANTKIT" not in configure
+    assert build.split()[0] == "--build"
+    assert build.split()[-2:] == ["--parallel", str(len(os.sched_getaffinity(0)))]
+    assert seen == [("configure", 0, 1), ("configure", 1, 1), ("compile", 1, 2), ("compile", 2, 2)]
 
 
-def test_nvcc_missing(sources: Path) -> None:
-    with pytest.raises(MachineError, match=r"^nvcc: is not installed, expected a CUDA toolkit, 12 or later$") as caught:
+def test_make_does_without_ninja(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "3")
+    tools(tmp_path, f'echo "$@" >> {tmp_path}/said; {COMPILES.replace("[1/2]", "[ 50%]").replace("[2/2]", "[100%]")}')
+    (tmp_path / "bin" / "ninja").rename(tmp_path / "bin" / "make")
+    seen: list[tuple[str, int, int]] = []
+    build_library(cache_folder(), lambda *what: seen.append(what))
+    assert "-G Unix Makefiles" in (tmp_path / "said").read_text()
+    assert "--parallel" not in (tmp_path / "said").read_text()
+    assert seen[2:] == [("compile", 50, 100), ("compile", 100, 100)]
+
+
+def test_a_wheel_of_cmake_is_found_beside_python(sources: Path, tmp_path: Path) -> None:
+    tools(tmp_path, COMPILES)
+    (tmp_path / "bin").rename(tmp_path / "python")
+    assert build_library(cache_folder()).is_file()
+
+
+def test_a_report_is_of_one_architecture(sources: Path, tmp_path: Path) -> None:
+    tools(tmp_path, f'echo "$@" >> {tmp_path}/said; {COMPILES}')
+    made, said = cuda_library.compile_report(tmp_path / "report", "90a-real")
+    assert made.read_text() == "a library\n"
+    assert said == "[1/2] Building x\n[2/2] Linking"
+    assert "-DQUANTKIT_REPORT=ON -DQUANTKIT_ARCHITECTURES=90a-real" in (tmp_path / "said").read_text()
+
+
+TOOLS = {
+    "nvcc": ("nvcc: is not installed, expected a CUDA toolkit, 12 or later", "put nvcc on the PATH, or set CUDA_HOME"),
+    "cmake": ("cmake: is not installed, expected CMake 3.22 or later", "pip install cmake"),
+    "ninja": ("ninja: is not installed, expected ninja or make", "pip install ninja"),
+}
+
+
+@pytest.mark.parametrize("missing", TOOLS)
+def test_a_missing_tool_is_one_error(missing: str, sources: Path, tmp_path: Path) -> None:
+    tools(tmp_path, COMPILES)
+    (tmp_path / ("cuda/bin" if missing == "nvcc" else "bin") / missing).unlink()
+    with pytest.raises(MachineError) as caught:
         build_library(cache_folder())
-    assert caught.value.hint == "put nvcc on the PATH, or set CUDA_HOME"
+    assert (caught.value.line, caught.value.hint) == TOOLS[missing]
     assert not cache_folder().exists()
 
 
 FAILURES = {
     "first error": (
-        "echo 'x.cu(1): warning: odd' >&2; echo ' x.cu(3): error: bad' >&2; echo 'y: error: worse' >&2; exit 2",
+        "echo '[1/2] Building'; echo 'x.cu(1): warning: odd' >&2; echo ' x.cu(3): error: bad' >&2; echo 'y: error: worse' >&2; exit 2",
         "x.cu(3): error: bad",
     ),
     "fatal": ("echo 'nvcc fatal   : Unsupported gpu architecture' >&2; exit 1", "nvcc fatal   : Unsupported gpu architecture"),
-    "on stdout": ("echo 'x.cu(3): error: bad'; exit 1", "x.cu(3): error: bad"),
+    "cmake's own": (
+        "echo 'CMake Error at CMakeLists.txt:7 (project):'; echo; echo '  No CUDA toolset found.'; exit 1",
+        "No CUDA toolset found.",
+    ),
     "other words": ("echo 'Killed' >&2; exit 137", "Killed"),
     "silent": ("exit 3", "exit 3"),
     "no file": ("echo fine", "fine"),
@@ -149,33 +218,36 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_nvcc_failing(case: str, sources: Path, tmp_path: Path) -> None:
+def test_a_build_that_fails(case: str, sources: Path, tmp_path: Path) -> None:
     script, said = FAILURES[case]
-    nvcc(tmp_path, script)
+    tools(tmp_path, script)
     with pytest.raises(MachineError) as caught:
         build_library(cache_folder())
     assert caught.value.line == f"nvcc: cannot build the kernels: {said}, expected a CUDA toolkit, 12 or later, and its C++ compiler"
     assert list(cache_folder().iterdir()) == []
 
 
-def test_nvcc_that_does_not_run(sources: Path, tmp_path: Path) -> None:
-    nvcc(tmp_path, "").write_bytes(b"\x7fELF no program")
-    with pytest.raises(MachineError, match=r"^nvcc: cannot be started"):
+def test_cmake_that_does_not_run(sources: Path, tmp_path: Path) -> None:
+    tools(tmp_path, COMPILES)
+    (tmp_path / "bin" / "cmake").write_bytes(b"\x7fELF no program")
+    with pytest.raises(MachineError, match=r"^cmake: cannot be started"):
         build_library(cache_folder())
 
 
-def test_a_cache_that_cannot_be_made_is_an_error_before_nvcc_runs(monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_path: Path) -> None:
-    nvcc(tmp_path, f"echo > {tmp_path}/ran; {COMPILES}")
+def test_a_cache_that_cannot_be_made_is_an_error_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_path: Path
+) -> None:
+    tools(tmp_path, f"echo > {tmp_path}/ran; {COMPILES}")
     (tmp_path / "cache").write_text("a file in its place")
     with pytest.raises(InputError, match=r"cache/quantkit: cannot make the directory|cache: is not a directory"):
         build_library(cache_folder())
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_before_nvcc_runs(
+def test_a_cache_that_cannot_be_written_is_an_error_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_path: Path
 ) -> None:
-    nvcc(tmp_path, f"echo > {tmp_path}/ran; {COMPILES}")
+    tools(tmp_path, f"echo > {tmp_path}/ran; {COMPILES}")
 
     def refuse(prefix: str, dir: Path) -> None:  # noqa: A002  tempfile's own word; a mode would not stop root
         raise PermissionError(13, "Permission denied", str(dir))

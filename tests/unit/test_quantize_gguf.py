@@ -517,6 +517,8 @@ def test_what_a_file_has_no_use_for_is_refused(
         ("q4_k_m", {"tensor_type": ("(=q8_0",)}, "is not a regular expression"),
         ("q4_k_m", {"tensor_type": ("nowhere=q8_0",)}, "matches no tensor"),
         ("f16", {"tensor_type": ("ffn_down=q8_0",)}, "has one type for all tensors"),
+        ("f16", {"pure": True}, "--pure: was given with type f16"),
+        ("q4_k_m", {"leave_output_tensor": True}, "the model has no output.weight"),
         ("q4_k_m", {"output_tensor_type": "q9"}, "'q9': is not known"),
         ("q4_k_m", {"token_embedding_type": "q9"}, "'q9': is not known"),
         ("q4_k_m", {"pre_tokenizer": "no such thing"}, "no such thing"),
@@ -667,6 +669,8 @@ def test_convert_to_floats(tmp_path: Path, small: Path, dtype: str | None, kind:
     assert {t.type for t in file.tensors.values() if len(t.shape) > 1} == {kind}
     assert file.metadata["general.file_type"] == {"BF16": 32, "F16": 1, "F32": 0}[kind]
     assert done.command == "convert"
+    exact = kind != "F16"  # the source is in bfloat16
+    assert done.data["exact"] is exact and dict(done.facts)["values"].startswith("exact" if exact else "lossy: rounded are ")
 
 
 def test_convert_goes_on_by_itself(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
