@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
@@ -34,7 +33,6 @@ TOOLKIT = "a CUDA toolkit, 12 or later"
 MAX_BYTES = 256 << 20
 _STEP = re.compile(r"\[ *(\d+)(?:/(\d+)\]|%\])")
 """How far a build is, as ninja says it ([3/12]) and as make does ([ 25%])."""
-_LOG_LINES = 4000
 
 
 def source_folder() -> Path:
@@ -152,7 +150,7 @@ def _compile(scratch: Path, tools: tuple[str, str, str | None], options: tuple[s
 
 def _run(command: tuple[str, ...], stage: str, progress: Progress) -> str:
     """Run one step of the build and return what it said; each line that counts steps moves the progress."""
-    said: deque[str] = deque(maxlen=_LOG_LINES)
+    said: list[str] = []
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
             assert process.stdout is not None
