@@ -95,7 +95,7 @@ def _q3_k(b: Tensor) -> Affine:
     return codes.reshape(-1, 16, 16), _half(b, 108) * scales.float(), None
 
 
-def _six_bits(s: Tensor) -> tuple[Tensor, Tensor]:
+def six_bits(s: Tensor) -> tuple[Tensor, Tensor]:
     """The scales and mins ``[B, 8]`` of Q4_K and Q5_K in their 12 bytes."""
     scales = torch.cat([s[:, :4] & 63, (s[:, 8:] & 15) | ((s[:, :4] >> 6) << 4)], 1)
     mins = torch.cat([s[:, 4:8] & 63, (s[:, 8:] >> 4) | ((s[:, 4:8] >> 6) << 4)], 1)
@@ -103,12 +103,12 @@ def _six_bits(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q4_k(b: Tensor) -> Affine:
-    scales, mins = _six_bits(b[:, 4:16])
+    scales, mins = six_bits(b[:, 4:16])
     return _nibbles(b[:, 16:], 32), _half(b, 0) * scales.float(), -(_half(b, 2) * mins.float())
 
 
 def _q5_k(b: Tensor) -> Affine:
-    scales, mins = _six_bits(b[:, 4:16])
+    scales, mins = six_bits(b[:, 4:16])
     bits = torch.arange(8, dtype=torch.uint8, device=b.device).reshape(1, 8, 1)
     high = (b[:, None, 16:48] >> bits) & 1  # [B, 8, 32]: bit 2g + s of qh[l]
     return _nibbles(b[:, 48:], 32) | (high << 4), _half(b, 0) * scales.float(), -(_half(b, 2) * mins.float())
