@@ -16,7 +16,7 @@ from quantkit.commands.assign import artifact_bytes
 from quantkit.commands.quantize_gguf import GgufOptions
 from quantkit.commands.quantize_options import QuantizeOptions, effective_recipe, flag
 from quantkit.commands.quantize_report import ArtifactPlan, Run
-from quantkit.commands.quantize_run import calibration_of, check_source, device_of, identity_of, is_finished, quantize_plans
+from quantkit.commands.quantize_run import calibration_of, check_source, identity_of, is_finished, quantize_plans
 from quantkit.errors import InputError
 from quantkit.geometry import GGML_BLOCKS
 from quantkit.mixtures import FILE_TYPES
@@ -104,7 +104,9 @@ def quantize_blocks(options: QuantizeOptions, names: tuple[str, ...], known: Map
 
 def _refuse_other_work(work: Run, plan: ArtifactPlan, progress: Progress) -> None:
     """Raise InputError, naming the field, when the artifact that is there was made from other inputs than those of ``work``."""
-    calibration = calibration_of(plan.recipe, work.checkpoint, device_of(work.options.device), progress) if plan.calibrated else None
+    from quantkit.runtime.devices import place_for
+
+    calibration = calibration_of(plan.recipe, work.checkpoint, place_for(work.options.device), progress) if plan.calibrated else None
     facts = identity_of(replace(work, calibration=calibration), plan, work.checkpoint.fingerprint())
     now = json.loads(json.dumps({**facts, "assignment": assignment_to_json(plan.assignment)}))
     then = read_manifest(plan.out) or {}

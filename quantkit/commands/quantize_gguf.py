@@ -304,20 +304,16 @@ def _encoder(name: str) -> tuple[Encoder, str]:
     """What encodes, and its device. Raises MachineError for a GPU that is not there, or kernels that are not built."""
     if name == "cpu":
         return cpu_encoder, "cpu"
-    if name not in ("auto", "cuda"):
-        raise InputError("--device", f"{name!r} is unknown", "auto, cpu or cuda")
     import torch
 
     from quantkit.ops.cuda_library import load_library
     from quantkit.ops.ggml.cuda import available
+    from quantkit.runtime.devices import place_for
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device", "cuda was asked for, and torch sees no GPU", "--device cpu, or a machine with a GPU")
-    if name == "cuda":
-        load_library()  # what is not built is told before anything is written
-    if name == "cuda" or (torch.cuda.is_available() and available()):
-        return cuda_encoder, torch.cuda.get_device_name()
-    return cpu_encoder, "cpu"
+    if place_for(name) == "cpu" or (name == "auto" and not available()):
+        return cpu_encoder, "cpu"
+    load_library()  # what is not built is told before anything is written
+    return cuda_encoder, torch.cuda.get_device_name()
 
 
 # reports

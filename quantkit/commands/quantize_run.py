@@ -48,23 +48,13 @@ def check_source(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         raise InputError(defect.where, defect.what, defect.expected)
 
 
-def device_of(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device", "cuda was asked for, and torch sees no GPU", "--device cpu, or a machine with a GPU")
-    if name not in ("cpu", "cuda"):
-        raise InputError("--device", f"{name!r} is unknown", "auto, cpu or cuda")
-    return name
-
-
 def devices_of(name: str, count: int) -> tuple[str, ...]:
     """The torch devices that ``--device`` and ``--devices`` name. Raises InputError for several CPUs, MachineError for too few GPUs."""
     import torch
 
-    device = device_of(name)
+    from quantkit.runtime.devices import place_for
+
+    device = place_for(name)
     if count == 1:
         return (device,)
     if name == "cpu":

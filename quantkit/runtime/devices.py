@@ -9,16 +9,16 @@ from quantkit.errors import InputError, MachineError
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def place_for(device: str, ranks: int) -> str:
-    """ "cpu" or "cuda". Raises MachineError when there are fewer GPUs than ranks."""
+def place_for(device: str, gpus: int = 1) -> str:
+    """ "cpu" or "cuda". Raises InputError for another word, MachineError when cuda is meant and there are fewer than ``gpus``."""
     if device not in DEVICES:
         raise InputError("--device", f"is {device!r}", f"one of {', '.join(DEVICES)}")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < ranks:
+    if count < gpus:
         raise MachineError(
-            "--device cuda", f"{ranks} ranks, {count} GPUs here", "a GPU for each rank", f"--tp {count}" if count else "--device cpu"
+            "--device cuda", f"{count} of {gpus} GPUs are here", "a GPU for each rank", f"--tp {count}" if count else "--device cpu"
         )
     return "cuda"
 

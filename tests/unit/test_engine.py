@@ -459,7 +459,7 @@ def test_start_on_one_rank_of_this_process() -> None:
         ({"max_model_len": 1 << 20}, InputError, "which the model was made for"),
         ({"tp": 0}, InputError, "--tp"),
         ({"max_num_seqs": 0}, InputError, "max_num_seqs 0"),
-        ({"device": "cuda", "tp": 64}, MachineError, "64 ranks"),
+        ({"device": "cuda", "tp": 64}, MachineError, "0 of 64 GPUs"),
     ],
 )
 def test_refusals_at_the_start(options: dict[str, Any], kind: type[QuantkitError], words: str) -> None:

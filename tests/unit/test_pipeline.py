@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import ArtifactWriter
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.commands import quantize
+from quantkit.commands import quantize, quantize_run
 from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.errors import InputError, MachineError
 from quantkit.evaluate.perplexity import perplexity
@@ -282,7 +282,7 @@ def test_a_source_that_cannot_be_quantized_is_refused(tmp_path: Path, change: An
 
 
 def test_the_output_is_asked_for_before_calibration(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_calibration", lambda *args: pytest.fail("calibrated first"))
+    monkeypatch.setattr(quantize_run, "calibration_of", lambda *args: pytest.fail("calibrated first"))
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists, expected a path that does not exist"):
         run(tmp_path / "out", path=str(small))
@@ -310,7 +310,7 @@ def test_a_disk_too_small_for_artifact_and_resume_point_is_said_first(tmp_path: 
     [
         ({"method": "gptx"}, "--method: 'gptx' is unknown"),
         ({"format": "gguf"}, "--format: 'gguf' cannot hold what method awq makes"),
-        ({"device": "tpu"}, "--device: 'tpu' is unknown"),
+        ({"device": "tpu"}, "--device: is 'tpu'"),
         ({"samples": 100_000}, "calibration text"),
         ({"seq_len": 2000}, "--seq-len: is 2000, expected at most 1024"),
         ({"override": ("down_proj:group_size=32",)}, "holds one bit width and group size"),

@@ -29,7 +29,7 @@ from quantkit.commands.convert import run as convert
 from quantkit.commands.quantize import run
 from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.commands.quantize_options import QuantizeOptions
-from quantkit.errors import InputError, MachineError, QuantkitError
+from quantkit.errors import InputError, MachineError
 from quantkit.formats.gguf import GgufFile, read_gguf
 from quantkit.formats.imatrix import Imatrix, ImatrixEntry, encode_dat, encode_gguf
 from quantkit.ops.ggml.encode import encode
@@ -556,7 +556,7 @@ def test_a_gguf_source_has_its_own_pre_tokenizer(tmp_path: Path, q8: Path, nothi
         made(q8, tmp_path / "out.gguf", "f16", choices={"pre_tokenizer": "gpt-2"})
 
 
-@pytest.mark.parametrize(("device", "error"), [("tpu", InputError), ("cuda", QuantkitError)])
+@pytest.mark.parametrize(("device", "error"), [("tpu", InputError), ("cuda", MachineError)])
 def test_devices_that_are_not_there(
     tmp_path: Path, small: Path, nothing_left: None, monkeypatch: pytest.MonkeyPatch, device: str, error: type[Exception]
 ) -> None:
@@ -569,6 +569,7 @@ def test_a_gpu_without_its_kernels_is_told_before_anything_is_written(
     tmp_path: Path, small: Path, nothing_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(MachineError, match="kernels"):
         run(QuantizeOptions(path=str(small), out=tmp_path / "out.gguf", method="gguf", device="cuda"))
