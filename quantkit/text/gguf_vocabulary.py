@@ -64,16 +64,6 @@ class GgufVocabulary:
     notes: tuple[str, ...]
 
 
-def tokenizer_metadata(root: Path, config: Mapping[str, Any], architecture: str, pre: str | None = None) -> dict[str, Value]:
-    """The ``tokenizer.*`` keys of the tokenizer in ``root``, chat templates included; see ``gguf_vocabulary``."""
-    return dict(gguf_vocabulary(root, config, architecture, pre).metadata)
-
-
-def no_tokenizer() -> dict[str, Value]:
-    """What a file says that has none."""
-    return {f"{PREFIX}model": text("none")}
-
-
 def gguf_vocabulary(root: Path, config: Mapping[str, Any], architecture: str, pre: str | None = None) -> GgufVocabulary:
     """The tokenizer in ``root`` for a model whose ``config.json`` is ``config``; ``pre`` names how it cuts, where that cannot be told.
 

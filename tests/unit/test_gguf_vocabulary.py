@@ -22,7 +22,7 @@ from quantkit.text import gguf_vocabulary as module
 from quantkit.text import sentencepiece_model
 from quantkit.text.builtin import builtin_text
 from quantkit.text.gguf_tokenizer import hf_files
-from quantkit.text.gguf_vocabulary import gguf_vocabulary, no_tokenizer, tokenizer_metadata
+from quantkit.text.gguf_vocabulary import gguf_vocabulary
 from quantkit.text.pre_tokenizers import PRE_TOKENIZERS, name_of, steps_of
 from quantkit.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -68,7 +68,7 @@ def checkpoint(folder: Path, *, config: Mapping[str, Any] | None = None, tokeniz
 
 def refusal(root: Path, config: Mapping[str, Any] | None = None, pre: str | None = None) -> InputError:
     with pytest.raises(InputError) as caught:
-        tokenizer_metadata(root, config or {}, "llama", pre)
+        gguf_vocabulary(root, config or {}, "llama", pre).metadata
     return caught.value
 
 
@@ -94,7 +94,6 @@ def test_the_tiny_models_come_back(tmp_path: Path, name: str) -> None:
         assert again.decode(ids) == tokenizer.decode(ids)
     assert again.bos_id == 0
     assert again.eos_ids == (0, 2)  # <|im_end|> ends a turn, as every reader takes it
-    assert tokenizer_metadata(root, config, name) == dict(found.metadata)
 
 
 @pytest.mark.parametrize("name", [name for name in PRE_TOKENIZERS if name != "default"])
@@ -189,20 +188,20 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path, change: dict[str, Any],
 def test_merges_taken_whole_or_merged_are_the_same_where_merges_reach_every_piece(tmp_path: Path) -> None:
     """GGUF has no name for GPT-2's cut with ``ignore_merges``; where it changes nothing none is needed."""
     root = checkpoint(tmp_path, tokenizer=lambda data: data["model"].update(ignore_merges=True))
-    assert tokenizer_metadata(root, {}, "llama")["tokenizer.ggml.pre"].value == "gpt-2"
+    assert gguf_vocabulary(root, {}, "llama").metadata["tokenizer.ggml.pre"].value == "gpt-2"
     root = checkpoint(tmp_path, tokenizer=lambda data: data["model"].update(ignore_merges=True, merges=data["model"]["merges"][:-1]))
     assert "has no name for" in refusal(root).line
 
 
 def test_merges_as_strings_and_a_space_inside_a_piece(tmp_path: Path) -> None:
     root = checkpoint(tmp_path, tokenizer=lambda data: data["model"].update(merges=[" ".join(m) for m in data["model"]["merges"]]))
-    assert tokenizer_metadata(root, {}, "llama") == tokenizer_metadata(checkpoint(tmp_path / "pairs"), {}, "llama")
+    assert gguf_vocabulary(root, {}, "llama").metadata == gguf_vocabulary(checkpoint(tmp_path / "pairs"), {}, "llama").metadata
 
     def spaced(data: dict[str, Any]) -> None:
         data["model"]["vocab"] |= {" ": 1024, " t": 1025}
         data["model"]["merges"].append([" ", "t"])
 
-    merges = tokenizer_metadata(checkpoint(tmp_path, tokenizer=spaced), {}, "llama")["tokenizer.ggml.merges"].value
+    merges = gguf_vocabulary(checkpoint(tmp_path, tokenizer=spaced), {}, "llama").metadata["tokenizer.ggml.merges"].value
     assert merges[-1] == "\u0120 t" and all(merge.count(" ") == 1 for merge in merges)
 
 
@@ -232,7 +231,7 @@ def test_more_tokens_than_the_model(tmp_path: Path) -> None:
     assert len(found.metadata["tokenizer.ggml.tokens"].value) == 1024
     assert found.notes == ("1 added tokens have ids past the 1024 of the model and are left out",)
     (root / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<image>"}))
-    assert "tokenizer.ggml.padding_token_id" not in tokenizer_metadata(root, {"vocab_size": 1024}, "llama")
+    assert "tokenizer.ggml.padding_token_id" not in gguf_vocabulary(root, {"vocab_size": 1024}, "llama").metadata
     (root / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<image>"}))
     assert "('<image>' is one)" in refusal(root, {"vocab_size": 1024}).line
     for size in (0, -1, 1 << 40):
@@ -261,7 +260,7 @@ def test_tokens_that_would_be_spelled_alike_are_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_special_ids(tmp_path: Path, settings: Any, generation: Any, config: Any, expected: dict[str, int]) -> None:
     root = checkpoint(tmp_path, config=settings, generation_config=generation)
-    written = held(tokenizer_metadata(root, config, "llama"))
+    written = held(gguf_vocabulary(root, config, "llama").metadata)
     assert {key.removesuffix("_token_id"): value for key, value in written.items() if key.endswith("_id")} == expected
 
 
@@ -275,7 +274,7 @@ def test_llama_3_has_all_three_ends(tmp_path: Path) -> None:
         data["model"]["vocab"] |= {name: index for index, name in names.items()}
 
     settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    written = held(tokenizer_metadata(checkpoint(tmp_path, config=settings, tokenizer=renamed), {}, "llama"))
+    written = held(gguf_vocabulary(checkpoint(tmp_path, config=settings, tokenizer=renamed), {}, "llama").metadata)
     assert [written[f"{name}_token_id"] for name in ("bos", "eos", "eot", "eom")] == [0, 1, 3, 2]
 
 
@@ -340,7 +339,7 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     root = checkpoint(tmp_path, config={"chat_template": "from the config"}, chat_template={"chat_template": "from a file"})
 
     def templates() -> dict[str, Any]:
-        found = tokenizer_metadata(root, {}, "llama").items()
+        found = gguf_vocabulary(root, {}, "llama").metadata.items()
         return {key.removeprefix("tokenizer.chat_template"): value.value for key, value in found if ".chat_template" in key}
 
     assert templates() == {"": "from the config"}
@@ -349,7 +348,7 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "one"}, {"name": "rag", "template": "three"}]
     (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert templates() == {"": "one", ".tool_use": "two", ".rag": "three", "s": ("rag", "tool_use")}
-    assert load_tokenizer(root).chat_template == back(tmp_path, tokenizer_metadata(root, {}, "llama")).chat_template == "one"
+    assert load_tokenizer(root).chat_template == back(tmp_path, gguf_vocabulary(root, {}, "llama").metadata).chat_template == "one"
     (root / "chat_template.jinja").write_text("its own file")
     assert templates() == {"": "its own file"}
     (root / "additional_chat_templates").mkdir()
@@ -456,7 +455,7 @@ def test_added_tokens_of_a_sentencepiece_model(tmp_path: Path, folder: Path) -> 
     declared = {"0": {"content": "<unk>", "special": True}, "600": {"content": "<|im_end|>", "special": True},
                 "603": {"content": "▁▁▁▁▁▁▁▁▁▁▁▁", "special": False}, "602": {"content": "<late>", "special": True}}  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**NAMES, "eos_token": "<|im_end|>", "added_tokens_decoder": declared}))
-    written = held(tokenizer_metadata(tmp_path, {"vocab_size": 608}, "llama"))
+    written = held(gguf_vocabulary(tmp_path, {"vocab_size": 608}, "llama").metadata)
     assert written["tokens"][600:605] == ("<|im_end|>", "<extra>", "<late>", " " * 12, "[PAD604]")
     assert written["token_type"][[0, 600, 601, 602, 603, 604]].tolist() == [UNKNOWN, CONTROL, USER_DEFINED, CONTROL, USER_DEFINED, UNUSED]
     assert written["scores"][600:604].tolist() == [-1000.0] * 4
@@ -615,7 +614,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     assert error.hint is not None and "copy the tokenizer files" in error.hint
     (tmp_path / "vocab.json").write_text("{}")
     assert "fast tokenizer" in str(refusal(tmp_path).hint)
-    assert held(no_tokenizer()) == {"model": "none"}
 
 
 def test_files_are_bounded_and_stay_in_their_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
