@@ -68,7 +68,7 @@ def checkpoint(folder: Path, *, config: Mapping[str, Any] | None = None, tokeniz
 
 def refusal(root: Path, config: Mapping[str, Any] | None = None, pre: str | None = None) -> InputError:
     with pytest.raises(InputError) as caught:
-        gguf_vocabulary(root, config or {}, "llama", pre).metadata
+        gguf_vocabulary(root, config or {}, "llama", pre)
     return caught.value
 
 
