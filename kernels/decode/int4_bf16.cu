@@ -1,0 +1,2 @@
+#include "int4.cuh"
+QK_INT4(__nv_bfloat16)

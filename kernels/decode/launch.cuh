@@ -1,0 +1,132 @@
+// From a QkConfig to a launch of multiply<>.
+//
+// QkConfig of kernel QK_MMA; any field 0 is chosen here:
+//   a  columns of y's transpose in a block: 8, 16, 32, 64 (x's rows beyond it take more blocks)
+//   b  blocks along K | blocks along N << 8
+//   c  16-row blocks of a warp | warps of a team << 4 | teams of a block << 8 | blocks meant for one multiprocessor << 16
+//   d  stages | 1 << 8: splits meet in the workspace, not in a cluster | 1 << 9: dependent launch
+#pragma once
+#include "mma.cuh"
+
+namespace qk {
+namespace decode {
+
+constexpr int DEPENDENT = 1 << 9, WORKSPACE = 1 << 8;
+constexpr int BLOCK_MEMORY = 227 * 1024, SM_MEMORY = 228 * 1024;
+
+struct Device {
+  int sms = 0, major = 0, block_memory = 0, sm_memory = 0;
+};
+
+inline int device_facts(Device& device) {
+  static Device known[64];
+  int id = 0;
+  if (const cudaError_t error = cudaGetDevice(&id)) return error;
+  if (id >= 64 || known[id].sms == 0) {
+    Device d;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, id)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, id)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&d.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&d.sm_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id)) return error;
+    if (id >= 64) {
+      device = d;
+      return 0;
+    }
+    known[id] = d;
+  }
+  device = known[id];
+  return 0;
+}
+
+struct Plan {
+  int columns, splits, blocks, rb, wk, teams, per_sm, stages;
+  bool cluster, dependent;
+};
+
+template <class C>
+int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
+  constexpr int WARPS = C::NT <= 2 ? 16 : 8;  // 128 registers a thread, or 255
+  const int warps = plan.teams * C::SETS * C::WK;
+  if (warps > WARPS || plan.teams * C::SETS > 15) return QK_UNSUPPORTED;
+  args.splits = plan.splits;
+  args.teams = plan.teams;
+  args.cluster = plan.cluster && plan.splits > 1;
+  args.dependent = plan.dependent;
+  args.slice = (args.k_tiles + plan.splits - 1) / plan.splits;
+  args.x_rows = 8 * C::NT;
+  while (args.x_rows > 1 && args.x_rows / 2 >= args.m && args.x_rows <= 8) args.x_rows /= 2;
+  const int rows = (args.strips + plan.teams - 1) / plan.teams;
+  const int blocks = plan.blocks && plan.blocks < rows ? plan.blocks : rows;
+  const int strips = (args.strips + blocks * plan.teams - 1) / (blocks * plan.teams);  // of a team, at most
+  args.buffers = strips > 1 ? 2 : 1;
+  if (args.cluster && (plan.splits > 8 || (strips > 1 && plan.splits > C::UNITS))) return QK_UNSUPPORTED;
+  const int work = strips * ((args.slice + C::WK - 1) / C::WK);  // tiles of a warp
+  const auto bytes = [&](int stages) {
+    return C::shared(plan.teams, stages, args.x_rows, args.slice, plan.splits, args.buffers, args.cluster).total();
+  };
+  const int room = plan.per_sm <= 1 ? device.block_memory : device.sm_memory / plan.per_sm - 1024;
+  int stages = plan.stages ? plan.stages : 16;
+  if (stages > work) stages = work;
+  while (stages > 1 && bytes(stages) > (plan.stages ? device.block_memory : room)) --stages;
+  if (bytes(stages) > device.block_memory) return QK_UNSUPPORTED;
+  args.stages = stages;
+  const int64_t chunks = (args.m + 8 * C::NT - 1) / (8 * C::NT);
+  if (chunks > 65535 || blocks > 65535) return QK_UNSUPPORTED;
+  if (plan.splits > 1 && !args.cluster) {
+    const int64_t units = chunks * args.strips * 8;
+    if (units * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + units * plan.splits * C::NT * 256 > workspace_bytes) return QK_UNSUPPORTED;
+  }
+  const auto kernel = multiply<C, WARPS, 1>;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_memory)) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.splits, blocks, static_cast<unsigned>(chunks));
+  config.blockDim = dim3(warps * 32);
+  config.dynamicSmemBytes = bytes(stages);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (args.cluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = plan.splits;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  if (args.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// The shapes that are compiled: (columns / 8, 16-row blocks of a warp, warps of a team).
+template <class T, int F, int G>
+int launch_format(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
+#define QK_TRY(NT, RB, WK) \
+  if (plan.columns == 8 * NT && plan.rb == RB && plan.wk == WK) \
+  return launch<Traits<T, F, G, NT, RB, WK>>(args, plan, device, workspace_bytes, stream)
+  QK_TRY(1, 4, 4);
+  QK_TRY(1, 4, 8);
+  QK_TRY(2, 4, 4);
+  QK_TRY(2, 4, 8);
+  QK_TRY(4, 4, 4);
+  QK_TRY(4, 2, 4);
+  QK_TRY(8, 2, 2);
+  QK_TRY(8, 2, 4);
+#ifdef QK_DECODE_ALL
+  QK_TRY(1, 2, 4);
+  QK_TRY(2, 2, 4);
+  QK_TRY(4, 2, 2);
+  QK_TRY(8, 4, 4);
+  QK_TRY(8, 1, 2);
+#endif
+#undef QK_TRY
+  return QK_UNSUPPORTED;
+}
+
+template <class T>
+int launch_int4(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream);
+
+}  // namespace decode
+}  // namespace qk
