@@ -148,7 +148,7 @@ class Engine:
         most = min(params.max_tokens, self.max_model_len - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
-        request = _Request(len(prompt), params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer), StopText(params.stop))
+        request = _Request(len(prompt), params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer, prompt), StopText(params.stop))
         with self._changed:
             if self._failure is not None:
                 raise self._failure

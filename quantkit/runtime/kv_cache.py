@@ -74,15 +74,20 @@ class ContiguousCache:
 
     def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``k``, ``v [t, KV, D]``; return all of the sequence so far: two ``[S, KV, D]``, views of the store."""
+        keys, values = self.reserve(layer, sequence, k.shape[0])
+        first = keys.shape[0] - k.shape[0]
+        keys[first:] = k
+        values[first:] = v
+        return keys, values
+
+    def reserve(self, layer: int, sequence: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """``update`` for a caller that writes the last ``tokens`` rows of what is returned itself, at once."""
         store = self._stores[sequence]
-        start = store.held[layer]
-        stop = start + k.shape[0]
+        stop = store.held[layer] + tokens
         if stop > store.capacity:
             self._grow(store, stop)
-        keys, values = store.views[layer]
-        keys[start:stop] = k
-        values[start:stop] = v
         store.held[layer] = stop
+        keys, values = store.views[layer]
         return keys[:stop], values[:stop]
 
     def _empty(self, tokens: int) -> Tensor:

@@ -153,14 +153,14 @@ class Answer:
         texts = TokenTexts(self.tokenizer)
         items = []
         for choice in self.choices:
-            scores = self._scores(choice, choice.logprobs, Offsets(self.tokenizer, choice.opening), texts)
+            scores = self._scores(choice, choice.logprobs, Offsets(self.tokenizer, choice), texts)
             items.append(self.dialect.whole(choice, scores))
         return {**self._envelope(self.dialect.kind, items), "usage": self._usage()}
 
     async def stream(self, include_usage: bool) -> AsyncIterator[str]:
         """The data of server-sent events; an engine error is the last one, in place of ``[DONE]``."""
         texts = TokenTexts(self.tokenizer)
-        offsets = [Offsets(self.tokenizer, choice.opening) for choice in self.choices]
+        offsets = [Offsets(self.tokenizer, choice) for choice in self.choices]
 
         def chunk(items: Sequence[Json], usage: Json | None = None) -> str:
             body = self._envelope(self.dialect.chunk_kind, items)
@@ -259,7 +259,7 @@ class _Endpoints:
         choices: list[Choice] = []
         for prompt in prompts:
             for number in range(asked.n):
-                choices.append(Choice(len(choices), prompt.echo))
+                choices.append(Choice(len(choices), prompt.ids, prompt.echo))
                 jobs.append(Job(prompt.ids, sampling(asked, prompt.limit, number)))
         if len(jobs) > self._engine.capacity:  # waiting would not help
             what = f"asks for {len(jobs)} completions, this server takes at most {self._engine.capacity} at once"

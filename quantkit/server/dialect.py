@@ -47,6 +47,7 @@ class Choice:
     """One completion as it grows."""
 
     index: int
+    prompt: Sequence[int] = ()
     opening: str = ""
     """Text before the first token: the prompt, when it is echoed."""
     texts: list[str] = field(default_factory=list)
@@ -150,9 +151,9 @@ CHAT = Dialect(
 class Offsets:
     """Where each token of a choice starts in its text."""
 
-    def __init__(self, tokenizer: Tokenizer, opening: str) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._length = len(opening)
+    def __init__(self, tokenizer: Tokenizer, choice: Choice) -> None:
+        self._decoder = StreamDecoder(tokenizer, choice.prompt)
+        self._length = len(choice.opening)
 
     def of(self, scored: Sequence[TokenLogprob]) -> list[int]:
         starts = []

@@ -238,14 +238,21 @@ def _byte_tokens(backend: Backend) -> frozenset[int]:
     return frozenset(found)
 
 
+CONTEXT_TOKENS = 6
+"""Of what a text goes on from, the tokens that can change how its first ones decode."""
+
+
 class StreamDecoder:
     """Text of a growing list of tokens: what ``push`` and ``finish`` return, joined, is ``tokenizer.decode`` of all of them.
+
+    ``after``: the tokens that they go on from, whose own text is left out. Of tokens that decode alike alone and in a text, which a first
+    space does not, that changes nothing.
 
     Text comes as soon as no later token can change it, so a character is never split. Decoding starts at the last tokens whose text
     is out: a SentencePiece decoder drops the space before the first token it sees, and must not drop one in the middle.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._byte_tokens = tokenizer.byte_tokens if isinstance(tokenizer, BackendTokenizer) else frozenset[int]()
         self._window: list[int] = []
@@ -255,6 +262,10 @@ class StreamDecoder:
         """Tokens of the window whose text is out."""
         self._shown = ""
         """The text of those, as it decodes in this window."""
+        context = list(after[-CONTEXT_TOKENS:])
+        text = tokenizer.decode(context)
+        if context and context[-1] not in self._byte_tokens and not text.endswith(REPLACEMENT):  # else it may end within a character
+            self._window, self._known, self._shown = context, len(context), text
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that it completes, often its own, "" when more tokens are needed."""

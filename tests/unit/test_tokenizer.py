@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -245,11 +246,11 @@ def byte_fallback() -> Tokenizer:
         return load_tokenizer(Path(folder))
 
 
-def law(tokenizer: Tokenizer, ids: list[int]) -> None:
-    stream = StreamDecoder(tokenizer)
+def law(tokenizer: Tokenizer, ids: list[int], after: Sequence[int] = ()) -> None:
+    stream = StreamDecoder(tokenizer, after)
     pieces = [stream.push(token) for token in ids]
     assert not any(piece.endswith(REPLACEMENT) for piece in pieces)
-    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode([*after, *ids])[len(tokenizer.decode(after)) :]
 
 
 @settings(max_examples=200, deadline=None)
@@ -283,6 +284,26 @@ def test_law_on_text_with_byte_fallback(text: str) -> None:
     ids = byte_fallback().encode(text, special=True)
     law(byte_fallback(), ids)
     assert stream_text(byte_fallback(), ids) == text
+
+
+@pytest.mark.parametrize("tokenizer", [byte_fallback, tiny])
+@settings(max_examples=100, deadline=None)
+@given(before=st.text(alphabet="ab €", max_size=12), text=st.text(alphabet="ab é€\n", max_size=12))
+def test_law_of_a_continuation(tokenizer: Callable[[], Tokenizer], before: str, text: str) -> None:
+    """The space between a prompt and what follows it is there, wherever between tokens the prompt ends."""
+    ids = tokenizer().encode(before + text, special=False)
+    for cut in range(len(ids) + 1):
+        after = ids[:cut]
+        within = tokenizer().decode(after).endswith(REPLACEMENT) or set(after[-1:]) & getattr(tokenizer(), "byte_tokens", set())
+        if not within:
+            law(tokenizer(), ids[cut:], after)
+
+
+def test_the_first_word_of_a_continuation_keeps_its_space() -> None:
+    tokenizer = byte_fallback()
+    ids = tokenizer.encode("a b", special=False)
+    stream = StreamDecoder(tokenizer, ids[:1])
+    assert "".join([*map(stream.push, ids[1:]), stream.finish()]) == " b"
 
 
 @needs_smollm
