@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def bitsandbytes() -> Oracle:
 def oracle() -> Callable[[str, str], Oracle]:
     """An environment's name and a script of this folder -> the oracle."""
     return Oracle
+
+
+@pytest.fixture(scope="session")
+def ggml_library() -> ctypes.CDLL:
+    """ggml's base library, called in this process; QUANTKIT_GGML_LIBRARY names another than that of ``requirements-llama-cpp.txt``."""
+    given = os.environ.get("QUANTKIT_GGML_LIBRARY")
+    own = sorted((HERE / ".venv" / "llama-cpp").glob("lib/python*/site-packages/libggml/lib*/libggml-base.so"))
+    found = [Path(given)] if given else own
+    if not found:
+        pytest.fail("the llama-cpp environment is not there: `make oracle` builds it", pytrace=False)
+    return ctypes.CDLL(str(found[0]))
 
 
 @pytest.fixture(scope="session")

@@ -33,15 +33,9 @@ Reference = Callable[[np.ndarray, str, np.ndarray | None], np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def ggml() -> Reference:
+def ggml(ggml_library: ctypes.CDLL) -> Reference:
     """``encode`` as ggml does it."""
-    given = os.environ.get("QUANTKIT_GGML_LIBRARY")
-    found = (
-        [Path(given)] if given else sorted((HERE / ".venv" / "llama-cpp").glob("lib/python*/site-packages/libggml/lib*/libggml-base.so"))
-    )
-    if not found:
-        pytest.fail("the llama-cpp environment is not there: `make oracle` builds it", pytrace=False)
-    chunk = ctypes.CDLL(str(found[0])).ggml_quantize_chunk
+    chunk = ggml_library.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
 

@@ -172,7 +172,7 @@ def test_its_own_vocabularies(tmp_path: Path, llamacpp: Oracle, name: str) -> No
     """The way in gives the ids of its vectors, and the way out a file of which llama.cpp makes the same tokens."""
     path = VOCABULARIES / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip("the vocabularies of llama.cpp's sources are not in .venv/llama.cpp/models")
+        pytest.fail("the vocabularies of llama.cpp's sources are not there: `make oracle` lays them out", pytrace=False)
     file = read_gguf(path)
     root = laid_out(tmp_path / "files", file.metadata)
     tokenizer = load_tokenizer(root)

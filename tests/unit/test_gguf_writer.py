@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,56 +135,6 @@ def test_the_gguf_package_reads_the_same(tmp_path: Path) -> None:
             plain = {key: list(v.value) if v.element is not None else v.value for key, v in METADATA.items()}
             assert kept == ({} if number else plain)
         assert found == {tensor.name: (tensor.type, tensor.shape, data_of(tensor)) for tensor in every}
-
-
-def libggml() -> Any:
-    """ggml's base library: that of an installed ``libggml``, or the file that ``QUANTKIT_LIBGGML`` names."""
-    path = os.environ.get("QUANTKIT_LIBGGML")
-    if path is None:
-        spec = find_spec("libggml")
-        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-        path = next((str(found) for folder in folders for found in sorted(Path(folder).rglob("libggml-base.so"))), None)
-    if path is None:
-        pytest.skip("libggml is not installed: pip install --no-deps libggml-python, or QUANTKIT_LIBGGML=.../libggml-base.so")
-    library = ctypes.CDLL(path)
-    for name, result in {"init_from_file": ctypes.c_void_p, "get_tensor_name": ctypes.c_char_p, "get_key": ctypes.c_char_p}.items():
-        getattr(library, f"gguf_{name}").restype = result
-    for name in ("get_n_tensors", "get_n_kv", "find_tensor", "find_key"):
-        getattr(library, f"gguf_{name}").restype = ctypes.c_int64
-    for name in ("get_tensor_offset", "get_tensor_size", "get_data_offset", "get_alignment"):
-        getattr(library, f"gguf_{name}").restype = ctypes.c_size_t
-    return library
-
-
-class InitParams(ctypes.Structure):
-    """``gguf_init_params``: read the header alone, make no tensors."""
-
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("limit", [None, 1000])
-@pytest.mark.parametrize("alignment", [None, 8, 4096])
-def test_ggml_opens_it_and_finds_the_same_tensors(tmp_path: Path, limit: int | None, alignment: int | None) -> None:
-    library = libggml()
-    metadata = {**METADATA, **({} if alignment is None else {"general.alignment": u32(alignment)})}
-    assert len(whole(tmp_path / "m.gguf", metadata=metadata, max_part_bytes=limit)) == (1 if limit is None else 3)
-    first = next(path for path in sorted(tmp_path.iterdir()))
-    wanted, found = read_gguf(first), []
-    for number, path in enumerate(wanted.paths):
-        handle = library.gguf_init_from_file(os.fsencode(path), InitParams(True, None))
-        assert handle, path
-        context = ctypes.c_void_p(handle)
-        keys = [library.gguf_get_key(context, ctypes.c_int64(i)).decode() for i in range(library.gguf_get_n_kv(context))]
-        assert [key for key in keys if not key.startswith("split.")] == ([] if number else list(metadata))
-        start = library.gguf_get_data_offset(context)
-        for i in range(library.gguf_get_n_tensors(context)):
-            at = ctypes.c_int64(i)
-            offset = start + library.gguf_get_tensor_offset(context, at)
-            kind, size = library.gguf_get_tensor_type(context, at), library.gguf_get_tensor_size(context, at)
-            found.append((library.gguf_get_tensor_name(context, at).decode(), BLOCK_TYPES[kind].name, offset, size, path))
-        library.gguf_free(context)
-    assert found == [(t.name, t.type, t.offset, t.nbytes, t.file) for t in wanted.tensors.values()]
 
 
 # parts
