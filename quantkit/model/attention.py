@@ -6,10 +6,10 @@ tokens and S key tokens of one sequence. This module knows no weights and no ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class KVCache(Protocol):
         """
 
 
+@runtime_checkable
+class InPlaceCache(KVCache, Protocol):
+    """A cache whose tokens of one pass are beside each other in memory, so that a kernel can write them itself."""
+
+    def reserve(self, layer: int, sequence: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Append ``tokens`` tokens that the caller writes at once; return all of the sequence so far, ``[S, KV, D]``, contiguous."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """The facts of one layer's attention. ``kv_index`` gives each query head's key head where they are not equal groups."""
@@ -55,18 +63,28 @@ class Attention:
             parts = [self._heads(*run) for run in _runs(q, k, v, batch.lengths)]
         else:
             assert batch.sequences is not None
-            parts = [self._cached(q, k, v, start, length, cache, layer, sequence) for start, length, sequence in _spans(batch)]
+            parts = []
+            for start, length, sequence in spans(batch):
+                rows = slice(start, start + length)
+                parts.append(self._over(q[rows], *cache.update(layer, sequence, k[rows], v[rows])))
+        return self._joined(parts, q)
+
+    def over_held(self, q: Tensor, batch: Batch, held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """``q [T, H, D]`` over ``held``, of each of ``spans(batch)`` all its keys and values, ``[S, KV, D]`` -> ``[T, H * D]``."""
+        parts = [self._over(q[start : start + length], *each) for (start, length, _), each in zip(spans(batch), held, strict=True)]
+        return self._joined(parts, q)
+
+    def _joined(self, parts: list[Tensor], q: Tensor) -> Tensor:
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else q.new_empty(0, q.shape[1] * self.head_dim)
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, start: int, length: int, cache: KVCache, layer: int, sequence: int) -> Tensor:
-        rows = slice(start, start + length)
-        keys, values = cache.update(layer, sequence, k[rows], v[rows])
+    def _over(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """``q [t, H, D]``, the last t tokens of one sequence, over all of its keys and values."""
         if self.window is not None:
-            seen = max(0, keys.shape[0] - length - self.window + 1)
+            seen = max(0, keys.shape[0] - q.shape[0] - self.window + 1)
             keys, values = keys[seen:], values[seen:]
-        return self._heads(q[rows].unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+        return self._heads(q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [B, t, H, D]`` over ``k``, ``v [B, S, KV, D]``, the last S tokens of B sequences -> ``[B * t, H * D]``."""
@@ -128,7 +146,7 @@ def _runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator
             yield first, second, third
 
 
-def _spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+def spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
     """``(first row, rows, cache id)`` of each sequence that has rows."""
     start = 0
     for length, sequence in zip(batch.lengths, batch.sequences or (), strict=True):

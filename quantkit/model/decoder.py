@@ -18,9 +18,10 @@ from quantkit.arch.spec import ModelSpec, Moe
 from quantkit.comm import Comm
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.table import PackedTable
-from quantkit.model.attention import Attention, Batch, KVCache
+from quantkit.model.attention import Attention, Batch, InPlaceCache, KVCache, spans
 from quantkit.model.moe import Steps, mix
-from quantkit.model.rope import Rotary, rotate
+from quantkit.model.rope import Rotary
+from quantkit.ops import fused
 from quantkit.plan import COLUMN, COPY, GATHER, ROW
 
 __all__ = ["Batch", "Block", "Decoder", "Embedding", "Head", "KVCache", "LayerNorm", "Norm", "ParallelLinear", "RmsNorm", "Tap"]
@@ -54,11 +55,7 @@ class RmsNorm:
         return self.weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if not self.offset:
-            return self.weight * wide.to(x.dtype)
-        return (wide * (self.offset + self.weight.to(torch.float32))).to(x.dtype)
+        return fused.rms_norm_reference(x, self.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,32 +172,65 @@ class Block:
 
     def _steps(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Steps:
         """Yields each linear's role and input, is sent its output, and returns the block's."""
-
-        def norm(role: str, value: Tensor) -> Tensor:
-            return self.norms[role](value) if role in self.norms else value
-
-        h = norm("pre_attention", x)
+        fuse = _fused(x, cache)
+        h = self._norm("pre_attention", x, fuse)
         q = self._heads((yield "q", h))  # [T, heads, D]
         k = self._heads((yield "k", h))
         v = self._heads((yield "v", h))
-        q, k = norm("q_norm", q), norm("k_norm", k)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        h = yield "o", self.attention(q, k, v, batch, cache, self.layer)
-        x = x + norm("post_attention", h)
-        h = yield from self._mlp(norm("pre_ffn", x))
-        return x + norm("post_ffn", h)
+        q, k = self._norm("q_norm", q, fuse), self._norm("k_norm", k, fuse)
+        if fuse and angles is not None and isinstance(cache, InPlaceCache):
+            h = self._attend_in_place(q, k, v, batch, angles, cache)
+        else:
+            if angles is not None:
+                q, k = fused.rotate(q, *angles), fused.rotate(k, *angles)
+            h = self.attention(q, k, v, batch, cache, self.layer)
+        h = yield "o", h
+        x, h = self._add_norm(x, self._norm("post_attention", h, fuse), fuse)
+        h = yield from self._mlp(h, fuse)
+        return x + self._norm("post_ffn", h, fuse)
 
-    def _mlp(self, h: Tensor) -> Steps:
+    def _norm(self, role: str, x: Tensor, fuse: bool) -> Tensor:
+        return _normed(self.norms[role], x, fuse) if role in self.norms else x
+
+    def _add_norm(self, x: Tensor, h: Tensor, fuse: bool) -> tuple[Tensor, Tensor]:
+        """``x + h``, and its norm before the MLP."""
+        norm = self.norms.get("pre_ffn")
+        if fuse and isinstance(norm, RmsNorm):
+            total, normed = fused.add_rms_norm(x, h, norm.weight, norm.eps, norm.offset)
+            return total, normed
+        x = x + h
+        return x, x if norm is None else norm(x)
+
+    def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: InPlaceCache) -> Tensor:
+        """Attention of ``q``, ``k``, ``v`` not yet rotated, where one kernel rotates them and writes the cache."""
+        held = [cache.reserve(self.layer, sequence, length) for _, length, sequence in spans(batch)]
+        new = [(keys[-length:], values[-length:]) for (_, length, _), (keys, values) in zip(spans(batch), held, strict=True)]
+        q = fused.rotary_write(q, k, v, *angles, [keys for keys, _ in new], [values for _, values in new])
+        return self.attention.over_held(q, batch, held)
+
+    def _mlp(self, h: Tensor, fuse: bool) -> Steps:
         """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""
         if self.moe is not None:
             return (yield from mix(h, self.moe, self._activate))
         if "gate" in self.linears:
             gate = yield "gate", h
             up = yield "up", h
-            return (yield "down", self._activate(gate) * up)
+            silu = fuse and self._activate is functional.silu
+            return (yield "down", fused.silu_mul(gate, up) if silu else self._activate(gate) * up)
         up = yield "up", h
         return (yield "down", self._activate(up))
+
+
+def _fused(x: Tensor, cache: KVCache | None) -> bool:
+    """Whether a pass takes the fused kernels: where it serves. Calibration has no cache, and its bytes depend on no library of ours."""
+    return cache is not None and fused.usable(x)
+
+
+def _normed(norm: Norm, x: Tensor, fuse: bool) -> Tensor:
+    if fuse and isinstance(norm, RmsNorm):
+        found: Tensor = fused.rms_norm(x, norm.weight, norm.eps, norm.offset)
+        return found
+    return norm(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +337,7 @@ class Decoder:
             if key not in angles:
                 angles[key] = block.angles(batch)
             x = block.run(x, batch, angles[key], cache, None)
-        return self.norm(x)
+        return _normed(self.norm, x, _fused(x, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [T', hidden]`` of ``forward`` -> logits ``[T', vocab]`` over the whole vocabulary, on every rank."""

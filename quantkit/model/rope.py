@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every scaling kind, the angles of a batch, and the rotation.
+"""Rotary position embedding: frequencies of every scaling kind, and the angles of a batch; ``ops.fused.rotate`` is the rotation.
 
 Frequencies and angles are float32 and the cosines are cast at the end, as transformers does, whatever the compute dtype.
 This module knows positions and lengths; it knows no weights and no cache.
@@ -114,7 +114,7 @@ def _llama3(rope: Rope, original: float, exponents: Tensor) -> Tensor:
 
 
 class Rotary:
-    """The angles of one Rope. ``angles`` gives cosine and sine for the tokens of a batch; ``rotate`` applies them."""
+    """The angles of one Rope. ``angles`` gives cosine and sine for the tokens of a batch."""
 
     def __init__(self, rope: Rope, head_dim: int, max_positions: int, dtype: torch.dtype, device: str) -> None:
         self.rope, self.dtype, self._device = rope, dtype, device
@@ -155,12 +155,3 @@ class Rotary:
             inverse = torch.repeat_interleave(rows, counts[counts > 0].to(self._device), 0)  # [T, head_dim/2]
         turns = positions.to(self._device, torch.float32).unsqueeze(-1) * inverse  # [T, head_dim/2]
         return (turns.cos() * scaling).to(self.dtype).unsqueeze(1), (turns.sin() * scaling).to(self.dtype).unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs ``(i, i + D/2)`` of the first D elements of every head of ``x [T, heads, head_dim]`` by ``cos``, ``sin [T, 1, D/2]``."""
-    width = 2 * cos.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -11,7 +11,8 @@ from decoder_fixtures import FAMILIES, LONG, config_of, rope
 from quantkit.arch.spec import Rope
 from quantkit.arch.table import spec_for
 from quantkit.errors import InputError
-from quantkit.model.rope import Rotary, frequencies, rotate
+from quantkit.model.rope import Rotary, frequencies
+from quantkit.ops.fused import rotate
 
 SCALED = [family for family in FAMILIES if family.startswith("rope-")]
 

@@ -1,0 +1,89 @@
+// Rotary embedding of queries and keys, and the keys' and values' way into the cache: a block for each token.
+#include "fusions/fusions.h"
+#include "fusions/vector.cuh"
+
+namespace {
+
+using namespace fusions;
+
+constexpr int MOST = 256;
+
+struct Targets {
+  void* keys[QK_ROTARY_SEQUENCES];
+  void* values[QK_ROTARY_SEQUENCES];
+  int starts[QK_ROTARY_SEQUENCES + 1];
+};
+
+// One piece of V pairs (i, i + width / 2) of a head, or V elements past `width`.
+template <typename T, int V>
+__device__ void rotate(const T* from, T* to, const T* cos, const T* sin, int piece, int width) {
+  const int half = width / 2, i = piece * V;
+  if (i >= half) {
+    store<V>(to + i + half, load<V>(from + i + half));
+    return;
+  }
+  const auto a = load<V>(from + i), b = load<V>(from + i + half), c = load<V>(cos + i), s = load<V>(sin + i);
+  Vector<T, V> first, second;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float x = wide(a.at[j]), y = wide(b.at[j]), u = wide(c.at[j]), w = wide(s.at[j]);
+    first.at[j] = narrow<T>(rounded<T>(x * u) - rounded<T>(y * w));
+    second.at[j] = narrow<T>(rounded<T>(y * u) + rounded<T>(x * w));
+  }
+  store<V>(to + i, first);
+  store<V>(to + i + half, second);
+}
+
+template <typename T, int V>
+__global__ void rotary_write(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
+                             const T* sin, T* q_out, const Targets targets, int sequences, int heads, int kv_heads, int dim, int width) {
+  const int token = blockIdx.x;
+  int low = 0, high = sequences;  // the sequence with starts[low] <= token < starts[low + 1]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (targets.starts[middle] <= token ? low : high) = middle;
+  }
+  const int64_t row = int64_t(token - targets.starts[low]) * kv_heads * dim;
+  T* const key = static_cast<T*>(targets.keys[low]) + row;
+  T* const value = static_cast<T*>(targets.values[low]) + row;
+  q += token * q_stride, k += token * k_stride, v += token * v_stride;
+  q_out += int64_t(token) * heads * dim, cos += int64_t(token) * (width / 2), sin += int64_t(token) * (width / 2);
+  const int pieces = (dim - width / 2) / V, copies = kv_heads * dim / V;
+  for (int i = threadIdx.x; i < (heads + kv_heads) * pieces; i += blockDim.x) {
+    const int head = i / pieces, piece = i % pieces;
+    if (head < heads) rotate<T, V>(q + head * dim, q_out + head * dim, cos, sin, piece, width);
+    else rotate<T, V>(k + (head - heads) * dim, key + (head - heads) * dim, cos, sin, piece, width);
+  }
+  for (int i = threadIdx.x; i < copies; i += blockDim.x) store<V>(value + i * V, load<V>(v + i * V));
+}
+
+}  // namespace
+
+extern "C" int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+                                     const void* cos, const void* sin, void* q_out, int sequences, const int64_t* starts,
+                                     void* const* keys, void* const* values, int heads, int kv_heads, int dim, int width, int type,
+                                     cudaStream_t stream) {
+  if (sequences < 1 || sequences > QK_ROTARY_SEQUENCES || width < 0 || width > dim || width % 2) return QK_UNSUPPORTED;
+  const int64_t tokens = starts[sequences];
+  if (tokens == 0 || heads + kv_heads == 0) return 0;
+  bool whole = dim % WIDE == 0 && width / 2 % WIDE == 0 && q_stride % WIDE == 0 && k_stride % WIDE == 0 && v_stride % WIDE == 0 &&
+               aligned(q) && aligned(k) && aligned(v) && aligned(cos) && aligned(sin) && aligned(q_out);
+  Targets targets;
+  for (int i = 0; i < sequences; ++i) {
+    targets.keys[i] = keys[i], targets.values[i] = values[i], targets.starts[i] = int(starts[i]);
+    whole = whole && aligned(keys[i]) && aligned(values[i]);
+  }
+  targets.starts[sequences] = int(tokens);
+  const int work = (heads + kv_heads) * (dim - width / 2) / (whole ? WIDE : 1);
+  const unsigned threads = work >= MOST ? MOST : unsigned(work + 31) / 32 * 32;
+  const auto run = [&](auto zero, auto kernel) {
+    using T = decltype(zero);
+    kernel<<<unsigned(tokens), threads, 0, stream>>>(static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
+                                                     static_cast<const T*>(v), v_stride, static_cast<const T*>(cos),
+                                                     static_cast<const T*>(sin), static_cast<T*>(q_out), targets, sequences, heads,
+                                                     kv_heads, dim, width);
+  };
+  if (type == QK_BF16) run(__nv_bfloat16(), whole ? rotary_write<__nv_bfloat16, WIDE> : rotary_write<__nv_bfloat16, 1>);
+  else run(__half(), whole ? rotary_write<__half, WIDE> : rotary_write<__half, 1>);
+  return cudaGetLastError();
+}
