@@ -2,16 +2,6 @@
 #pragma once
 #include "launch.cuh"
 
-#ifdef QK_DECODE_ALL
-#define QK_INT4_GROUPS
-#else
-#define QK_INT4_GROUPS \
-  case QK_INT4 * 256 + 64: return launch_format<T, QK_INT4, 64>(args, plan, device, bytes, stream); \
-  case QK_INT4 * 256 + 32: return launch_format<T, QK_INT4, 32>(args, plan, device, bytes, stream); \
-  case QK_INT4Z * 256 + 64: return launch_format<T, QK_INT4Z, 64>(args, plan, device, bytes, stream); \
-  case QK_INT4Z * 256 + 32: return launch_format<T, QK_INT4Z, 32>(args, plan, device, bytes, stream);
-#endif
-
 #define QK_INT4(TYPE) \
   namespace qk { \
   namespace decode { \
@@ -21,7 +11,10 @@
     switch (args.weight.format * 256 + args.weight.group) { \
       case QK_INT4 * 256 + 128: return launch_format<T, QK_INT4, 128>(args, plan, device, bytes, stream); \
       case QK_INT4Z * 256 + 128: return launch_format<T, QK_INT4Z, 128>(args, plan, device, bytes, stream); \
-      QK_INT4_GROUPS \
+      case QK_INT4 * 256 + 64: return launch_format<T, QK_INT4, 64>(args, plan, device, bytes, stream); \
+      case QK_INT4Z * 256 + 64: return launch_format<T, QK_INT4Z, 64>(args, plan, device, bytes, stream); \
+      case QK_INT4 * 256 + 32: return launch_format<T, QK_INT4, 32>(args, plan, device, bytes, stream); \
+      case QK_INT4Z * 256 + 32: return launch_format<T, QK_INT4Z, 32>(args, plan, device, bytes, stream); \
       default: return QK_UNSUPPORTED; \
     } \
   } \

@@ -115,11 +115,13 @@ int launch_format(const Args& args, const Plan& plan, const Device& device, int6
   QK_TRY(8, 2, 2);
   QK_TRY(8, 2, 4);
 #ifdef QK_DECODE_ALL
-  QK_TRY(1, 2, 4);
-  QK_TRY(2, 2, 4);
-  QK_TRY(4, 2, 2);
-  QK_TRY(8, 4, 4);
-  QK_TRY(8, 1, 2);
+  if constexpr (F == QK_INT4 && G == 128 && std::is_same<T, __half>::value) {
+    QK_TRY(1, 2, 4);
+    QK_TRY(2, 2, 4);
+    QK_TRY(4, 2, 2);
+    QK_TRY(8, 4, 4);
+    QK_TRY(8, 1, 2);
+  }
 #endif
 #undef QK_TRY
   return QK_UNSUPPORTED;
