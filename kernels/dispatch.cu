@@ -14,9 +14,13 @@ bool hopper() {
 
 extern "C" int quantkit_matmul(const QkWeight* weight, const void* x, int64_t m, int64_t ldx, int x_type, const void* bias, void* y,
                                void* workspace, int64_t workspace_bytes, const QkConfig* config, cudaStream_t stream) {
+  const auto run = [&](auto family) {
+    return family(weight, x, m, ldx, x_type, bias, y, workspace, workspace_bytes, config, stream);
+  };
   const int kernel = config ? config->kernel : QK_RULE;
-  // From 64 rows on the tensor cores set the pace, and wgmma has twice the rate of mma.
-  const bool wgmma = kernel == QK_WGMMA || (kernel == QK_RULE && m >= 64 && hopper());
-  const auto family = wgmma ? quantkit_matmul_wgmma : quantkit_matmul_mma;
-  return family(weight, x, m, ldx, x_type, bias, y, workspace, workspace_bytes, config, stream);
+  if (kernel == QK_WGMMA) return run(quantkit_matmul_wgmma);
+  if (kernel == QK_RULE && m >= 64 && hopper()) {  // where the tensor cores set the pace, and wgmma has twice the rate of mma
+    if (const int found = run(quantkit_matmul_wgmma); found != QK_UNSUPPORTED) return found;
+  }
+  return run(quantkit_matmul_mma);
 }

@@ -26,7 +26,8 @@ from quantkit.ops.dtypes import FLOAT_DTYPES
 DTYPE_WORDS = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
-def _state_suffix(geometry: Geometry) -> str:
+def state_suffix(geometry: Geometry) -> str:
+    """The part that holds the quant state."""
     return f"weight.quant_state.bitsandbytes__{geometry.scheme.code}"
 
 
@@ -61,12 +62,12 @@ class Bnb4Codec:
         else:
             parts["weight.absmax"] = result.absmax.reshape(shapes["weight.absmax"])
         state = quant_state_json(result.kind, result.block_size, DTYPE_WORDS[result.dtype], geometry.whole, offset)
-        parts[_state_suffix(geometry)] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        parts[state_suffix(geometry)] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
         return parts if result.bias is None else {**parts, "bias": result.bias}
 
     def unpack(self, parts: Mapping[str, Tensor], geometry: Geometry) -> Codebook:
         """As ``Codec.unpack``. Raises InputError when the quant state is malformed or speaks of another linear."""
-        suffix = _state_suffix(geometry)
+        suffix = state_suffix(geometry)
         state = parse_quant_state(bytes(parts[suffix].cpu().numpy().tobytes()), suffix)
         scheme = geometry.scheme
         if (state.kind, state.block_size, state.shape) != (scheme.code, scheme.group_size, geometry.whole):

@@ -18,6 +18,8 @@ from quantkit.layouts.gptq import GptqCodec
 from quantkit.layouts.packed import PackedCodec
 from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
 from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
+from quantkit.layouts.tiled import tiles_of
+from quantkit.ops.cuda_tiles import TiledLinear, available
 from quantkit.ops.eightbit import llm_int8_linear, rounded_linear
 from quantkit.ops.ggml.decode import FOUR_BITS, decode, four_bits
 from quantkit.ops.ggml.linear import BLOCK_DTYPES, BlockCpuLinear
@@ -87,9 +89,10 @@ def load_linear(
 ) -> LinearOp:
     """The linear that runs ``parts`` (one stored linear) in ``dtype`` on ``device``.
 
-    On a CPU in bfloat16 4-bit integers, ggml's among them, run on torch's int4 kernel, and other ggml blocks in any dtype on a kernel
-    of theirs; everywhere else it is dequantized at each call. Where the
-    scheme quantizes activations they are, except with ``parity``, which is the dequantized weight times the input as it is.
+    On a GPU in 16 bits what tiles can hold runs on the CUDA kernels, where they are built. On a CPU in bfloat16 4-bit integers, ggml's
+    among them, run on torch's int4 kernel, and other ggml blocks in any dtype on a kernel of theirs; everywhere else it is dequantized at
+    each call. Where the scheme quantizes activations they are, except with ``parity``, which is the dequantized weight times the input as
+    it is.
     Empty shapes (a rank that owns nothing) run as dense.
     """
     moved = {suffix: part.to(device) for suffix, part in parts.items()}
@@ -103,6 +106,8 @@ def load_linear(
         return UnpackingLinear(moved, geometry, dtype)
     if geometry.scheme.activations:
         return EightBitLinear(moved, geometry, dtype)
+    if available(device, dtype) and (tiles := tiles_of(moved, geometry, chosen)) is not None:
+        return TiledLinear(tiles, dtype, bias)
     if device == "cpu" and geometry.layout == "ggml" and dtype in BLOCK_DTYPES:
         blocks, kind = moved["weight"].contiguous(), geometry.scheme.code
         if dtype == torch.bfloat16 and kind in FOUR_BITS:

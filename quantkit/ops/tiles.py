@@ -93,12 +93,12 @@ def columns(form: Format) -> int:
 
 def _ordered(rows: Tensor) -> Tensor:
     """``[S, 64, ...]`` rows -> row order: a lane's two rows, 8 apart, become neighbours."""
-    return rows.unflatten(1, (4, 2, 8)).transpose(2, 3).flatten(1, 3)
+    return torch.unflatten(rows, 1, (4, 2, 8)).transpose(2, 3).flatten(1, 3)
 
 
 def _natural(rows: Tensor) -> Tensor:
     """Inverse of ``_ordered``."""
-    return rows.unflatten(1, (4, 8, 2)).transpose(2, 3).flatten(1, 3)
+    return torch.unflatten(rows, 1, (4, 8, 2)).transpose(2, 3).flatten(1, 3)
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -108,23 +108,23 @@ def _bytes(values: Tensor) -> Tensor:
 
 def _by_group(values: Tensor) -> Tensor:
     """``[S * 64, T, J]`` -> the bytes of ``[S, T][J][64 in row order]``."""
-    return _bytes(_ordered(values.unflatten(0, (-1, ROWS))).permute(0, 2, 3, 1))
+    return _bytes(_ordered(torch.unflatten(values, 0, (-1, ROWS))).permute(0, 2, 3, 1))
 
 
 def _by_row(values: Tensor) -> Tensor:
     """``[S * 64, T, X]`` -> the bytes of ``[S, T][64 in row order][X]``."""
-    return _bytes(_ordered(values.unflatten(0, (-1, ROWS))).transpose(1, 2))
+    return _bytes(_ordered(torch.unflatten(values, 0, (-1, ROWS))).transpose(1, 2))
 
 
 def _from_groups(section: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of ``_by_group``: bytes ``[S, T, J * 64 * size]`` -> ``[S * 64, T, J]``."""
-    values = section.contiguous().view(dtype).unflatten(2, (-1, ROWS))  # [S, T, J, 64]
+    values = torch.unflatten(section.contiguous().view(dtype), 2, (-1, ROWS))  # [S, T, J, 64]
     return _natural(values.permute(0, 3, 1, 2)).flatten(0, 1)
 
 
 def _from_rows(section: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of ``_by_row``: bytes ``[S, T, 64 * X * size]`` -> ``[S * 64, T, X]``."""
-    values = section.contiguous().view(dtype).unflatten(2, (ROWS, -1))  # [S, T, 64, X]
+    values = torch.unflatten(section.contiguous().view(dtype), 2, (ROWS, -1))  # [S, T, 64, X]
     return _natural(values.transpose(1, 2)).flatten(0, 1)
 
 
@@ -135,7 +135,7 @@ def _code_bytes(codes: Tensor, bits: int, width: int) -> Tensor:
     """
     x = codes.view(-1, 4, 2, 8, codes.shape[1] // width, width // 64, 4, 2, 4, 2)  # S w r g T h s c t e
     if bits == 8:
-        x = x.unflatten(6, (2, 2))  # S w r g T h u v c t e
+        x = torch.unflatten(x, 6, (2, 2))  # S w r g T h u v c t e
         return _bytes(x.permute(0, 4, 1, 5, 6, 3, 9, 7, 8, 2, 10))  # S T w h u g t v c r e
     r0, r1 = x[:, :, 0], x[:, :, 1]  # S w g T h s c t e
     sections = [_bytes(((r0 & 15) | ((r1 & 15) << 4)).permute(0, 3, 1, 4, 2, 7, 5, 8, 6))]  # S T w h g t s e c
@@ -143,7 +143,7 @@ def _code_bytes(codes: Tensor, bits: int, width: int) -> Tensor:
         high = ((r0 >> 4) | (r1 & 16)).permute(0, 3, 1, 4, 2, 7, 8, 6, 5)  # S T w h g t e c s
         sections.append(_bytes(high[..., 0] | (high[..., 1] << 1) | (high[..., 2] << 2) | (high[..., 3] << 3)))
     elif bits == 6:
-        high = ((r0 >> 4) | (r1 & 48)).unflatten(5, (2, 2)).permute(0, 3, 1, 4, 2, 8, 5, 9, 7, 6)  # S T w h g t u e c v
+        high = torch.unflatten((r0 >> 4) | (r1 & 48), 5, (2, 2)).permute(0, 3, 1, 4, 2, 8, 5, 9, 7, 6)  # S T w h g t u e c v
         sections.append(_bytes(high[..., 0] | (high[..., 1] << 2)))
     return torch.cat(sections, 2)
 
@@ -228,11 +228,11 @@ def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor | None 
     some, per = _per_tile(scales, k, group)
     second = None if symmetric else _per_tile(zeros, k, group)[0]
     data = _pack(form, codes, 8 if symmetric else 0, some, second, per)
-    return Tiles(data, form, *codes.shape, group, scales.dtype, perm=perm)
+    return Tiles(data, form, codes.shape[0], k, group, scales.dtype, perm=perm)
 
 
 def codebook_group(k: int, block: int) -> int:
-    """The columns that surely share an absmax when blocks of ``block`` run over rows of ``k`` one after another; 0: tiles cannot hold it."""
+    """Columns that surely share an absmax when blocks of ``block`` run over rows of ``k``, one after another; 0: tiles cannot hold it."""
     group = math.gcd(k, block, 128)
     return group if group in GROUPS else 0
 
@@ -251,7 +251,7 @@ def _codebook(codes: Tensor, values: Tensor, table: Tensor) -> Tiles:
     """NF4 tiles of ``values [N, K / group]`` float32, one for each group."""
     group = codes.shape[1] // values.shape[1]
     data = _pack(Format.NF4, codes, _zero_code(table), values, None, 128 // group)
-    return Tiles(data, Format.NF4, *codes.shape, group, table=table.float().contiguous())
+    return Tiles(data, Format.NF4, codes.shape[0], codes.shape[1], group, table=table.float().contiguous())
 
 
 def _zero_code(table: Tensor) -> int:
@@ -271,8 +271,8 @@ def pack_nested(
     last = block0 + (data.shape[0] * ROWS - 1) * block_stride + data.shape[1] * 2 - 1  # the last block of the padded matrix
     missing = last // NESTED_BLOCK + 1 - absmax2.numel()
     absmax2 = torch.nn.functional.pad(absmax2.float(), (0, max(missing, 0)))
-    tables = {"table": table.float().contiguous(), "code": code.float().contiguous(), "absmax2": absmax2}
-    return Tiles(data, Format.NF4N, n, k, 64, offset=offset, block0=block0, block_stride=block_stride, **tables)
+    side = (table.float().contiguous(), code.float().contiguous(), absmax2)
+    return Tiles(data, Format.NF4N, n, k, 64, torch.float16, *side, offset, block0, block_stride)
 
 
 def _half_at(flat: Tensor, at: int, count: int = 1) -> Tensor:
@@ -307,7 +307,7 @@ def pack_ggml(blocks: Tensor, kind: str) -> Tiles:
     form = Format[kind]
     group, per = {Format.Q6_K: (16, 16), Format.Q8_0: (32, 4)}.get(form, (32, 1))
     data = _pack(form, values.codes, 32 if form == Format.Q6_K else 0, values.scales, values.second, per)
-    return Tiles(data, form, *values.codes.shape, group)
+    return Tiles(data, form, values.codes.shape[0], values.codes.shape[1], group)
 
 
 def _pack_levels(blocks: Tensor, kind: str) -> Tiles:
@@ -326,11 +326,11 @@ def unpack(tiles: Tiles) -> Values:
     codes = _codes_of(data, bits, width)[:n, :k]
     rest = data[..., ROWS * width * bits // 8 :]
     if form in (Format.Q4_K, Format.Q5_K):
-        scales = _from_rows(rest[..., : ROWS * 16], torch.uint8).unflatten(2, (8, 2))
+        scales = torch.unflatten(_from_rows(rest[..., : ROWS * 16], torch.uint8), 2, (8, 2))
         return Values(codes, scales[:n], _from_rows(rest[..., ROWS * 16 :], torch.float16)[:n])
     if form == Format.Q6_K:
-        scales, second = _from_rows(rest[..., : ROWS * 16], torch.int8), _from_rows(rest[..., ROWS * 16 :], torch.float16)
-        return Values(codes, scales.flatten(1)[:n, : k // 16], second.flatten(1)[:n])
+        scales, d = _from_rows(rest[..., : ROWS * 16], torch.int8), _from_rows(rest[..., ROWS * 16 :], torch.float16)
+        return Values(codes, scales.flatten(1)[:n, : k // 16], d.flatten(1)[:n])
     dtype = {Format.NF4: torch.float32, Format.NF4N: torch.uint8, Format.Q8_0: torch.float16}.get(form, tiles.scale_dtype)
     per = 128 // min(tiles.group, 128) if tiles.group in GROUPS else 1
 
