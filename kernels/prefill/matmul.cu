@@ -1,0 +1,46 @@
+// quantkit_matmul_wgmma: checks a call and hands it to its format's kernels.
+//
+// QkConfig: a = rows of y in a tile, b = warpgroups (64 rows of W each), c = 0: persistent, cut by stream-K; -1: persistent, whole tiles;
+// 1 to 8: a cluster of c blocks shares K. d: bit 0: clusters of two share x by multicast (c <= 0 only); bit 1: programmatic dependent
+// launch, in which W is read before the kernel before has ended.
+#include "launch.cuh"
+
+extern "C" int quantkit_matmul_wgmma(const QkWeight* weight, const void* x, int64_t m, int64_t ldx, int x_type, const void* bias, void* y,
+                                     void* workspace, int64_t workspace_bytes, const QkConfig* config, cudaStream_t stream) {
+  using namespace qk;
+  if (!config || weight->n <= 0 || weight->k <= 0 || m < 0 || m > INT32_MAX) return QK_UNSUPPORTED;
+  if (m == 0) return 0;
+  if (ldx % 8 || reinterpret_cast<uintptr_t>(x) % 16) return QK_UNSUPPORTED;  // a tensor map's strides and base are multiples of 16 bytes
+  Call call = {};
+  call.work.weight = *weight;
+  call.work.tiles = static_cast<const uint8_t*>(weight->tiles);
+  call.work.bias = bias;
+  call.work.y = y;
+  call.work.counters = static_cast<uint32_t*>(workspace);
+  call.work.slots = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + QK_COUNTER_BYTES);
+  call.work.n = weight->n;
+  call.work.m = m;
+  call.work.strips = static_cast<int>((weight->n + ROWS - 1) / ROWS);
+  const int columns = tile_columns(weight->format);
+  call.work.k_tiles = static_cast<int>((weight->k + columns - 1) / columns);
+  call.work.mixed = weight->scale_type != x_type;
+  call.x = x;
+  call.x_type = x_type;
+  call.ldx = ldx;
+  call.k = weight->k;
+  call.workspace_bytes = workspace_bytes;
+  call.stream = stream;
+  call.m_tile = config->a;
+  call.groups = config->b;
+  call.splits = config->c > 0 ? config->c : 0;
+  call.whole = config->c < 0;
+  call.pair = config->d & 1;
+  call.dependent = config->d & 2;
+  switch (weight->format) {
+    case QK_INT4: return prefill_int4(call);
+#ifndef QK_ONLY_INT4
+    case QK_INT4Z: return prefill_int4z(call);
+#endif
+    default: return QK_UNSUPPORTED;
+  }
+}
