@@ -169,7 +169,7 @@ def check(run: Library, forms: list[str]) -> int:
                 continue
             full = T.dequantize(packed)
             for m, (splits, workspace), columns, ragged in itertools.product(
-                (1, 2, 3, 5, 8, 13, 16, 21, 32, 47, 64), ((0, False), (1, False), (2, False), (4, True), (8, False), (3, False)),
+                (1, 2, 3, 5, 8, 13, 16, 21, 32, 47, 64), ((0, False), (1, False), (2, False), (4, True), (8, False), (3, True)),
                 (0, 8), (False, True)
             ):  # fmt: skip
                 if columns and m not in (3, 21) or ragged and m not in (5, 16):

@@ -14,7 +14,7 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import GGUF_NAMES, architecture_of, spec_for
 from quantkit.checkpoint.gguf import GgufSource
 from quantkit.checkpoint.reader import Checkpoint, TensorRef, open_checkpoint, read_manifest, resolve_path
-from quantkit.commands.inspect_gguf import gguf_data, gguf_lines, gguf_tables, tensor_data, tensor_table
+from quantkit.commands.inspect_gguf import gguf_data, gguf_lines, gguf_tables, gguf_warnings, tensor_data, tensor_table
 from quantkit.commands.inspect_plot import check_plot, with_plot
 from quantkit.commands.plan import human, mode_facts, ranges_table
 from quantkit.errors import InputError
@@ -184,7 +184,7 @@ def _inspect_gguf(options: InspectOptions, file: GgufFile, progress: Progress) -
         data=data,
         facts=(*lines[:2], *gguf_lines(file), *lines[2:]),
         tables=(*linears, *gguf_tables(file), *([tensor_table(file, names)] if options.tensors else [])),
-        warnings=() if why is None else (f"quantkit cannot read it as a model: {why}",),
+        warnings=gguf_warnings(file) if why is None else (f"quantkit cannot read it as a model: {why}",),
         next_steps=_next_steps(options.path, facts),
     )
     return with_plot(report, options.plot, options.tensor, lambda: gguf_weights(file, names), progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from quantkit import fs
 from quantkit.commands.plan import human
-from quantkit.formats.gguf import ALIGNMENT, ARRAY, DEFAULT_ALIGNMENT, F32, STRING, GgufFile, GgufTensor
+from quantkit.formats.gguf import ALIGNMENT, ARRAY, BY_NAME, DEFAULT_ALIGNMENT, F32, STRING, GgufFile, GgufTensor
+from quantkit.geometry import GGML_BLOCKS
 from quantkit.mixtures import FILE_TYPE_NAMES
 from quantkit.report import Table
 
@@ -44,6 +46,13 @@ def gguf_tables(file: GgufFile) -> tuple[Table, ...]:
         tables.append(Table("Parts", ("file", "tensors", "size"), parts))
     metadata = tuple((key, _kind(file, key), _shown(file, key)) for key in file.metadata)
     return (*tables, Table("Metadata", ("key", "type", "value"), metadata))
+
+
+def gguf_warnings(file: GgufFile) -> tuple[str, ...]:
+    """What a user should know before serving the file."""
+    widened = Counter(t.type for t in file.tensors.values() if BY_NAME[t.type].elements > 1 and t.type not in GGML_BLOCKS)
+    listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(widened.items()))
+    return (f"tensors of these types become floats as they are loaded, which takes more memory: {listed}",) if widened else ()
 
 
 def gguf_data(file: GgufFile) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from quantkit.commands import shard
 from quantkit.commands.inspect import InspectOptions, run
+from quantkit.commands.inspect_gguf import gguf_warnings
 from quantkit.errors import InputError
 from quantkit.formats.gguf import Value, encode_header, i32, padded, read_gguf
 from quantkit.report import Report
@@ -230,6 +231,14 @@ def test_a_gguf_file_that_is_no_model_of_ours_is_shown_all_the_same(tmp_path: Pa
     assert [row[:3] for row in table(report, "Tensors")] == [("v.blk.0.attn_q.weight", "F16", "4 x 8"), ("counts", "I32", "3")]
     assert report.next_steps == () and len(report.warnings) == 1
     assert report.warnings[0].startswith(f"quantkit cannot read it as a model: {path}: general.architecture: 'clip' is not in")
+
+
+def test_block_types_that_become_floats_are_told(tmp_path: Path) -> None:
+    tensors = [("a", "IQ2_XXS", (2, 256)), ("b", "MXFP4", (32,)), ("c", "Q4_K", (256,)), ("d", "F16", (16,))]
+    (tmp_path / "m.gguf").write_bytes(encode_header({}, tensors) + bytes(1024))
+    (warning,) = gguf_warnings(read_gguf(tmp_path / "m.gguf"))
+    assert warning.endswith("IQ2_XXS (1), MXFP4 (1)")
+    assert gguf_warnings(read_gguf(gguf_file(tmp_path))) == ()
 
 
 def test_a_gguf_file_of_a_known_architecture_that_does_not_hold_together_says_why(tmp_path: Path) -> None:
