@@ -83,6 +83,14 @@ recipe_app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench_app = typer.Typer(
+    cls=_Group,
+    help="Measure how fast this machine is, beside what else it could run.",
+    short_help="Measure how fast this machine is",
+    epilog=_examples("quantkit bench kernels", "quantkit bench kernels --format int4 --tokens 1 --tokens 16"),
+    rich_markup_mode=None,
+)
+
 
 def _recipe_names(incomplete: str) -> list[str]:
     from quantkit.recipe import bundled_recipes
@@ -918,6 +926,82 @@ def recipe_init(
         from quantkit.commands import recipe
 
         return recipe.init(recipe.InitOptions(out, method))
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def _bench_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _help_or_refuse(context, context.obj)
+
+
+@bench_app.command(
+    "kernels",
+    short_help="Time the CUDA kernels against cuBLAS and a read of their bytes",
+    epilog=_examples(
+        "quantkit bench kernels --peers benchmarks/peers/kernel_peers_h100.json --out kernels.json",
+        "quantkit bench kernels --format int4 --format nf4 --shape l3_gateup --tokens 1",
+        "quantkit bench kernels --tune --format int4 --shape 11008x4096",
+    ),
+)
+def bench_kernels(
+    context: typer.Context,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            autocompletion=_one_of("int4", "nf4", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0"),
+            help="int4, nf4, q4_k, q5_k, q6_k, q8_0 or q4_0; repeatable. Default: all but q5_k and q4_0.",
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", metavar="NAME|NxK", help="Out and in features, or a name such as l3_gateup; repeatable. Default: eight shapes."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, max=65536, metavar="M", help="Rows of x; repeatable. Default: 1 to 4096.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", autocompletion=_one_of("float16", "bfloat16"), help="Dtype of x and of the result.")
+    ] = "float16",
+    peers: Annotated[
+        Path | None, typer.Option("--peers", metavar="FILE", readable=False, help="Figures of other kernels, to show beside ours.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", readable=False, help="Also write every figure as JSON.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure every configuration and keep the fastest, which linears then take on this GPU.")
+    ] = False,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="FILE", readable=False, help="With --tune: where to keep it. Default: in your cache.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time products on packed weights and their dequantization on this GPU, each beside cuBLAS and a read of the packed bytes in the same
+    run. Every result is compared with float32 before it is timed; exit 1 when one is wrong."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import bench_kernels
+
+        options = bench_kernels.BenchKernelsOptions(
+            formats=tuple(formats or ()),
+            shapes=tuple(shapes or ()),
+            tokens=tuple(tokens or ()),
+            dtype=dtype,
+            peers=peers,
+            out=out,
+            tune=tune,
+            table=table,
+        )
+        return bench_kernels.run(options, progress)
 
     _run(context, Output(json, quiet, verbose), work)
 

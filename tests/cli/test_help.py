@@ -21,8 +21,8 @@ from quantkit.cli.app import app
 Run = Callable[..., Any]
 
 COMMANDS = ("inspect", "plan", "convert", "quantize", "imatrix", "shard", "unshard", "verify", "serve", "report", "doctor", "version")
-RECIPE = ("recipe show", "recipe validate", "recipe init")
-PAGES = ("", *COMMANDS, "recipe", *RECIPE)
+GROUPS = {"recipe": ("show", "validate", "init"), "bench": ("kernels",)}
+PAGES = ("", *COMMANDS, *GROUPS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names))
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "rich", "yaml")
 HELP_SECONDS = 0.35
 
@@ -36,8 +36,9 @@ def test_help_text(page: str, quantkit: Run, golden: Callable[[str, str], None])
 
 def test_every_command_has_a_golden_page() -> None:
     group = typer.main.get_command(app)
-    assert set(group.commands) == {*COMMANDS, "recipe"}  # type: ignore[attr-defined]
-    assert {f"recipe {name}" for name in group.commands["recipe"].commands} == set(RECIPE)  # type: ignore[attr-defined]
+    assert set(group.commands) == {*COMMANDS, *GROUPS}  # type: ignore[attr-defined]
+    for name, names in GROUPS.items():
+        assert set(group.commands[name].commands) == set(names)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -45,7 +46,7 @@ def test_short_and_long_help_are_one(page: str, quantkit: Run) -> None:
     assert quantkit(*page.split(), "-h") == quantkit(*page.split(), "--help")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("", "recipe")])
+@pytest.mark.parametrize("page", [page for page in PAGES if page and page not in GROUPS])
 def test_every_command_has_a_paragraph_examples_and_the_three_output_options(page: str, quantkit: Run) -> None:
     text = quantkit(*page.split(), "--help").out
     paragraph = text.split("\n\n")[1]
@@ -73,7 +74,8 @@ def _examples(text: str) -> list[str]:
 
 def test_bare_quantkit_is_help(quantkit: Run) -> None:
     assert quantkit() == quantkit("--help")
-    assert quantkit("recipe") == quantkit("recipe", "--help")
+    for group in GROUPS:
+        assert quantkit(group) == quantkit(group, "--help")
 
 
 def test_help_imports_nothing_heavy(environment: dict[str, str]) -> None:

@@ -60,6 +60,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         | {"offload": True, "overwrite": True},
     ),
     "doctor": ("", {}, "--build-kernels", {"build_kernels": True}),
+    "bench kernels": (
+        "",
+        {},
+        (
+            "--format int4 --format nf4 --shape l3_o --shape 128x256 --tokens 1 --tokens 9 --dtype bfloat16 --peers p.json --out o.json "
+            "--tune --table t.json"
+        ),
+        {"formats": ("int4", "nf4"), "shapes": ("l3_o", "128x256"), "tokens": (1, 9), "dtype": "bfloat16", "peers": Path("p.json")}
+        | {"out": Path("o.json"), "tune": True, "table": Path("t.json")},
+    ),
     "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
     "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),
     "verify": ("m", {"path": "m"}, "--deep", {"deep": True}),
@@ -99,16 +109,20 @@ def caught(quantkit: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
             got.append(options)
             return Report(name, {})
 
-        monkeypatch.setattr(import_module(f"quantkit.commands.{name}"), "run", run)
-        result = quantkit(name, *arguments)
+        monkeypatch.setattr(_module(name), "run", run)
+        result = quantkit(*name.split(), *arguments)
         assert (result.code, result.err) == (0, "")
         return got[0]
 
     return call
 
 
+def _module(name: str) -> Any:
+    return import_module(f"quantkit.commands.{name.replace(' ', '_')}")
+
+
 def _options(name: str) -> Any:
-    return getattr(import_module(f"quantkit.commands.{name}"), f"{name.capitalize()}Options")
+    return getattr(_module(name), f"{name.title().replace(' ', '')}Options")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,188 @@
+"""Which kernel, in which configuration, multiplies a weight by how many tokens: a table of measurements, and what may be measured.
+
+``kernel_table.json`` beside this file has what was measured on the GPUs that it names; ``quantkit bench kernels --tune`` writes another
+into the user's cache, which is read over it. Where neither knows a shape, the library's own rule decides. Knows no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit import fs
+from quantkit.errors import InputError, MachineError
+from quantkit.ops.cuda_library import cache_folder
+from quantkit.ops.tiles import Format
+
+TABLE = Path(__file__).with_name("kernel_table.json")
+RULE, MMA, WGMMA, GEMV, DENSE = range(5)
+"""Families of kernels: those of ``kernels/quantkit.h``, and dequantizing for a product of torch's."""
+NAMES: Mapping[int, str] = {RULE: "rule", MMA: "mma", WGMMA: "wgmma", GEMV: "gemv", DENSE: "dense"}
+_MAX_BYTES = 16 << 20
+
+
+class Config(NamedTuple):
+    """``QkConfig`` of ``kernels/quantkit.h``: a family, and four numbers whose meaning is the family's (``kernels/README.md``)."""
+
+    kernel: int
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    d: int = 0
+
+    def __str__(self) -> str:
+        name = NAMES.get(self.kernel, str(self.kernel))
+        return name if self.kernel in (RULE, DENSE) else f"{name} {self.a},{self.b:#x},{self.c:#x},{self.d:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a table is of. Where no table has the name, one of the same capability and as many multiprocessors serves."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+Entries = Mapping[tuple[str, int, int], tuple[tuple[int, Config], ...]]
+"""``(family of formats, N, K)`` -> of each number of tokens that was measured, ascending, the best configuration."""
+
+
+def family(form: Format) -> str:
+    """Formats that share a table: those whose kernels do the same work."""
+    return {Format.INT4Z: "INT4", Format.NF4N: "NF4", Format.Q5_K: "Q4_K"}.get(form, form.name)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The facts of a CUDA device."""
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+
+
+# the table
+
+
+def read_tables(path: Path) -> dict[Gpu, dict[tuple[str, int, int], tuple[tuple[int, Config], ...]]]:
+    """The tables in a file; none when it is not there. Raises InputError for a file that is no table."""
+    if not path.is_file():
+        return {}
+    try:
+        return {_gpu(each): dict(_entry(line) for line in each["entries"]) for each in json.loads(fs.read_bytes(path, _MAX_BYTES))["gpus"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), f"is not a table of kernels ({error})", "a file that quantkit bench kernels --tune wrote") from error
+
+
+def _gpu(said: Mapping[str, Any]) -> Gpu:
+    major, minor = said["capability"]
+    return Gpu(str(said["name"]), (int(major), int(minor)), int(said["multiprocessors"]))
+
+
+def _entry(said: Mapping[str, Any]) -> tuple[tuple[str, int, int], tuple[tuple[int, Config], ...]]:
+    found = sorted((int(tokens), Config(*(int(number) for number in config))) for tokens, config in said["best"])
+    return (str(said["format"]), int(said["n"]), int(said["k"])), tuple(found)
+
+
+def write_tables(path: Path, tables: Mapping[Gpu, Entries]) -> None:
+    """Write ``tables``: a line for each weight, so that a change reads well."""
+
+    def line(key: tuple[str, int, int], best: tuple[tuple[int, Config], ...]) -> str:
+        return json.dumps({"format": key[0], "n": key[1], "k": key[2], "best": [[tokens, list(config)] for tokens, config in best]})
+
+    parts = []
+    for gpu, entries in sorted(tables.items(), key=lambda item: item[0].name):
+        lines = ",\n".join(f"  {line(key, best)}" for key, best in sorted(entries.items()))
+        head = json.dumps({"name": gpu.name, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors})[:-1]
+        parts.append(f' {head}, "entries": [\n{lines}\n ]}}')
+    fs.make_dir(path.parent)
+    fs.write_bytes(path, ('{"gpus": [\n' + ",\n".join(parts) + "\n]}\n").encode())
+
+
+def merged(tables: Mapping[Gpu, Entries], gpu: Gpu, found: Entries) -> dict[Gpu, Entries]:
+    """``tables`` with what was ``found`` on ``gpu`` over what was known of the same weights and numbers of tokens."""
+    known = dict(tables.get(gpu, {}))
+    for key, best in found.items():
+        known[key] = tuple(sorted({**dict(known.get(key, ())), **dict(best)}.items()))
+    return {**tables, gpu: known}
+
+
+@cache
+def user_table() -> Path:
+    """Where ``--tune`` writes what it measured on this machine."""
+    return cache_folder() / "kernel_table.json"
+
+
+@cache
+def _entries(gpu: Gpu) -> Entries:
+    """What is known of ``gpu``: the table that comes with quantkit, and the user's over it."""
+    paths = [TABLE]
+    with suppress(MachineError):  # without a home nothing was written there
+        paths.append(user_table())
+    known: dict[Gpu, Entries] = {}
+    for path in paths:
+        tables = read_tables(path)
+        like = [each for each in tables if (each.capability, each.multiprocessors) == (gpu.capability, gpu.multiprocessors)]
+        known = merged(known, gpu, tables.get(gpu) or next((tables[each] for each in like), {}))
+    return known[gpu]
+
+
+@lru_cache(maxsize=1 << 16)
+def choose(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Config | None:
+    """The configuration of the least measured number of tokens that is not below ``tokens``; None where the library's rule decides."""
+    best = _entries(gpu).get((family(form), n, k), ())
+    return next((config for measured, config in best if measured >= tokens), best[-1][1] if best else None)
+
+
+# what may be measured
+
+
+def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Config]:
+    """Every configuration that may be the best one for this product; a kernel that has none of its kind answers so and is passed over."""
+    yield Config(RULE)
+    if tokens <= 256:
+        yield from mma_configs(tokens)
+    if gpu.capability[0] == 9 and tokens >= 8:
+        yield from wgmma_configs(n, tokens)
+    if tokens >= 64:
+        yield Config(DENSE)
+
+
+_MMA_SHAPES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
+    8: ((4, 4, 1, 3), (4, 4, 1, 4), (4, 4, 2, 1), (4, 4, 2, 2), (4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 4, 1)),
+    16: ((4, 4, 1, 3), (4, 4, 2, 1), (4, 4, 2, 2), (4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 4, 1)),
+    32: ((4, 4, 2, 1), (2, 4, 1, 1), (4, 4, 1, 2), (4, 4, 1, 1)),
+    64: ((2, 2, 2, 1), (2, 4, 1, 1), (2, 2, 1, 2), (2, 2, 1, 1)),
+}
+"""Columns of y's transpose in a block -> 16-row blocks of a warp, warps of a team, teams of a block, blocks to a multiprocessor."""
+
+
+def mma_configs(tokens: int) -> Iterator[Config]:
+    """Of ``kernels/decode``: how its ``launch.cuh`` reads them."""
+    columns = next((each for each in _MMA_SHAPES if each >= tokens), 64)
+    for rows, warps, teams, blocks in _MMA_SHAPES[columns]:
+        for splits in (1, 2, 4, 8):
+            for dependent in (0, 1 << 9):
+                yield Config(MMA, columns, splits, rows | warps << 4 | teams << 8 | blocks << 16, dependent)
+
+
+_WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4), (192, 2), (256, 2))
+"""Rows of y in a tile, and warpgroups."""
+
+
+def wgmma_configs(n: int, tokens: int) -> Iterator[Config]:
+    """Of ``kernels/prefill``: how its ``matmul.cu`` reads them."""
+    for rows, groups in _WGMMA_SHAPES:
+        if rows >= 2 * max(tokens, 16) or (tokens >= 4 * rows and rows < 128):
+            continue
+        for cut in (0, -1, 1, 2, 4, 8):
+            tiles = -(-tokens // rows) * -(-n // (64 * groups))
+            if cut > 1 and tiles > 132:  # the multiprocessors are busy without splitting
+                continue
+            for flags in (2, 3) if cut <= 0 else (2,):  # 1: x by multicast, 2: dependent launch
+                yield Config(WGMMA, rows, groups, cut, flags)
