@@ -119,8 +119,10 @@ int prefill_type(const Call& call) {
 template <int F>
 int prefill_group(const Call& call) {
   switch (call.work.weight.group) {
+#ifndef QK_ONLY_128  // a quick build, to try things
     case 32: return prefill_type<F, 32>(call);
     case 64: return prefill_type<F, 64>(call);
+#endif
     default: return prefill_type<F, 128>(call);
   }
 }
