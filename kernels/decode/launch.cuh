@@ -1,9 +1,9 @@
 // From a QkConfig to a launch of multiply<>.
 //
 // QkConfig of kernel QK_MMA; any field 0 is chosen here:
-//   a  columns of y's transpose in a block: 8, 16, 32, 64 (x's rows beyond it take more blocks)
+//   a  rows of x in a block: 8, 16, 32, 64 (more take more blocks)
 //   b  blocks along K | blocks along N << 8
-//   c  16-row blocks of a warp | warps of a team << 4 | teams of a block << 8 | blocks meant for one multiprocessor << 16
+//   c  16-row blocks of a warp | warps of a team << 4 | teams of a block << 12 | blocks meant for one multiprocessor << 20
 //   d  stages | 1 << 8: splits meet in the workspace, not in a cluster | 1 << 9: dependent launch
 #pragma once
 #include "mma.cuh"
@@ -45,27 +45,28 @@ struct Plan {
 
 template <class C>
 int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  constexpr int WARPS = C::NT <= 2 ? 16 : 8;  // 128 registers a thread, or 255
-  const int warps = plan.teams * C::SETS * C::WK;
-  if (warps > WARPS || plan.teams * C::SETS > 15) return QK_UNSUPPORTED;
+  constexpr int WARPS = C::RB * C::NT <= 8 || C::WK == 16 ? 16 : 8;  // 128 registers a thread, or 255
+  const int warps = plan.teams * C::WK;
+  if (warps > WARPS || plan.teams > 15) return QK_UNSUPPORTED;
   args.splits = plan.splits;
   args.teams = plan.teams;
   args.cluster = plan.cluster && plan.splits > 1;
+  while (1 << args.log_splits < plan.splits) ++args.log_splits;
+  if (args.cluster && (plan.splits > 8 || 1 << args.log_splits != plan.splits)) return QK_UNSUPPORTED;
   args.dependent = plan.dependent;
   args.slice = (args.k_tiles + plan.splits - 1) / plan.splits;
-  args.x_rows = 8 * C::NT;
-  while (args.x_rows > 1 && args.x_rows / 2 >= args.m && args.x_rows <= 8) args.x_rows /= 2;
-  const int rows = (args.strips + plan.teams - 1) / plan.teams;
-  const int blocks = plan.blocks && plan.blocks < rows ? plan.blocks : rows;
-  const int strips = (args.strips + blocks * plan.teams - 1) / (blocks * plan.teams);  // of a team, at most
-  args.buffers = strips > 1 ? 2 : 1;
-  if (args.cluster && (plan.splits > 8 || (strips > 1 && plan.splits > C::UNITS))) return QK_UNSUPPORTED;
-  const int work = strips * ((args.slice + C::WK - 1) / C::WK);  // tiles of a warp
+  args.x_rows = args.m < 8 * C::NT ? static_cast<int>(args.m) : 8 * C::NT;
+  args.items *= C::PARTS;
+  const int most = (args.items + plan.teams - 1) / plan.teams;
+  const int blocks = plan.blocks && plan.blocks < most ? plan.blocks : most;
+  const int turns = (args.items + blocks * plan.teams - 1) / (blocks * plan.teams);  // items of a team, at most
+  args.buffers = turns > 1 ? 2 : 1;
+  const int work = turns * ((args.slice + C::WK - 1) / C::WK);  // tiles of a warp, at most
   const auto bytes = [&](int stages) {
     return C::shared(plan.teams, stages, args.x_rows, args.slice, plan.splits, args.buffers, args.cluster).total();
   };
   const int room = plan.per_sm <= 1 ? device.block_memory : device.sm_memory / plan.per_sm - 1024;
-  int stages = plan.stages ? plan.stages : 16;
+  int stages = plan.stages ? plan.stages : 32;
   if (stages > work) stages = work;
   while (stages > 1 && bytes(stages) > (plan.stages ? device.block_memory : room)) --stages;
   if (bytes(stages) > device.block_memory) return QK_UNSUPPORTED;
@@ -73,10 +74,10 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   const int64_t chunks = (args.m + 8 * C::NT - 1) / (8 * C::NT);
   if (chunks > 65535 || blocks > 65535) return QK_UNSUPPORTED;
   if (plan.splits > 1 && !args.cluster) {
-    const int64_t units = chunks * args.strips * 8;
-    if (units * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + units * plan.splits * C::NT * 256 > workspace_bytes) return QK_UNSUPPORTED;
+    const int64_t counters = chunks * args.items;
+    if (counters * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + counters * plan.splits * C::TOTAL * 4 > workspace_bytes) return QK_UNSUPPORTED;
   }
-  const auto kernel = multiply<C, WARPS, 1>;
+  const auto kernel = multiply<C, WARPS>;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_memory)) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.splits, blocks, static_cast<unsigned>(chunks));
@@ -100,27 +101,38 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// The shapes that are compiled: (columns / 8, 16-row blocks of a warp, warps of a team).
+// The shapes that are compiled: (rows of x / 8, 16-row blocks of a warp, warps of a team).
 template <class T, int F, int G>
 int launch_format(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
 #define QK_TRY(NT, RB, WK) \
   if (plan.columns == 8 * NT && plan.rb == RB && plan.wk == WK) \
   return launch<Traits<T, F, G, NT, RB, WK>>(args, plan, device, workspace_bytes, stream)
-  QK_TRY(1, 4, 4);
   QK_TRY(1, 4, 8);
-  QK_TRY(2, 4, 4);
+  QK_TRY(1, 2, 8);
   QK_TRY(2, 4, 8);
-  QK_TRY(4, 4, 4);
-  QK_TRY(4, 2, 4);
-  QK_TRY(8, 2, 2);
-  QK_TRY(8, 2, 4);
+  QK_TRY(2, 2, 8);
+  QK_TRY(4, 2, 8);
+  QK_TRY(8, 2, 8);
 #ifdef QK_DECODE_ALL
   if constexpr (F == QK_INT4 && G == 128 && std::is_same<T, __half>::value) {
+    QK_TRY(1, 4, 4);
     QK_TRY(1, 2, 4);
+    QK_TRY(1, 2, 16);
+    QK_TRY(1, 1, 8);
+    QK_TRY(1, 1, 16);
+    QK_TRY(2, 4, 4);
     QK_TRY(2, 2, 4);
-    QK_TRY(4, 2, 2);
+    QK_TRY(2, 2, 16);
+    QK_TRY(2, 1, 8);
+    QK_TRY(2, 1, 16);
+    QK_TRY(4, 4, 4);
+    QK_TRY(4, 4, 8);
+    QK_TRY(4, 2, 4);
+    QK_TRY(4, 1, 8);
+    QK_TRY(4, 1, 16);
     QK_TRY(8, 4, 4);
-    QK_TRY(8, 1, 2);
+    QK_TRY(8, 2, 4);
+    QK_TRY(8, 1, 8);
   }
 #endif
 #undef QK_TRY

@@ -9,20 +9,16 @@ Plan make_plan(const Args& args, const Device& device, const QkConfig* config) {
   const int a = config ? config->a : 0, b = config ? config->b : 0, c = config ? config->c : 0, d = config ? config->d : 0;
   Plan plan = {};
   plan.columns = a ? a : args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
-  plan.rb = c & 15 ? c & 15 : plan.columns == 64 ? 2 : 4;
-  plan.wk = c >> 4 & 15 ? c >> 4 & 15 : plan.columns == 64 ? 2 : 4;
-  plan.teams = c >> 8 & 255 ? c >> 8 & 255 : 8 / (plan.wk * 4 / plan.rb);
-  if (plan.teams < 1) plan.teams = 1;
-  plan.per_sm = c >> 16 ? c >> 16 : 1;
+  plan.rb = c & 15 ? c & 15 : 2;
+  plan.wk = c >> 4 & 255 ? c >> 4 & 255 : 8;
+  plan.teams = c >> 12 & 255 ? c >> 12 & 255 : 1;
+  plan.per_sm = c >> 20 ? c >> 20 : 1;
   plan.splits = b & 255;
   if (!plan.splits) {
-    // As many as keep x's part small and every multiprocessor at work.
+    // As few as leave room for x and the ring.
     const int64_t x_bytes = static_cast<int64_t>(args.k_tiles) * tile_columns(args.weight.format) * (args.m < plan.columns ? args.m : plan.columns) * 2;
     plan.splits = 1;
-    while (plan.splits < 8 && 2 * plan.splits <= args.k_tiles &&
-           (x_bytes / plan.splits > 65536 || args.strips * plan.splits < device.sms * plan.teams)) {
-      plan.splits *= 2;
-    }
+    while (plan.splits < 8 && x_bytes / plan.splits > (plan.columns == 64 ? 65536 : 131072)) plan.splits *= 2;
   }
   plan.blocks = b >> 8 ? b >> 8 : device.sms * plan.per_sm / plan.splits;
   if (plan.blocks < 1) plan.blocks = 1;
@@ -49,16 +45,17 @@ extern "C" int quantkit_matmul_mma(const QkWeight* weight, const void* x, int64_
   args.weight = *weight;
   if (args.weight.group > 128) args.weight.group = 128;
   args.tiles = static_cast<const uint8_t*>(weight->tiles);
-  args.x = x;
+  args.x = static_cast<const uint8_t*>(x);
   args.bias = bias;
   args.y = y;
   args.counters = static_cast<uint32_t*>(workspace);
-  args.partial = reinterpret_cast<float2*>(static_cast<uint8_t*>(workspace) + QK_COUNTER_BYTES);
+  args.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + QK_COUNTER_BYTES);
   args.ldx = ldx;
   args.m = m;
+  args.bf16 = x_type == QK_BF16;
   args.n = weight->n;
   args.k = weight->k;
-  args.strips = static_cast<int>(strips);
+  args.items = static_cast<int>(strips);
   args.k_tiles = static_cast<int>(k_tiles);
   args.vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && ldx % 8 == 0;
   const Plan plan = make_plan(args, device, config);

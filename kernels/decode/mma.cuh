@@ -2,13 +2,14 @@
 //
 // A code q becomes a number without arithmetic: as the bits of an fp16 subnormal it is q 2^-24 (row r0's) or 16 q 2^-24 (row r1's, whose
 // nibbles lie 4 bits higher), as 0x4300 | q in bf16 it is 128 + q. Products of these with x are exact, their sums are float32, and a group's
-// zero point leaves once per group: sum (q - z) x = sum q x - z sum x, where the accumulator starts from the second term. Sums of x per
-// group are made when x enters shared memory. A group's scale multiplies its accumulators, in float32.
+// zero point leaves once per group: sum (q - z) x = sum q x - z sum x. The second term is one more product, of a constant fragment with x,
+// and where the sums of the first start from. A group's scale multiplies its sums, in float32.
 //
-// A block is teams of WK warps; a team owns 16 RB rows of one strip of 64 at a time and its warps share the strip's tiles along K, each warp
-// with its own ring of tiles in shared memory, filled by bulk copies (cp.async before sm_90) and emptied by the warp itself: no barrier in
-// the main loop. At a strip's end the team's sums meet in shared memory. K may also be split over `splits` blocks, which meet in the
-// shared memory of one another (a cluster) or in the workspace. x's columns of the block's part of K stay in shared memory.
+// A block is teams of WK warps. A team owns 16 RB rows (an item: a strip of 64 rows or a part of it) at a time; its warps share the item's
+// tiles along K, each warp with its own ring of tiles in shared memory, filled by bulk copies (cp.async before sm_90) and emptied by the
+// warp itself: no barrier in the main loop. At an item's end the team's sums meet in shared memory. K may also be split over blocks, which
+// meet in the shared memory of one another (a cluster) or in the workspace. x's columns of the block's part of K stay in shared memory, as
+// rows, of which ldmatrix makes fragments.
 #pragma once
 #include <type_traits>
 
@@ -20,28 +21,31 @@ namespace decode {
 struct Args {
   QkWeight weight;
   const uint8_t* tiles;
-  const void* x;
+  const uint8_t* x;
   const void* bias;
   void* y;
-  float2* partial;     // workspace behind the counters
+  float* partial;      // workspace behind the counters
   uint32_t* counters;  // workspace
   int64_t ldx, m, n, k;
-  int strips, k_tiles;
-  int splits;     // blocks along K: the cluster, or the sharers of the workspace
-  int teams;      // of a block, over strips
-  int stages;     // tiles of a warp in flight
-  int x_rows;     // rows of x in shared memory: a power of two below 8, or 8 NT
-  int slice;      // tiles along K of the longest split
-  int buffers;    // of the exchange in a cluster: 2, or 1 where a team has one strip
-  bool cluster;   // splits meet in shared memory, else in the workspace
-  bool dependent; // launched while the kernel before it may still run
-  bool vectors;   // x may be read 16 bytes at a time
+  int items;       // of the matrix: strips times parts of a strip
+  int k_tiles;
+  int splits;      // blocks along K: a cluster (1 << log_splits), or the sharers of the workspace
+  int log_splits;
+  int teams;       // of a block
+  int stages;      // tiles of a warp in flight
+  int x_rows;      // rows of x in shared memory: at most 8 NT
+  int slice;       // tiles along K of the longest split
+  int buffers;     // of the exchange in a cluster: 2, or 1 where a team has one item
+  bool cluster;    // splits meet in shared memory, else in the workspace
+  bool dependent;  // launched while the kernel before it may still run
+  bool vectors;    // x may be read 16 bytes at a time
+  bool bf16;       // the type of x, bias and y
 };
 
 // Bytes of shared memory, in this order. All multiples of 16.
 struct Shared {
-  int ring, x, sums, reduce, exchange, barriers;
-  __host__ __device__ int total() const { return ring + x + sums + reduce + exchange + barriers; }
+  int ring, x, reduce, exchange, table, scales, barriers;
+  __host__ __device__ int total() const { return ring + x + reduce + exchange + table + scales + barriers; }
 };
 
 template <class T_, int F_, int G_, int NT_, int RB_, int WK_>
@@ -49,29 +53,43 @@ struct Traits {
   using T = T_;
   using L = Tile<F_, G_>;
   static constexpr int F = F_;
-  static constexpr int NT = NT_;  // 8-column tiles of x
+  static constexpr int NT = NT_;  // 8-row tiles of x
   static constexpr int RB = RB_;  // 16-row blocks of a warp
   static constexpr int WK = WK_;  // warps of a team
-  static constexpr int SETS = 4 / RB;
-  static constexpr int UNITS = 2 * RB;      // of a team: 8 rows each
-  static constexpr int OWN = UNITS / WK;    // units that a warp finishes
+  static constexpr int PARTS = 4 / RB;
   static constexpr bool HALF = std::is_same<T, __half>::value;
+  static constexpr bool LOOKUP = F == QK_NF4 || F == QK_NF4N;
+  static constexpr bool ZERO = F == QK_INT4 || F == QK_Q6_K || F == QK_Q8_0;        // one zero point for all
+  static constexpr bool SUMS = F == QK_INT4Z || F == QK_Q4_K || F == QK_Q5_K;       // one for each group
+  // What only fp16 can hold is multiplied in fp16; then bf16 x is converted, times a power of two for each row.
+  static constexpr bool CONVERT = LOOKUP || F == QK_Q8_0;
   // Columns between two scalings: few enough that x's fragments of them fit in registers.
   static constexpr int FLUSH = L::GROUP < (NT == 8 ? 32 : 64) ? L::GROUP : (NT == 8 ? 32 : 64);
-  static constexpr bool SUMS = F == QK_INT4 || F == QK_INT4Z;
-  static_assert(OWN >= 1, "more warps in a team than units");
-  // What the codes' products must be multiplied by: row r0, row r1.
-  static constexpr float UNIT0 = HALF ? 16777216.f : 1.f, UNIT1 = HALF ? 1048576.f : 1.f;
+  // A slot of the ring: the item's rows of codes and planes, and all that follows them in the tile.
+  static constexpr int CODES = L::CODES / PARTS, PLANE = L::PLANE / PARTS, REST = L::BYTES - L::SCALES_AT, SLOT = CODES + PLANE + REST;
+  // Sums of an item, the floats of them that a thread finishes at a time, and how often.
+  static constexpr int TOTAL = 128 * RB * NT, THREADS = 32 * WK;
+  static constexpr int EACH = TOTAL / THREADS >= 4 ? 4 : TOTAL / THREADS >= 2 ? 2 : 1;
+  static constexpr int ROUNDS = (TOTAL + THREADS * EACH - 1) / (THREADS * EACH);
+  // What the codes' products must be multiplied by: row r0, row r1; and a zero point z as one of the codes, row r1's over row r0's.
+  static constexpr float UNIT0 = HALF && !LOOKUP ? 16777216.f : 1.f;
+  static constexpr float UNIT1 = !HALF || LOOKUP ? 1.f : F == QK_Q8_0 ? 16777216.f : 1048576.f;
+  static constexpr float RATIO = UNIT0 / UNIT1;
+  static constexpr int ZERO_POINT = F == QK_INT4 ? 8 : F == QK_Q6_K ? 32 : 128;
+  static constexpr int TABLE = LOOKUP ? 32768 : 0, CODE = F == QK_NF4N ? 1024 : 0;
+
+  __host__ __device__ static int x_stride(int slice) { return slice * L::KC * 2 + 16; }  // 16: against bank conflicts
 
   __host__ __device__ static Shared shared(int teams, int stages, int x_rows, int slice, int splits, int buffers, bool cluster) {
-    const int warps = teams * SETS * WK;
+    const int warps = teams * WK;
     Shared s;
-    s.ring = warps * stages * L::BYTES;
-    s.x = slice * L::KC * x_rows * 2;
-    s.sums = SUMS ? slice * (L::KC / FLUSH) * NT * 32 : 0;
-    s.reduce = teams * SETS * UNITS * (WK - 1) * NT * 256;
-    s.exchange = cluster ? teams * SETS * buffers * ((UNITS + splits - 1) / splits) * (splits - 1) * NT * 256 : 0;
-    s.barriers = (warps * stages + (cluster ? teams * SETS * UNITS * 2 : 0)) * 8 + 8;
+    s.ring = warps * stages * SLOT;
+    s.x = x_stride(slice) * x_rows;
+    s.reduce = WK > 1 ? teams * WK * TOTAL * 4 : 0;
+    s.exchange = cluster ? teams * buffers * (splits - 1) * ROUNDS * (THREADS / splits) * EACH * 4 : 0;
+    s.table = TABLE + CODE;
+    s.scales = CONVERT ? NT * 32 : 0;
+    s.barriers = (warps * stages + teams * 3 + 1) * 8;  // the rings', two of the exchange and a word for each team, x's
     s.barriers = (s.barriers + 15) / 16 * 16;
     return s;
   }
@@ -83,11 +101,14 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(
-          barrier),
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #else
@@ -98,21 +119,34 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void team_barrier(int team, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");
 }
 
+// d = a b + c
 template <class T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   if constexpr (std::is_same<T, __half>::value) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
+}
+
+__device__ __forceinline__ uint4 load_matrices(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
 }
 
 template <class T>
@@ -124,10 +158,8 @@ __device__ __forceinline__ float2 pair_to_float(uint32_t pair) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ float to_float(T v) {
-  return static_cast<float>(v);
-}
+// float of an integer below 2^23, less `base`: exact.
+__device__ __forceinline__ float small_float(uint32_t v, float base) { return __uint_as_float(0x4b000000u | v) - (8388608.f + base); }
 
 // Four A registers of one word of 4-bit codes.
 template <class T>
@@ -144,229 +176,398 @@ __device__ __forceinline__ void codes_to_fragment(uint32_t word, uint32_t (&a)[4
   }
 }
 
-// x's rows [row0, row0 + x_rows) and the block's columns into shared memory, as B fragments: for each 32 columns and row 64 bytes, of which
-// lane % 4 = c takes 16: columns 2c, 2c + 8, 2c + 16, 2c + 24 and the next of each. The four lie at c ^ (row / 2 % 4), against bank conflicts.
+// The high bits of 5- and 6-bit codes; `at`, their place in each nibble of the plane's word.
+template <class T, int BITS>
+__device__ __forceinline__ void add_plane(uint32_t plane, int at, uint32_t (&a)[4]) {
+  constexpr uint32_t MASK = (BITS == 1 ? 0x00100010u : 0x00300030u);
+  if constexpr (std::is_same<T, __half>::value) {
+    const uint32_t p0 = plane << (4 - at), p1 = plane >> (4 + at);
+    a[0] = and_or(p0, MASK, a[0]);
+    a[1] = and_or(p0, MASK << 4, a[1]);
+    a[2] = and_or(p1, MASK, a[2]);
+    a[3] = and_or(p1, MASK << 4, a[3]);
+  } else {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const int from = 4 * p + at;
+      a[p] = and_or(from < 4 ? plane << (4 - from) : plane >> (from - 4), MASK, a[p]);
+    }
+  }
+}
+
+// Q8_0: q + 128 as fp16 subnormals, of one unit in both rows.
+__device__ __forceinline__ void bytes_to_fragment(uint2 bytes, uint32_t (&a)[4]) {
+  const uint32_t words[2] = {bytes.x ^ 0x80808080u, bytes.y ^ 0x80808080u};
+#pragma unroll
+  for (int p = 0; p < 4; ++p) a[p] = __byte_perm(words[p >> 1], 0, p & 1 ? 0x4342 : 0x4140);
+}
+
+// NF4: both values of a pair in one look-up. The table has a column for each lane, so that no two lanes ask one bank: [256][32] half2.
+__device__ __forceinline__ void look_up(uint32_t word, const uint8_t* table, uint32_t (&a)[4]) {
+  const auto select = [](uint32_t low, uint32_t high) {
+    uint32_t d;  // (low & 0x0f0f0f0f) | (high & ~0x0f0f0f0f)
+    asm("lop3.b32 %0, %1, %2, 0x0f0f0f0f, 0xac;" : "=r"(d) : "r"(low), "r"(high));
+    return d;
+  };
+  const uint32_t even = select(word, word >> 12), odd = select(word >> 4, word >> 16);  // bytes: pairs 0 and 2, pairs 1 and 3
+  const auto entry = [&](uint32_t at) { return *reinterpret_cast<const uint32_t*>(table + (at & 0x7f80u)); };
+  a[0] = entry(even << 7);
+  a[1] = entry(odd << 7);
+  a[2] = entry(even >> 1);
+  a[3] = entry(odd >> 1);
+}
+
 template <class C>
-__device__ void load_x(const Args& args, uint8_t* xs, float* sums, int64_t row0, int64_t column0, int columns) {
-  using T = typename C::T;
-  const T* x = static_cast<const T*>(args.x);
-  const int tasks = (columns >> 6) * args.x_rows;
-  const int log_rows = 31 - __clz(args.x_rows);
-  for (int task = threadIdx.x; task < tasks; task += blockDim.x) {
-    const int r = task & (args.x_rows - 1), chunk = task >> log_rows;
-    if (row0 + r >= args.m) continue;
-    const int64_t column = column0 + chunk * 64;
-    const T* from = x + (row0 + r) * args.ldx + column;
-    float total = 0.f;
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      uint32_t v[4][4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int at = 32 * q + 8 * j;
-        if (args.vectors && column + at + 8 <= args.k) {
-          const uint4 u = *reinterpret_cast<const uint4*>(from + at);
-          v[j][0] = u.x, v[j][1] = u.y, v[j][2] = u.z, v[j][3] = u.w;
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            uint32_t low = 0, high = 0;
-            if (column + at + 2 * c < args.k) low = *reinterpret_cast<const uint16_t*>(from + at + 2 * c);
-            if (column + at + 2 * c + 1 < args.k) high = *reinterpret_cast<const uint16_t*>(from + at + 2 * c + 1);
-            v[j][c] = low | high << 16;
-          }
-        }
+__device__ void fill_table(const Args& args, uint8_t* table, int lane) {
+  const float low = static_cast<const float*>(args.weight.table)[lane & 15];
+  for (int i = threadIdx.x; i < 8192; i += blockDim.x) {  // a warp writes one entry for every lane
+    const int entry = i >> 5;
+    reinterpret_cast<__half2*>(table)[i] =
+        __floats2half2_rn(__shfl_sync(0xffffffffu, low, entry & 15), __shfl_sync(0xffffffffu, low, entry >> 4));
+  }
+  if constexpr (C::CODE) {
+    float* code = reinterpret_cast<float*>(table + C::TABLE);
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) code[i] = static_cast<const float*>(args.weight.code)[i];
+  }
+}
+
+// `rows` of x and the block's columns into shared memory, beyond K zeros. What bulk copies bring is there when `barrier` says so.
+template <class C>
+__device__ void load_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t row0, int rows, int64_t column0, int columns) {
+  const int stride = C::x_stride(args.slice);
+  const int real = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns);
+  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
+  if (args.vectors) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x < 32) {
+      uint64_t policy;
+      asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+      const int whole = real > 0 ? real * 2 / 16 * 16 : 0;
+      if (threadIdx.x == 0) barrier_expect(barrier, whole * rows);
+      __syncwarp();
+      if (whole > 0) {
+#pragma unroll 1
+        for (int r = threadIdx.x; r < rows; r += 32) bulk_copy(shared_address(xs + r * stride), from + r * args.ldx * 2, whole, barrier, policy);
       }
-      uint8_t* to = xs + ((chunk * 2 + q) * args.x_rows + r) * 64;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        *reinterpret_cast<uint4*>(to + ((c ^ (r >> 1 & 3)) << 4)) = make_uint4(v[0][c], v[1][c], v[2][c], v[3][c]);
+    }
+#else
+    for (int r = 0; r < rows; ++r) {
+      for (int i = threadIdx.x * 8; i + 8 <= real; i += blockDim.x * 8) {
+        *reinterpret_cast<uint4*>(xs + r * stride + i * 2) = *reinterpret_cast<const uint4*>(from + (r * args.ldx + i) * 2);
       }
-      if constexpr (C::SUMS) {
-        float part[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float2 s = pair_to_float<T>(v[j][0]);
-#pragma unroll
-          for (int c = 1; c < 4; ++c) {
-            const float2 f = pair_to_float<T>(v[j][c]);
-            s.x += f.x, s.y += f.y;
-          }
-          part[j] = s.x + s.y;
-        }
-        total += (part[0] + part[1]) + (part[2] + part[3]);
-        if (C::FLUSH == 32 || q == 1) {
-          // Times what the zero point's unit is worth among the codes' products.
-          const float unit = C::F == QK_INT4 ? (C::HALF ? -8.f / 16777216.f : -136.f) : (C::HALF ? -1.f / 16777216.f : -1.f);
-          const int at = C::FLUSH == 32 ? chunk * 2 + q : chunk;
-          sums[at * (8 * C::NT) + r] = total * unit;
-          total = 0.f;
-        }
+    }
+#endif
+  }
+  // What 16 bytes at a time do not reach, and the zeros.
+  const int start = args.vectors ? (real > 0 ? real / 8 * 8 : 0) : 0;
+  if (start < columns) {
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll 1
+      for (int i = start + threadIdx.x; i < columns; i += blockDim.x) {
+        *reinterpret_cast<uint16_t*>(xs + r * stride + i * 2) = i < real ? *reinterpret_cast<const uint16_t*>(from + (r * args.ldx + i) * 2) : 0;
       }
     }
   }
 }
 
-// One tile of the warp's ring times x, added to acc.
+// bf16 rows in shared memory -> fp16, times 2^14 over the largest power of two in the row: all bits stay down to 2^-29 of it.
+// scales[row]: the way back.
 template <class C>
-__device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* tile, const uint8_t* xs, const float* sums, int set, int lane,
-                                              float (&acc)[C::RB][C::NT][4]) {
+__device__ void convert_x(const Args& args, uint8_t* xs, float* scales, int columns, int lane) {
+  const int stride = C::x_stride(args.slice), warps = blockDim.x >> 5;
+  for (int r = threadIdx.x >> 5; r < args.x_rows; r += warps) {
+    uint4* row = reinterpret_cast<uint4*>(xs + r * stride);
+    uint32_t most = 0;
+    for (int i = lane; i < columns / 8; i += 32) {
+      const uint4 u = row[i];
+      most = __vmaxu2(most, __vmaxu2(__vmaxu2(u.x & 0x7fff7fffu, u.y & 0x7fff7fffu), __vmaxu2(u.z & 0x7fff7fffu, u.w & 0x7fff7fffu)));
+    }
+    most = max(most & 0xffff, most >> 16);
+    for (int o = 16; o; o >>= 1) most = max(most, __shfl_xor_sync(0xffffffffu, most, o));
+    const int exponent = max(static_cast<int>(most >> 7), 15);
+    const float scale = __int_as_float((268 - exponent) << 23);
+    if (lane == 0) scales[r] = __int_as_float((exponent - 14) << 23);
+    const auto convert = [&](uint32_t pair) {
+      const float2 f = pair_to_float<__nv_bfloat16>(pair);
+      return bits_as<uint32_t>(__floats2half2_rn(f.x * scale, f.y * scale));
+    };
+    for (int i = lane; i < columns / 8; i += 32) {
+      const uint4 u = row[i];
+      row[i] = make_uint4(convert(u.x), convert(u.y), convert(u.z), convert(u.w));
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ int nested_block(int lane) {
+  return C::RB == 4 ? lane & 3 : C::RB == 2 ? lane >> 1 & 1 : 0;
+}
+
+// NF4N: the second-level scales lie outside the tiles; asked for before the tile has come. Lane c of a quad has row block c (of four), or
+// c / 2 (of two): [block of 64 columns][row r0, row r1].
+template <class C>
+__device__ __forceinline__ void load_absmax2(const Args& args, int64_t row0, int tile, int lane, float (&absmax2)[2][2]) {
+  const float* all = static_cast<const float*>(args.weight.absmax2);
+  const int64_t row = row0 + nested_block<C>(lane) * 16 + (lane >> 2);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t block = args.weight.block0 + (row + 8 * i) * args.weight.block_row_stride + tile * 2;
+    absmax2[0][i] = __ldg(all + (block >> 8));
+    absmax2[1][i] = __ldg(all + ((block + 1) >> 8));
+  }
+}
+
+// And the absmax that they and the tile's codes stand for.
+template <class C>
+__device__ __forceinline__ void load_nested(const Args& args, const uint8_t* rest, int row_at, const float* code, const float (&absmax2)[2][2], int lane,
+                                            float (&nested)[2][2]) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t codes = absmax_codes<typename C::L>(rest, j, row_at + rows_at(nested_block<C>(lane), lane));
+    nested[j][0] = code[codes & 0xff] * absmax2[j][0] + args.weight.offset;
+    nested[j][1] = code[codes >> 8] * absmax2[j][1] + args.weight.offset;
+  }
+}
+
+// A slot of the ring times x, added to acc. `rest`: where the tile would start for its scales to lie where they are; x: the lane's ldmatrix
+// addresses, to which x_at, the tile's columns, is added.
+template <class C>
+__device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* slot, const uint8_t* rest, int row_at, const uint32_t (&x)[C::NT], int x_at,
+                                              const uint8_t* table, const float (&nested)[2][2], int lane, float (&acc)[C::RB][C::NT][4]) {
   using T = typename C::T;
   using L = typename C::L;
-  constexpr int PARTS = 64 / C::FLUSH, STEPS = 4 / PARTS;
-  const int q_stride = args.x_rows * 64;
+  constexpr int PIECE = C::FLUSH < 32 ? 32 : C::FLUSH;  // columns of x in registers
+  constexpr int STEPS = C::FLUSH / 16;
+  // The constant fragment: minus the zero point in the codes' units, or minus one.
+  constexpr uint32_t Z = C::ZERO ? C::ZERO_POINT : 1;
+  constexpr uint32_t Z0 = C::HALF ? 0x80008000u | Z * 0x00010001u : 0u, Z1 = C::HALF ? 0x80008000u | Z * 0x00010001u * static_cast<uint32_t>(C::RATIO) : 0u;
+  uint32_t zero[4] = {Z0, C::ZERO ? Z1 : Z0, Z0, C::ZERO ? Z1 : Z0};
+  if constexpr (!C::HALF) {
+    const uint32_t z = C::ZERO ? (C::ZERO_POINT == 8 ? 0xc308c308u : 0xc320c320u) : 0xbf80bf80u;  // -136, -160, -1
+    zero[0] = zero[1] = zero[2] = zero[3] = z;
+  }
+  const float none[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int h = 0; h < L::HALVES; ++h) {
     uint4 words[C::RB];
+    if constexpr (C::F != QK_Q8_0) {
 #pragma unroll
-    for (int w = 0; w < C::RB; ++w) {
-      words[w] = *reinterpret_cast<const uint4*>(tile + codes_at<L::KC>(set * C::RB + w, h, lane));
+      for (int w = 0; w < C::RB; ++w) words[w] = *reinterpret_cast<const uint4*>(slot + codes_at<L::KC>(w, h, lane));
     }
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-      const int chunk = h * PARTS + part;
-      const int group = chunk * C::FLUSH / L::GROUP;
-      uint4 b[STEPS / 2][C::NT];
+    for (int piece = 0; piece < 64 / PIECE; ++piece) {
+      uint4 b[PIECE / 32][C::NT];
 #pragma unroll
-      for (int q = 0; q < STEPS / 2; ++q)
+      for (int q = 0; q < PIECE / 32; ++q)
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) b[q][t] = *reinterpret_cast<const uint4*>(xs + (chunk * STEPS / 2 + q) * q_stride + t * 512);
-      float2 sum[C::NT];
+        for (int t = 0; t < C::NT; ++t) b[q][t] = load_matrices(x[t] + x_at + (h * 64 + piece * PIECE + q * 32) * 2);
+      const auto fragment = [&](int step_of_piece, int t, uint32_t& b0, uint32_t& b1) {
+        const uint4 v = b[step_of_piece >> 1][t];
+        b0 = step_of_piece & 1 ? v.z : v.x;
+        b1 = step_of_piece & 1 ? v.w : v.y;
+      };
 #pragma unroll
-      for (int t = 0; t < C::NT; ++t) sum[t] = *reinterpret_cast<const float2*>(sums + (chunk * C::NT + t) * 8);
+      for (int part = 0; part < PIECE / C::FLUSH; ++part) {
+        const int group = (h * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
+        float sum[C::NT][4];
+        if constexpr (C::ZERO || C::SUMS) {
 #pragma unroll
-      for (int w = 0; w < C::RB; ++w) {
-        const int at = rows_at(set * C::RB + w, lane);
-        float d[C::NT][4];
-        float z0 = 1.f, z1 = C::HALF ? 16.f : 1.f;
-        if constexpr (C::F == QK_INT4Z) {
-          const uint32_t zeros = zero_pair<L>(tile, group, at);
-          // 0x4b000000 | z is 2^23 + z.
-          const float base = C::HALF ? 8388608.f : 8388480.f;
-          z0 = __uint_as_float(0x4b000000u | (zeros & 0xff)) - base;
-          z1 = __uint_as_float(0x4b000000u | zeros >> 8) - base;
-          if (C::HALF) z1 *= 16.f;
+          for (int t = 0; t < C::NT; ++t)
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+              uint32_t b0, b1;
+              fragment(part * STEPS + s, t, b0, b1);
+              if (s == 0) {
+                mma<T>(sum[t], zero, b0, b1, none);
+              } else {
+                mma<T>(sum[t], zero, b0, b1, sum[t]);
+              }
+            }
         }
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) {
-          d[t][0] = sum[t].x * z0, d[t][1] = sum[t].y * z0, d[t][2] = sum[t].x * z1, d[t][3] = sum[t].y * z1;
-        }
+        for (int w = 0; w < C::RB; ++w) {
+          const int at = row_at + rows_at(w, lane);
+          float d[C::NT][4];
+          if constexpr (C::F == QK_INT4Z) {
+            const uint32_t zeros = zero_pair<L>(rest, group, at);
+            const float z0 = small_float(zeros & 0xff, C::HALF ? 0.f : -128.f), z1 = small_float(zeros >> 8, C::HALF ? 0.f : -128.f) * C::RATIO;
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) {
-          const int step = part * STEPS + s;
-          const uint32_t word = step == 0 ? words[w].x : step == 1 ? words[w].y : step == 2 ? words[w].z : words[w].w;
-          uint32_t a[4];
-          codes_to_fragment<T>(word, a);
-#pragma unroll
-          for (int t = 0; t < C::NT; ++t) {
-            const uint4 v = b[s >> 1][t];
-            if (step & 1) {
-              mma<T>(d[t], a, v.z, v.w);
-            } else {
-              mma<T>(d[t], a, v.x, v.y);
+            for (int t = 0; t < C::NT; ++t) {
+              d[t][0] = sum[t][0] * z0, d[t][1] = sum[t][1] * z0, d[t][2] = sum[t][0] * z1, d[t][3] = sum[t][1] * z1;
             }
           }
-        }
-        const uint32_t pair = scale_pair<L>(tile, group, at);
-        const float2 scale = args.weight.scale_type == QK_FP16 ? pair_to_float<__half>(pair) : pair_to_float<__nv_bfloat16>(pair);
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) {
-          acc[w][t][0] += scale.x * d[t][0], acc[w][t][1] += scale.x * d[t][1];
-          acc[w][t][2] += scale.y * d[t][2], acc[w][t][3] += scale.y * d[t][3];
+          for (int s = 0; s < STEPS; ++s) {
+            const int step = (piece * PIECE + part * C::FLUSH) / 16 + s;
+            uint32_t a[4];
+            if constexpr (C::F == QK_Q8_0) {
+              bytes_to_fragment(*reinterpret_cast<const uint2*>(slot + bytes_at(w, h, step >> 1, lane) + (step & 1) * 8), a);
+            } else {
+              const uint32_t word = step == 0 ? words[w].x : step == 1 ? words[w].y : step == 2 ? words[w].z : words[w].w;
+              if constexpr (C::LOOKUP) {
+                look_up(word, table, a);
+              } else {
+                codes_to_fragment<T>(word, a);
+              }
+              if constexpr (C::F == QK_Q5_K) {
+                add_plane<T, 1>(*reinterpret_cast<const uint32_t*>(slot + C::CODES + plane1_at<L::KC>(w, h, lane)), step, a);
+              } else if constexpr (C::F == QK_Q6_K) {
+                const uint2 plane = *reinterpret_cast<const uint2*>(slot + C::CODES + plane2_at<L::KC>(w, h, lane));
+                add_plane<T, 2>(step < 2 ? plane.x : plane.y, 2 * (step & 1), a);
+              }
+            }
+#pragma unroll
+            for (int t = 0; t < C::NT; ++t) {
+              uint32_t b0, b1;
+              fragment(part * STEPS + s, t, b0, b1);
+              if (s > 0 || C::F == QK_INT4Z) {
+                mma<T>(d[t], a, b0, b1, d[t]);
+              } else if constexpr (C::ZERO) {
+                mma<T>(d[t], a, b0, b1, sum[t]);
+              } else {
+                mma<T>(d[t], a, b0, b1, none);
+              }
+            }
+          }
+          float2 scale, minimum;
+          if constexpr (C::F == QK_INT4 || C::F == QK_INT4Z) {
+            const uint32_t pair = scale_pair<L>(rest, group, at);
+            scale = args.weight.scale_type == QK_FP16 ? pair_to_float<__half>(pair) : pair_to_float<__nv_bfloat16>(pair);
+          } else if constexpr (C::F == QK_Q8_0) {
+            scale = pair_to_float<__half>(scale_pair<L>(rest, group, at));
+          } else if constexpr (C::F == QK_NF4) {
+            scale = absmax_pair<L>(rest, group, at);
+          } else if constexpr (C::F == QK_NF4N) {
+            const int from = (lane & ~3) | (C::RB == 4 ? w : C::RB == 2 ? 2 * w : 0);
+            scale.x = __shfl_sync(0xffffffffu, nested[group][0], from);
+            scale.y = __shfl_sync(0xffffffffu, nested[group][1], from);
+          } else if constexpr (C::F == QK_Q6_K) {
+            const float2 both = pair_to_float<__half>(bits_as<uint32_t>(six_d<L>(rest, at)));
+            scale.x = both.x * small_float(six_scale<L>(rest, group, at) + 128, 128.f);
+            scale.y = both.y * small_float(six_scale<L>(rest, group, at + 1) + 128, 128.f);
+          } else {
+            const uint32_t m0 = super_scale<L>(rest, group, at), m1 = super_scale<L>(rest, group, at + 1);
+            const float2 d0 = __half22float2(super_d<L>(rest, at)), d1 = __half22float2(super_d<L>(rest, at + 1));
+            scale.x = d0.x * small_float(m0 & 0xff, 0.f), scale.y = d1.x * small_float(m1 & 0xff, 0.f);
+            minimum.x = d0.y * small_float(m0 >> 8, 0.f), minimum.y = d1.y * small_float(m1 >> 8, 0.f) * C::RATIO;
+            if constexpr (!C::HALF) minimum.x += 128.f * scale.x, minimum.y += 128.f * scale.y;
+          }
+#pragma unroll
+          for (int t = 0; t < C::NT; ++t) {
+            acc[w][t][0] += scale.x * d[t][0], acc[w][t][1] += scale.x * d[t][1];
+            acc[w][t][2] += scale.y * d[t][2], acc[w][t][3] += scale.y * d[t][3];
+            if constexpr (C::F == QK_Q4_K || C::F == QK_Q5_K) {
+              acc[w][t][0] += minimum.x * sum[t][0], acc[w][t][1] += minimum.x * sum[t][1];
+              acc[w][t][2] += minimum.y * sum[t][0], acc[w][t][3] += minimum.y * sum[t][1];
+            }
+          }
         }
       }
     }
   }
 }
 
-// The warp's ring: lane 0 (or, before sm_90, every lane) copies a tile into a slot.
+// The warp's ring: lane 0 (or, before sm_90, every lane) copies its rows of a tile into a slot.
 template <class C>
-__device__ __forceinline__ void fill(const uint8_t* from, uint8_t* slot, uint32_t barrier, int set, int lane, uint64_t policy) {
+__device__ __forceinline__ void fill(const uint8_t* from, uint8_t* slot, uint32_t barrier, int part, int lane, uint64_t policy) {
   using L = typename C::L;
-  // A warp of RB < 4 needs its own rows' codes and planes, and all that follows them.
-  constexpr int CODES = L::CODES / C::SETS, PLANE = L::PLANE / C::SETS, REST = L::BYTES - L::SCALES_AT;
 #if __CUDA_ARCH__ >= 900
   if (lane == 0) {
-    const auto copy = [&](int at, int bytes) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                       shared_address(slot + at)),
-                   "l"(from + at), "r"(bytes), "r"(barrier), "l"(policy)
-                   : "memory");
-    };
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(CODES + PLANE + REST) : "memory");
-    if (C::SETS == 1) {
-      copy(0, L::BYTES);
+    const uint32_t to = shared_address(slot);
+    barrier_expect(barrier, C::SLOT);
+    if (C::PARTS == 1) {
+      bulk_copy(to, from, C::SLOT, barrier, policy);
     } else {
-      copy(set * CODES, CODES);
-      if (PLANE) copy(L::PLANE_AT + set * PLANE, PLANE);
-      copy(L::SCALES_AT, REST);
+      bulk_copy(to, from + part * C::CODES, C::CODES, barrier, policy);
+      if (C::PLANE) bulk_copy(to + C::CODES, from + L::PLANE_AT + part * C::PLANE, C::PLANE, barrier, policy);
+      bulk_copy(to + C::CODES + C::PLANE, from + L::SCALES_AT, C::REST, barrier, policy);
     }
   }
 #else
-  const auto copy = [&](int at, int bytes) {
+  const auto copy = [&](int to, int at, int bytes) {
     for (int i = lane * 16; i < bytes; i += 512) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + at + i)), "l"(from + at + i) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(slot + to + i)), "l"(from + at + i) : "memory");
     }
   };
-  if (C::SETS == 1) {
-    copy(0, L::BYTES);
-  } else {
-    copy(set * CODES, CODES);
-    if (PLANE) copy(L::PLANE_AT + set * PLANE, PLANE);
-    copy(L::SCALES_AT, REST);
-  }
+  copy(0, part * C::CODES, C::CODES);
+  if (C::PLANE) copy(C::CODES, L::PLANE_AT + part * C::PLANE, C::PLANE);
+  copy(C::CODES + C::PLANE, L::SCALES_AT, C::REST);
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
 
-template <class C>
-__device__ __forceinline__ void store_unit(const Args& args, int64_t row, int64_t row0, int lane, float unit, const float2 (&v)[C::NT]) {
-  using T = typename C::T;
-  if (row >= args.n) return;
-  const float bias = args.bias ? to_float(static_cast<const T*>(args.bias)[row]) : 0.f;
-  T* y = static_cast<T*>(args.y);
+// Sums [p, p + EACH) of an item, in the order (row block, 8-row tile of x, lane, register of the fragment), to y.
+template <class C, class T>
+__device__ __forceinline__ void store_as(const Args& args, int64_t item_row, int64_t row0, int p, const float (&v)[C::EACH]) {
+  const int i = p & 3, lane = p >> 2 & 31, t = (p >> 7) % C::NT, w = (p >> 7) / C::NT;
 #pragma unroll
-  for (int t = 0; t < C::NT; ++t) {
-    const int64_t m = row0 + t * 8 + 2 * (lane & 3);
-    if (m < args.m) y[m * args.n + row] = static_cast<T>(v[t].x * unit + bias);
-    if (m + 1 < args.m) y[(m + 1) * args.n + row] = static_cast<T>(v[t].y * unit + bias);
+  for (int e = 0; e < C::EACH; ++e) {
+    const int r = (i + e) >> 1;
+    const int64_t row = item_row + w * 16 + r * 8 + (lane >> 2), m = row0 + t * 8 + 2 * (lane & 3) + ((i + e) & 1);
+    if (row >= args.n || m >= args.m) continue;
+    const float bias = args.bias ? static_cast<float>(static_cast<const T*>(args.bias)[row]) : 0.f;
+    static_cast<T*>(args.y)[m * args.n + row] = static_cast<T>(v[e] * (r ? C::UNIT1 : C::UNIT0) + bias);
   }
 }
 
-template <class C, int WARPS, int BLOCKS>
-__global__ void __launch_bounds__(WARPS * 32, BLOCKS) multiply(const __grid_constant__ Args args) {
+template <class C>
+__device__ __forceinline__ void store(const Args& args, int64_t item_row, int64_t row0, int p, const float (&v)[C::EACH]) {
+  if constexpr (!C::CONVERT) {
+    store_as<C, typename C::T>(args, item_row, row0, p, v);
+  } else if (args.bf16) {
+    store_as<C, __nv_bfloat16>(args, item_row, row0, p, v);
+  } else {
+    store_as<C, __half>(args, item_row, row0, p, v);
+  }
+}
+
+template <int EACH>
+__device__ __forceinline__ void add_shared(uint32_t from, float (&v)[EACH]) {
+  float u[EACH];
+  if constexpr (EACH == 4) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(u[0]), "=f"(u[1]), "=f"(u[2]), "=f"(u[3]) : "r"(from));
+  } else if constexpr (EACH == 2) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(u[0]), "=f"(u[1]) : "r"(from));
+  } else {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(u[0]) : "r"(from));
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) v[e] += u[e];
+}
+
+template <class C, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant__ Args args) {
   using L = typename C::L;
   extern __shared__ __align__(128) uint8_t memory[];
   const Shared sizes = C::shared(args.teams, args.stages, args.x_rows, args.slice, args.splits, args.buffers, args.cluster);
   uint8_t* const xs = memory + sizes.ring;
-  float* const sums = reinterpret_cast<float*>(xs + sizes.x);
-  uint8_t* const reduce = reinterpret_cast<uint8_t*>(sums) + sizes.sums;
-  uint8_t* const exchange = reduce + sizes.reduce;
-  const uint32_t barriers = shared_address(exchange + sizes.exchange);
+  uint8_t* const reduce = xs + sizes.x;
+  const uint32_t exchange = shared_address(reduce + sizes.reduce);
+  uint8_t* const table = reduce + sizes.reduce + sizes.exchange;
+  float* const scales = reinterpret_cast<float*>(table + sizes.table);
+  const uint32_t barriers = shared_address(scales) + sizes.scales;
 
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-  const int wk = warp % C::WK, team = warp / C::WK, set = team % C::SETS;
+  const int wk = warp % C::WK, team = warp / C::WK;
   const int split = blockIdx.x;
-  const int strip_step = gridDim.y * args.teams;
-  const int strip0 = blockIdx.y * args.teams + team / C::SETS;
+  const int item_step = gridDim.y * args.teams, item0 = blockIdx.y * args.teams + team;
   const int tile0 = split * args.k_tiles / args.splits, tile1 = (split + 1) * args.k_tiles / args.splits;
   const uint32_t full = barriers + warp * args.stages * 8;
-  const int team_barriers = (C::SETS * args.teams) * C::WK * args.stages;  // the exchange's follow all rings'
+  const uint32_t x_full = barriers + args.teams * C::WK * args.stages * 8;
+  const uint32_t met = x_full + 8 + team * 24;  // two barriers of the exchange, and a word
 
   // The ring first: memory is busy while the rest is set up.
-  uint8_t* const ring = memory + warp * args.stages * L::BYTES;
+  uint8_t* const ring = memory + warp * args.stages * C::SLOT;
   if (lane == 0) {
 #if __CUDA_ARCH__ >= 900
+#pragma unroll 1
     for (int i = 0; i < args.stages; ++i) barrier_init(full + i * 8, 1);
+    if (wk == 0) barrier_init(met, 1), barrier_init(met + 8, 1);
+    if (warp == 0) barrier_init(x_full, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #else
     for (int i = 0; i < args.stages; ++i) barrier_init(full + i * 8, 32);
-#endif
-    if (args.cluster && wk == 0) {
-      for (int i = 0; i < C::UNITS * 2; ++i) barrier_init(barriers + (team_barriers + team * C::UNITS * 2 + i) * 8, 1);
-    }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
   __syncwarp();
@@ -374,17 +575,18 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) multiply(const __grid_cons
 #if __CUDA_ARCH__ >= 900
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #endif
-  int next_strip = strip0, next_tile = tile0 + wk;
-  if (next_tile >= tile1) next_strip = args.strips;  // nothing along K for this warp
+  int next_item = tile0 + wk < tile1 ? item0 : args.items, next_tile = tile0 + wk;
   const auto refill = [&](int slot) {
-    if (next_strip >= args.strips) return;
-    fill<C>(args.tiles + (static_cast<int64_t>(next_strip) * args.k_tiles + next_tile) * L::BYTES, ring + slot * L::BYTES, full + slot * 8, set,
-            lane, policy);
+    if (next_item >= args.items) return;
+    fill<C>(args.tiles + (static_cast<int64_t>(next_item / C::PARTS) * args.k_tiles + next_tile) * L::BYTES, ring + slot * C::SLOT,
+            full + slot * 8, next_item % C::PARTS, lane, policy);
     next_tile += C::WK;
-    if (next_tile >= tile1) next_tile = tile0 + wk, next_strip += strip_step;
+    if (next_tile >= tile1) next_tile = tile0 + wk, next_item += item_step;
   };
+#pragma unroll 1
   for (int i = 0; i < args.stages; ++i) refill(i);
 
+  if constexpr (C::LOOKUP) fill_table<C>(args, table, lane);
 #if __CUDA_ARCH__ >= 900
   if (args.cluster) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   if (args.dependent) {
@@ -393,20 +595,36 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) multiply(const __grid_cons
   }
 #endif
   const int64_t row0 = static_cast<int64_t>(blockIdx.z) * (8 * C::NT);
-  load_x<C>(args, xs, sums, row0, static_cast<int64_t>(tile0) * L::KC, (tile1 - tile0) * L::KC);
+  const int columns = (tile1 - tile0) * L::KC;
+  load_x<C>(args, xs, x_full, row0, args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows,
+            static_cast<int64_t>(tile0) * L::KC, columns);
   __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  if (args.vectors) barrier_wait(x_full, 0);
+#endif
+  if constexpr (C::CONVERT) {
+    if (args.bf16) {
+      convert_x<C>(args, xs, scales, columns, lane);
+      __syncthreads();
+    }
+  }
 #if __CUDA_ARCH__ >= 900
   if (args.cluster) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 
-  const int x_row = (lane >> 2) & (args.x_rows - 1);
-  const uint8_t* const my_x = xs + x_row * 64 + (((lane & 3) ^ (x_row >> 1 & 3)) << 4);
-  const float* const my_sums = sums + 2 * (lane & 3);
+  // The lane's row for ldmatrix; rows that x does not have repeat one that it has: they only reach sums that nobody stores.
+  uint32_t x[C::NT];
+#pragma unroll
+  for (int t = 0; t < C::NT; ++t) {
+    const int r = min(t * 8 + (lane & 7), args.x_rows - 1);
+    x[t] = shared_address(xs) + r * C::x_stride(args.slice) + (lane >> 3) * 16;
+  }
 
-  int slot = 0;
+  int slot = 0, turn = 0;  // turn: items done
   uint32_t parity = 0;
-  int turn = 0;  // strips done
-  for (int strip = strip0; strip < args.strips; strip += strip_step, ++turn) {
+  for (int item = item0; item < args.items; item += item_step, ++turn) {
+    const int row_at = item % C::PARTS * (16 * C::RB);  // the item's rows in the sections that have something for every row
+    const int64_t item_row = static_cast<int64_t>(item) * (16 * C::RB);
     float acc[C::RB][C::NT][4];
 #pragma unroll
     for (int w = 0; w < C::RB; ++w)
@@ -416,134 +634,143 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) multiply(const __grid_cons
         for (int i = 0; i < 4; ++i) acc[w][t][i] = 0.f;
 
     for (int tile = tile0 + wk; tile < tile1; tile += C::WK) {
+      uint8_t* const here = ring + slot * C::SLOT;
+      float nested[2][2], absmax2[2][2];
+      if constexpr (C::F == QK_NF4N) load_absmax2<C>(args, item_row, tile, lane, absmax2);
+      const uint8_t* const rest = here + C::CODES + C::PLANE - L::SCALES_AT;
       barrier_wait(full + slot * 8, parity);
-      const int at = tile - tile0;
-      multiply_tile<C>(args, ring + slot * L::BYTES, my_x + at * (L::KC / 32) * args.x_rows * 64,
-                       my_sums + at * (L::KC / C::FLUSH) * (8 * C::NT), set, lane, acc);
+      if constexpr (C::F == QK_NF4N) load_nested<C>(args, rest, row_at, reinterpret_cast<const float*>(table + C::TABLE), absmax2, lane, nested);
+      multiply_tile<C>(args, here, rest, row_at, x, (tile - tile0) * (L::KC * 2), table + lane * 4, nested, lane, acc);
       __syncwarp();
       refill(slot);
       if (++slot == args.stages) slot = 0, parity ^= 1;
     }
 
-    // The team's sums meet: a unit is 8 rows, and warp u / OWN finishes unit u.
-    float2 own[C::OWN][C::NT];
+    // The team's sums meet.
+    float* const mine = reinterpret_cast<float*>(reduce) + (team * C::WK + wk) * C::TOTAL + lane * 4;
+    if (C::WK > 1) {
 #pragma unroll
-    for (int u = 0; u < C::UNITS; ++u) {
-      const bool mine = u / C::OWN == wk;
+      for (int w = 0; w < C::RB; ++w)
 #pragma unroll
-      for (int t = 0; t < C::NT; ++t) {
-        const float2 v = make_float2(acc[u / 2][t][u % 2 * 2], acc[u / 2][t][u % 2 * 2 + 1]);
-        if (mine) {
-          own[u % C::OWN][t] = v;
-        } else {
-          const int source = wk - (wk > u / C::OWN);
-          *reinterpret_cast<float2*>(reduce + ((((team * C::UNITS + u) * (C::WK - 1) + source) * C::NT + t) * 32 + lane) * 8) = v;
+        for (int t = 0; t < C::NT; ++t) {
+          *reinterpret_cast<float4*>(mine + (w * C::NT + t) * 128) = make_float4(acc[w][t][0], acc[w][t][1], acc[w][t][2], acc[w][t][3]);
+        }
+      team_barrier(team, C::THREADS);
+    }
+    const int id = wk * 32 + lane;
+    const uint32_t sums = shared_address(reduce) + team * (C::WK * C::TOTAL * 4);
+    float v[C::ROUNDS][C::EACH];
+#pragma unroll
+    for (int round = 0; round < C::ROUNDS; ++round) {
+      const int p = (round * C::THREADS + id) * C::EACH;
+      if constexpr (C::WK == 1) {
+#pragma unroll
+        for (int e = 0; e < C::EACH; ++e) v[round][e] = acc[round / C::NT][round % C::NT][e];
+      } else {
+#pragma unroll
+        for (int e = 0; e < C::EACH; ++e) v[round][e] = 0.f;
+        if (C::TOTAL >= C::THREADS * C::EACH || p < C::TOTAL) {
+#pragma unroll
+          for (int source = 0; source < C::WK; ++source) add_shared<C::EACH>(sums + (source * C::TOTAL + p) * 4, v[round]);
+        }
+      }
+      if constexpr (C::CONVERT) {
+        if (args.bf16) {
+          const int m = (p >> 7) % C::NT * 8 + 2 * (p >> 2 & 3);
+#pragma unroll
+          for (int e = 0; e < C::EACH; ++e) v[round][e] *= scales[m + ((p + e) & 1)];
         }
       }
     }
-    if (C::WK > 1) {
-      team_barrier(team, C::WK * 32);
-#pragma unroll
-      for (int i = 0; i < C::OWN; ++i) {
-        const int u = wk * C::OWN + i;
-#pragma unroll
-        for (int source = 0; source < C::WK - 1; ++source)
-#pragma unroll
-          for (int t = 0; t < C::NT; ++t) {
-            const float2 v = *reinterpret_cast<const float2*>(
-                reduce + ((((team * C::UNITS + u) * (C::WK - 1) + source) * C::NT + t) * 32 + lane) * 8);
-            own[i][t].x += v.x, own[i][t].y += v.y;
-          }
-      }
-      team_barrier(team, C::WK * 32);
-    }
+    if (C::WK > 1) team_barrier(team, C::THREADS);
 
-    const auto finish = [&](int u, const float2(&v)[C::NT]) {
-      const int64_t row = static_cast<int64_t>(strip) * 64 + (set * C::UNITS + u) * 8 + (lane >> 2);
-      store_unit<C>(args, row, row0, lane, u & 1 ? C::UNIT1 : C::UNIT0, v);
+    const auto finish = [&](int round, const float(&total)[C::EACH]) {
+      const int p = (round * C::THREADS + id) * C::EACH;
+      if (C::TOTAL >= C::THREADS * C::EACH || p < C::TOTAL) store<C>(args, item_row, row0, p, total);
     };
     if (args.splits == 1) {
 #pragma unroll
-      for (int i = 0; i < C::OWN; ++i) finish(wk * C::OWN + i, own[i]);
+      for (int round = 0; round < C::ROUNDS; ++round) finish(round, v[round]);
     } else if (args.cluster) {
 #if __CUDA_ARCH__ >= 900
       const int buffer = args.buffers == 2 ? turn & 1 : 0;
-      const int owned = (C::UNITS + args.splits - 1) / args.splits;
-      const auto place = [&](int u, int source) {
-        return shared_address(exchange) + ((((team * args.buffers + buffer) * owned + u / args.splits) * (args.splits - 1) + source) * C::NT * 32 + lane) * 8;
+      const int share = C::THREADS >> args.log_splits, owner = id / share;  // threads that finish for one block
+      const uint32_t barrier = met + buffer * 8;
+      // [team][buffer][source][round][thread of the share][EACH]
+      const auto place = [&](int source, int round) {
+        return exchange + ((((team * args.buffers + buffer) * (args.splits - 1) + source) * C::ROUNDS + round) * share + id % share) * (C::EACH * 4);
       };
+      if (owner != split) {
+        uint32_t there;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(owner));
 #pragma unroll
-      for (int i = 0; i < C::OWN; ++i) {
-        const int u = wk * C::OWN + i, owner = u % args.splits;
-        if (owner == split) continue;
-        uint32_t to, bar;
-        const uint32_t local = place(u, split - (split > owner)), local_bar = barriers + (team_barriers + (team * C::UNITS + u) * 2 + buffer) * 8;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(local), "r"(owner));
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(bar) : "r"(local_bar), "r"(owner));
-#pragma unroll
-        for (int t = 0; t < C::NT; ++t) {
-          asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to + t * 256), "f"(own[i][t].x),
-                       "f"(own[i][t].y), "r"(bar)
-                       : "memory");
+        for (int round = 0; round < C::ROUNDS; ++round) {
+          uint32_t to;
+          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(place(split - (split > owner), round)), "r"(owner));
+          if constexpr (C::EACH == 4) {
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                         "f"(v[round][0]), "f"(v[round][1]), "f"(v[round][2]), "f"(v[round][3]), "r"(there)
+                         : "memory");
+          } else if constexpr (C::EACH == 2) {
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(v[round][0]),
+                         "f"(v[round][1]), "r"(there)
+                         : "memory");
+          } else {
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v[round][0]), "r"(there)
+                         : "memory");
+          }
         }
-      }
-#pragma unroll
-      for (int i = 0; i < C::OWN; ++i) {
-        const int u = wk * C::OWN + i;
-        if (u % args.splits != split) continue;
-        const uint32_t bar = barriers + (team_barriers + (team * C::UNITS + u) * 2 + buffer) * 8;
-        if (lane == 0) {
-          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"((args.splits - 1) * C::NT * 256) : "memory");
-        }
+      } else {
+        if (id % share == 0) barrier_expect(barrier, (args.splits - 1) * C::ROUNDS * share * C::EACH * 4);
         const uint32_t phase = args.buffers == 2 ? turn >> 1 & 1 : turn & 1;
         asm volatile(
             "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra "
-            "again;\ndone:\n}" ::"r"(bar),
+            "again;\ndone:\n}" ::"r"(barrier),
             "r"(phase)
             : "memory");
-        float2 total[C::NT];
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) total[t] = make_float2(0.f, 0.f);
-        for (int s = 0; s < args.splits; ++s) {  // in the order of K, so that every rank's sum is the same
-#pragma unroll
-          for (int t = 0; t < C::NT; ++t) {
-            float2 v = own[i][t];
-            if (s != split) {
-              asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(place(u, s - (s > split)) + t * 256));
-            }
-            total[t].x += v.x, total[t].y += v.y;
-          }
+        for (int round = 0; round < C::ROUNDS; ++round) {
+#pragma unroll 1
+          for (int source = 0; source < args.splits - 1; ++source) add_shared<C::EACH>(place(source, round), v[round]);
+          finish(round, v[round]);
         }
-        finish(u, total);
       }
 #endif
     } else {
+      const int64_t index = static_cast<int64_t>(blockIdx.z) * args.items + item;
+      float* const parts = args.partial + index * args.splits * C::TOTAL;
 #pragma unroll
-      for (int i = 0; i < C::OWN; ++i) {
-        const int u = wk * C::OWN + i;
-        const int64_t unit = (static_cast<int64_t>(blockIdx.z) * args.strips + strip) * 8 + set * C::UNITS + u;
-        float2* const parts = args.partial + unit * args.splits * C::NT * 32 + lane;
+      for (int round = 0; round < C::ROUNDS; ++round)
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) __stcg(parts + (split * C::NT + t) * 32, own[i][t]);
-        __threadfence();
-        __syncwarp();
-        uint32_t before = 0;
-        if (lane == 0) before = atomicAdd(args.counters + unit, 1);
-        before = __shfl_sync(0xffffffffu, before, 0);
-        if (before != static_cast<uint32_t>(args.splits - 1)) continue;
-        __threadfence();
-        float2 total[C::NT];
-#pragma unroll
-        for (int t = 0; t < C::NT; ++t) total[t] = make_float2(0.f, 0.f);
-        for (int s = 0; s < args.splits; ++s) {
-#pragma unroll
-          for (int t = 0; t < C::NT; ++t) {
-            const float2 v = __ldcg(parts + (s * C::NT + t) * 32);
-            total[t].x += v.x, total[t].y += v.y;
-          }
+        for (int e = 0; e < C::EACH; ++e) {
+          const int p = (round * C::THREADS + id) * C::EACH + e;
+          if (p < C::TOTAL) __stcg(parts + split * C::TOTAL + p, v[round][e]);
         }
-        finish(u, total);
-        if (lane == 0) args.counters[unit] = 0;
+      __threadfence();
+      team_barrier(team, C::THREADS);
+      uint32_t before = 0;
+      if (id == 0) {
+        before = atomicAdd(args.counters + index, 1);
+        if (before == static_cast<uint32_t>(args.splits - 1)) args.counters[index] = 0;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(met + 16), "r"(before) : "memory");
+      }
+      team_barrier(team, C::THREADS);
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(before) : "r"(met + 16) : "memory");
+      if (before == static_cast<uint32_t>(args.splits - 1)) {
+        __threadfence();
+#pragma unroll
+        for (int round = 0; round < C::ROUNDS; ++round) {
+          const int p = (round * C::THREADS + id) * C::EACH;
+          if (C::TOTAL < C::THREADS * C::EACH && p >= C::TOTAL) continue;
+          float total[C::EACH];
+#pragma unroll
+          for (int e = 0; e < C::EACH; ++e) total[e] = 0.f;
+#pragma unroll 4
+          for (int s = 0; s < args.splits; ++s)
+#pragma unroll
+            for (int e = 0; e < C::EACH; ++e) total[e] += __ldcg(parts + s * C::TOTAL + p + e);
+          finish(round, total);
+        }
       }
     }
   }
