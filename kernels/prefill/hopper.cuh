@@ -28,9 +28,10 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t rank
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
   return peer;
 }
+// Not .release.cluster: that is a fence of the whole GPU. Only reads come before it here.
 __device__ __forceinline__ void barrier_arrive_peer_if(bool arrives, uint32_t peer_bar) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%1];\n}" ::"r"(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.shared::cluster.b64 _, [%1];\n}" ::"r"(
           static_cast<int>(arrives)),
       "r"(peer_bar)
       : "memory");
@@ -39,15 +40,6 @@ __device__ __forceinline__ bool barrier_try(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done;
-}
-__device__ __forceinline__ bool barrier_try_cluster(uint32_t bar, uint32_t parity) {  // acquires what a peer's arrival released
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
       : "=r"(done)
       : "r"(bar), "r"(parity)
       : "memory");
@@ -63,7 +55,6 @@ __device__ __forceinline__ bool barrier_try_cluster(uint32_t bar, uint32_t parit
   }
 #endif
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) { QK_SPIN(barrier_try(bar, parity)); }
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t bar, uint32_t parity) { QK_SPIN(barrier_try_cluster(bar, parity)); }
 
 // Named barriers of some warps of a block.
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

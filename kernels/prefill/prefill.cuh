@@ -1,5 +1,5 @@
-// y = x W^T by wgmma, for tens to thousands of rows of x. A block holds WGS consumer warpgroups, each with 64 rows of W, and one producer
-// warp. The producer keeps two rings in shared memory full: tiles of W (one bulk copy a strip) and slabs of x (tensor copies, swizzled).
+// y = x W^T by wgmma, for tens to thousands of rows of x. A block holds WGS consumer warpgroups, each with 64 rows of W, and a producer
+// warpgroup. Two of its warps keep two rings in shared memory full: tiles of W (one bulk copy a strip) and slabs of x (tensor copies, swizzled).
 // A consumer turns 64 columns of its tile into fragments while the tensor cores work on the 64 before: weights are A, from registers.
 //
 // The work of a block: in split mode one tile of y over 1 / splits of K, summed within a cluster through distributed shared memory; else
@@ -183,53 +183,40 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   const int group = warp / 4, w = warp % 4;
   if (group == WGS) {  // the producer
     registers_down<S::PRODUCER>();
-    if (threadIdx.x == WGS * 128) {
-      Schedule ahead_schedule = schedule;  // of W, which may run ahead of x
-      Segment ahead;
-      bool more = ahead_schedule.next(ahead);
-      int ahead_k = ahead.k0, lead = 0;
-      auto fetch_tiles = [&] {
-        int tile_m, tile_n;
-        place(work, ahead.tile, tile_m, tile_n);
-        barrier_wait(ring_a.empty_bar(), ring_a.phase ^ 1);
-        barrier_expect(ring_a.full_bar(), WGS * L::BYTES);
-#pragma unroll
-        for (int g = 0; g < WGS; ++g) {
-          const int strip = min((tile_n * work.pair + (work.pair > 1 ? rank : 0)) * WGS + g, work.strips - 1);
-          bulk_copy(base + R::A_AT + ring_a.stage * R::A + g * R::TILE,
-                    work.tiles + (static_cast<int64_t>(strip) * work.k_tiles + ahead_k) * L::BYTES, L::BYTES, ring_a.full_bar());
-        }
-        ring_a.advance(R::SA);
-        ++lead;
-        if (++ahead_k == ahead.k1) {
-          more = ahead_schedule.next(ahead);
-          ahead_k = ahead.k0;
-        }
-      };
-      while (more && lead < R::SA) fetch_tiles();
-      wait_for_grid();
+    if (w == 0) {  // tiles of W, a lane for each strip
       while (schedule.next(s)) {
         int tile_m, tile_n;
         place(work, s.tile, tile_m, tile_n);
-        for (int kt = s.k0; kt < s.k1; ++kt) {
-          if (lead == 0) fetch_tiles();
-          --lead;
-          for (int i = 0; i < L::KC / BK; ++i) {
-            barrier_wait_cluster(ring_b.empty_bar(), ring_b.phase ^ 1);
-            barrier_expect(ring_b.full_bar(), R::B);
-            const uint32_t to = base + R::B_AT + ring_b.stage * R::B;
+        const int strip = min((tile_n * work.pair + (work.pair > 1 ? rank : 0)) * WGS + lane, work.strips - 1);
+        const uint8_t* from = work.tiles + (static_cast<int64_t>(strip) * work.k_tiles + s.k0) * L::BYTES;
+        for (int left = s.k1 - s.k0; left > 0; --left, from += L::BYTES) {
+          barrier_wait(ring_a.empty_bar(), ring_a.phase ^ 1);
+          if (lane == 0) barrier_expect(ring_a.full_bar(), WGS * L::BYTES);
+          __syncwarp();
+          if (lane < WGS) bulk_copy(base + R::A_AT + ring_a.stage * R::A + lane * R::TILE, from, L::BYTES, ring_a.full_bar());
+          ring_a.advance(R::SA);
+        }
+      }
+    } else if (w == 1 && lane == 0) {  // slabs of x
+      wait_for_grid();
+      const int rows = work.pair > 1 ? rank * (MT / 2) : 0;
+      while (schedule.next(s)) {
+        int tile_m, tile_n;
+        place(work, s.tile, tile_m, tile_n);
+        const int row = tile_m * MT + rows, end = s.k1 * L::KC;
+        for (int column = s.k0 * L::KC; column < end; column += BK) {
+          barrier_wait(ring_b.empty_bar(), ring_b.phase ^ 1);
+          barrier_expect(ring_b.full_bar(), R::B);
+          const uint32_t to = base + R::B_AT + ring_b.stage * R::B + rows * 128;
 #pragma unroll
-            for (int box = 0; box < BOXES; ++box) {
-              const int column = kt * L::KC + i * BK + box * 64;
-              if (work.pair > 1) {
-                tensor_copy_multicast(to + box * MT * 128 + rank * (MT / 2) * 128, &work.x, column, tile_m * MT + rank * (MT / 2),
-                                      ring_b.full_bar(), 3);
-              } else {
-                tensor_copy(to + box * MT * 128, &work.x, column, tile_m * MT, ring_b.full_bar());
-              }
+          for (int box = 0; box < BOXES; ++box) {
+            if (work.pair > 1) {
+              tensor_copy_multicast(to + box * MT * 128, &work.x, column + box * 64, row, ring_b.full_bar(), 3);
+            } else {
+              tensor_copy(to + box * MT * 128, &work.x, column + box * 64, row, ring_b.full_bar());
             }
-            ring_b.advance(R::SB);
           }
+          ring_b.advance(R::SB);
         }
       }
     }
@@ -250,7 +237,7 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
 
   // Give back the oldest stage of x, to both blocks of a pair.
   auto free_x = [&](bool any) {
-    barrier_arrive_peer_if(any & (lane == 0), peer_address(freed.empty_bar(), rank));
+    barrier_arrive_if(any & (lane == 0), freed.empty_bar());
     barrier_arrive_peer_if(any & (lane == 0) & (work.pair > 1), peer_address(freed.empty_bar(), rank ^ 1));
     freed.advance(R::SB, any);
   };
