@@ -22,5 +22,7 @@ extern "C" int quantkit_matmul(const QkWeight* weight, const void* x, int64_t m,
   if (kernel == QK_RULE && m >= 64 && hopper()) {  // where the tensor cores set the pace, and wgmma has twice the rate of mma
     if (const int found = run(quantkit_matmul_wgmma); found != QK_UNSUPPORTED) return found;
   }
+  // mma unpacks a weight again for every 64 rows of x: above two of those the caller does better to unpack it once.
+  if (kernel == QK_RULE && m > 128) return QK_UNSUPPORTED;
   return run(quantkit_matmul_mma);
 }

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.errors import MachineError
+from quantkit.ops import kernel_select
 from quantkit.ops.cuda_library import HINT, find_library, load_library
 from quantkit.ops.tiles import GROUPS, Format, Tiles, dequantize
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
 """What activations and dense weights may be; the numbers are those of ``kernels/quantkit.h``."""
 UNSUPPORTED = -1
-"""What a kernel answers that has no variant for a weight or a number of tokens."""
+"""What the library answers where no kernel takes a product, or a dense one is faster."""
 WORKSPACE = 64 << 20
 """Bytes of each device's workspace: counters, and partial sums of products that are cut along K."""
 
@@ -142,14 +143,16 @@ def _matmul_cuda(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    weight, scratch = _weight(data, table, code, absmax2, offset, facts), workspace(x.device)
-    given = Config(*config) if config else None
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        found = _function("quantkit_matmul")(
-            *(weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype], None if bias is None else bias.data_ptr()),
-            *(out.data_ptr(), scratch.data_ptr(), scratch.numel(), given, stream),
-        )
+    choice = kernel_select.Config(*config) if config else kernel_select.chosen(x.device, facts[0], facts[3], facts[4], x.shape[0])
+    found = UNSUPPORTED
+    if choice.kernel != kernel_select.DENSE:
+        weight, scratch = _weight(data, table, code, absmax2, offset, facts), workspace(x.device)
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            found = _function("quantkit_matmul")(
+                *(weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype], None if bias is None else bias.data_ptr()),
+                *(out.data_ptr(), scratch.data_ptr(), scratch.numel(), Config(*choice), stream),
+            )
     if found == UNSUPPORTED:
         return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offset, facts, x.dtype), bias)
     _checked("quantkit_matmul", found, x.device)
@@ -178,12 +181,13 @@ for _name, _cpu, _cuda, _fake in (
 class TiledLinear:
     """``y [T, N] = x [T, K] W^T`` on the tiles of W, in float16 or bfloat16, sums in float32; the caller adds ``bias``.
 
-    ``dense_rows``: from this many tokens on the weight is dequantized and multiplied by torch; 0: never, but where no kernel takes it.
+    The weight is what the tiles hold, rounded once to the linear's dtype (bitsandbytes rounds to the dtype that it quantized first). Which
+    kernel runs is ``kernel_select``'s to say; where none takes the product the weight is dequantized for the call.
     """
 
-    def __init__(self, tiles: Tiles, dtype: torch.dtype, bias: Tensor | None = None, dense_rows: int = 0) -> None:
+    def __init__(self, tiles: Tiles, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         assert dtype in TYPES, dtype
-        self.bias, self._tiles, self._dtype, self._dense_rows = bias, tiles, dtype, dense_rows
+        self.bias, self._tiles, self._dtype = bias, tiles, dtype
         self._arguments = (tiles.data, tiles.table, tiles.code, tiles.absmax2, tiles.offset, facts(tiles))
         if tiles.data.is_cuda:
             workspace(tiles.data.device)
@@ -193,13 +197,9 @@ class TiledLinear:
         """Bytes held: tiles, their side tables, and the bias."""
         return self._tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def _dense(self) -> Tensor:
-        found: Tensor = torch.ops.quantkit.tiles_dequantize(*self._arguments, self._dtype)
-        return found
-
     def weight(self) -> Tensor:
         """The dense weight ``[N, K]``, in the order of the inputs."""
-        dense = self._dense()
+        dense: Tensor = torch.ops.quantkit.tiles_dequantize(*self._arguments, self._dtype)
         return dense if self._tiles.perm is None else dense[:, self._tiles.perm.argsort()]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -207,7 +207,5 @@ class TiledLinear:
         assert x.dtype == self._dtype, x.dtype
         if self._tiles.perm is not None:
             x = x.index_select(1, self._tiles.perm)
-        if self._dense_rows and x.shape[0] >= self._dense_rows:
-            return functional.linear(x, self._dense())
         y: Tensor = torch.ops.quantkit.tiles_matmul(x, *self._arguments, None, [])
         return y
