@@ -10,7 +10,8 @@ an artifact as the tool saves it, with its tokenizer.
 
 4 bits in groups of 64, every other setting the tool's default. The models run in float32, since a CPU without AVX512 needs minutes for
 what it does in seconds there; what a tool leaves in float32 is then stored as float16 when the base is. Beside a base in bfloat16,
-whose values float16 may not hold, it stays float32, so that no rounding of ours is charged to the tool.
+whose values float16 may not hold, it stays float32, so that no rounding of ours is charged to the tool. AutoAWQ 0.2.9 has no Gemma 3,
+and gptqmodel's AWQ fails on it ("Gemma3RotaryEmbedding.forward() missing 1 required positional argument: 'layer_type'").
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def run_all(base: Path, tokens: Path, out: Path, names: list[str]) -> int:
     """Every run that has no artifact yet; the number of those that failed."""
     environments = Path(__file__).resolve().parent.parent / "tests" / "oracles" / ".venv"
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": ""}
+    base, tokens, out = base.resolve(), tokens.resolve(), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in names:
@@ -201,6 +203,7 @@ def run_all(base: Path, tokens: Path, out: Path, names: list[str]) -> int:
             code = subprocess.run(
                 ["nice", "-n", "19", *command],
                 env={**os.environ, **variables},
+                cwd=out,  # where the tools may put logs
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
