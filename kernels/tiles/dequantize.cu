@@ -9,16 +9,7 @@
 namespace qk {
 namespace {
 
-#ifndef QK_LINE
-#define QK_LINE 0
-#endif
-#ifndef QK_STORE
-#define QK_STORE 0
-#endif
-#ifndef QK_WARPS
-#define QK_WARPS 8
-#endif
-constexpr int WARPS = QK_WARPS;
+constexpr int WARPS = 8;
 
 template <class V>
 __device__ __forceinline__ V load(const uint8_t* at) {
@@ -40,11 +31,13 @@ __device__ __forceinline__ two_t<T> twice(uint32_t pair, int high) {
 }
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+template <int F>
+constexpr bool AFFINE = F == QK_Q4_K || F == QK_Q5_K;  // with a minimum
+
 // What a lane holds of its warp's rows of a tile, as it is stored.
 template <int F, int G>
 struct Packed {
   using L = Tile<F, G>;
-  static constexpr bool AFFINE = F == QK_Q4_K || F == QK_Q5_K;
   static constexpr int LOADS = F == QK_Q8_0 ? 2 : 1;
   uint4 codes[L::HALVES][LOADS];
   uint2 plane[L::HALVES];
@@ -68,7 +61,7 @@ struct Packed {
     if constexpr (L::SUPER) {
       super[0] = load<uint4>(tile + L::SCALES_AT + at * 16);
       super[1] = load<uint4>(tile + L::SCALES_AT + at * 16 + 16);
-      if constexpr (AFFINE) d = load<uint2>(tile + L::SECOND_AT + at * 4);
+      if constexpr (AFFINE<F>) d = load<uint2>(tile + L::SECOND_AT + at * 4);
       if constexpr (F == QK_Q6_K) d.x = load<uint32_t>(tile + L::SECOND_AT + at * 2);
     } else {
 #pragma unroll
@@ -101,7 +94,7 @@ struct Packed {
   // Scale and minus the minimum of row r (0, 1) in group j.
   template <class S>
   __device__ __forceinline__ float2 scale(int j, int r) const {
-    if constexpr (AFFINE) {
+    if constexpr (AFFINE<F>) {
       const uint32_t both = word(super[r], j >> 1) >> 16 * (j & 1);
       const float2 ds = floats(r ? d.y : d.x, __half());
       return make_float2(ds.x * static_cast<float>(both & 255), -(ds.y * static_cast<float>(both >> 8 & 255)));
@@ -130,13 +123,7 @@ __device__ __forceinline__ void store(T* out, const QkWeight& weight, int64_t ro
   if (row >= weight.n || column >= weight.k) return;
   T* const at = out + row * weight.k + column;
   if (whole) {
-#if QK_STORE == 1
-    __stcs(reinterpret_cast<uint4*>(at), v);
-#elif QK_STORE == 2
-    __stcg(reinterpret_cast<uint4*>(at), v);
-#else
-    *reinterpret_cast<uint4*>(at) = v;
-#endif
+    __stcs(reinterpret_cast<uint4*>(at), v);  // evict first: half again as fast where weight and result fit in L2
     return;
   }
 #pragma unroll
@@ -198,7 +185,7 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const QkWeight weight, 
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const float2 scale = packed.template scale<S>(j, p & 1), both = __half22float2(q[p]);
-          if constexpr (Packed<F, G>::AFFINE) {  // the product is exact: one rounding, as in float32 it has
+          if constexpr (AFFINE<F>) {  // the product is exact: one rounding, as in float32 it has
             v[s][p] = rounded(fmaf(both.x, scale.x, scale.y), fmaf(both.y, scale.x, scale.y), T());
           } else {
             v[s][p] = rounded(both.x * scale.x, both.y * scale.x, T());
@@ -212,18 +199,8 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const QkWeight weight, 
       uint4 half[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) half[i] = transposed(v[2 * i][r], v[2 * i][2 + r], v[2 * i + 1][r], v[2 * i + 1][2 + r], t);
-#if QK_LINE
-      const bool odd = g & 1;
-      const uint4 give = odd ? half[0] : half[1];
-      const uint4 got = make_uint4(__shfl_xor_sync(~0u, give.x, 4), __shfl_xor_sync(~0u, give.y, 4), __shfl_xor_sync(~0u, give.z, 4),
-                                   __shfl_xor_sync(~0u, give.w, 4));
-      const int64_t even = row + 8 * r - odd, col = column + 32 * odd;
-      store(out, weight, even, col, odd ? got : half[0], whole);
-      store(out, weight, even + 1, col, odd ? half[1] : got, whole);
-#else
       store(out, weight, row + 8 * r, column, half[0], whole);
       store(out, weight, row + 8 * r, column + 32, half[1], whole);
-#endif
     }
   }
 }

@@ -194,12 +194,12 @@ def word_fragments(tiles: Tiles, strip: int, tile: int, w: int, column: int, lan
 @pytest.mark.parametrize("form", list(Format))
 def test_words_are_fragments(form: Format) -> None:
     """Multiplying 16 x 16 fragments taken from the words as they are documented gives ``codes @ x``."""
-    tiles = make(form, 128, 512, 3)
+    tiles = make(form, 128, 256, 3)
     width, codes = ops.columns(form), ops.unpack(tiles).codes.double()
-    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    got, seen = torch.zeros(128, 8, dtype=torch.float64), torch.zeros(128, 512, dtype=torch.int64)
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    got, seen = torch.zeros(128, 8, dtype=torch.float64), torch.zeros(128, 256, dtype=torch.int64)
     for strip in range(2):
-        for tile in range(512 // width):
+        for tile in range(256 // width):
             for w in range(4):
                 for column in range(0, width, 16):
                     a = torch.zeros(16, 16, dtype=torch.float64)
