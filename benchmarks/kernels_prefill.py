@@ -130,13 +130,15 @@ def configs(tiles: list[tuple[int, int]], modes: set[str], m: int | None = None)
                     yield Config(2, tile, groups, split, flags)
 
 
-def check(library: Library, tiles: list[tuple[int, int]], modes: set[str]) -> int:
+def check(library: Library, tiles: list[tuple[int, int]], modes: set[str], groups: set[int]) -> int:
     """Ragged sizes, edge values, every configuration; returns how many answers are wrong."""
     bad = done = 0
     cases = [
         (256, 512, 128, 1), (1000, 904, 128, 77), (200, 256, 32, 300), (264, 1024, 64, 17), (1025, 640, 128, 129), (640, 2048, 256, 130),
     ]  # fmt: skip
     for n, k, group, m in cases:
+        if group not in groups:
+            continue
         for zeros in (False, True):
             for dtype in (torch.float16, torch.bfloat16):
                 for scale_type in (torch.float16, torch.bfloat16) if (n, m) == (256, 1) else (dtype,):
@@ -159,7 +161,9 @@ def check(library: Library, tiles: list[tuple[int, int]], modes: set[str]) -> in
                             raise SystemExit(1) from failure
                         e = error(y, ref)
                         done += 1
-                        if code != 0 or not e < (3e-3 if dtype == torch.bfloat16 else 1e-3):
+                        if code != 0 or not e < (
+                            1e-3 if dtype == torch.float16 else 3e-3 if scale_type == dtype else 5e-3
+                        ):  # rounded twice
                             bad += 1
                             if bad < 40:
                                 where = f"N {n} K {k} g {group} M {m} z {int(zeros)} {dtype} {scale_type}"
@@ -188,6 +192,31 @@ def timed(launch: Callable[[int], None], copies: int, launches: int, replays: in
             times.append((start, end))
         stream.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in times) * 1e3 / launches
+
+
+def alternate(first: Callable[[int], None], copies: int, second: Callable[[int], None], others: int, launches: int) -> tuple[float, float]:
+    """Microseconds of a launch of each, their replays in turn: a card that slows down when hot slows both."""
+    stream = torch.cuda.Stream()
+    graphs = []
+    with torch.cuda.stream(stream):
+        for launch, count in ((first, copies), (second, others)):
+            launch(0)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                for i in range(launches):
+                    launch(i % count)
+            graphs.append(graph)
+        marks = []
+        for _ in range(11):
+            for graph in graphs:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record(stream)
+                graph.replay()
+                end.record(stream)
+                marks.append((start, end))
+        stream.synchronize()
+    times = [a.elapsed_time(b) * 1e3 / launches for a, b in marks]
+    return statistics.median(times[::2]), statistics.median(times[1::2])
 
 
 def budget(estimate: float) -> int:
@@ -238,7 +267,6 @@ def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[in
             def dense(i: int, x: torch.Tensor = x, y: torch.Tensor = y, wide: list[torch.Tensor] = wide) -> None:
                 torch.mm(x, wide[i].t(), out=y)
 
-            cublas = timed(dense, len(wide), launches, 11)
             results = []
             for config in configs(tile_list, modes, m):
                 config.d |= 2 * args.dependent
@@ -259,19 +287,19 @@ def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[in
             results.sort(key=lambda r: r[0])
             final = []
             for _, e, config in results[:3]:
-                final.append((timed(launcher(library, weights, x, y, config), copies, launches, 11), e, config))
-            final.sort(key=lambda r: r[0])
-            again = timed(dense, len(wide), launches, 11)
-            best = final[0]
+                us, cublas = alternate(launcher(library, weights, x, y, config), copies, dense, len(wide), launches)
+                final.append((us, cublas, e, config))
+            final.sort(key=lambda r: r[0] / r[1])
+            us, cublas, e, config = final[0]
             peer = peers.get((shape, m), {})
             row = {
-                "shape": shape, "n": n, "k": k, "m": m, "dtype": str(dtype)[6:], "us": round(best[0], 2), "config": name(best[2]),
-                "error": best[1], "cublas_us": round(min(cublas, again), 2), "read_us": round(read, 2),
+                "shape": shape, "n": n, "k": k, "m": m, "dtype": str(dtype)[6:], "us": round(us, 2), "config": name(config),
+                "error": e, "cublas_us": round(cublas, 2), "read_us": round(read, 2),
                 "peer_us": peer.get("int4_g128_best_us"), "all": {name(c): round(t, 2) for t, _, c in results},
             }  # fmt: skip
             rows.append(row)
             fast = "  ".join(f"{name(c)} {t:.1f}" for t, _, c in results[:5])
-            print(f"{shape} M {m}: {best[0]:.2f} us ({name(best[2])}; error {best[1]:.1e}), cuBLAS {cublas:.2f}/{again:.2f} | {fast}")
+            print(f"{shape} M {m}: {us:.2f} us ({name(config)}; error {e:.1e}), cuBLAS {cublas:.2f} | {fast}")
         del tiles, weights, wide
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kernels_prefill.json").write_text("\n".join(json.dumps(r) for r in rows) + "\n")
@@ -295,6 +323,7 @@ def main() -> None:
     parser.add_argument("--dependent", action="store_true", help="launch with programmatic dependent launch")
     parser.add_argument("--tiles", default=",".join(f"{m}x{groups}" for m, groups in TILES), help="rows of y x warpgroups")
     parser.add_argument("--modes", default="plain,split,pair")
+    parser.add_argument("--groups", default="32,64,128,256", help="group sizes to check")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
@@ -303,7 +332,7 @@ def main() -> None:
     modes = set(args.modes.split(","))
     if args.check:
         units(library)
-        check(library, tiles, modes)
+        check(library, tiles, modes, {int(g) for g in args.groups.split(",")})
     if args.time:
         print(torch.cuda.get_device_name())
         measure(library, args, tiles, modes)

@@ -78,14 +78,21 @@ __device__ __forceinline__ void tensor_copy_multicast(uint32_t to, const CUtenso
       : "memory");
 }
 
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Clusters.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void cluster_sync() {
+__device__ __forceinline__ void cluster_sync() {  // what was written before it, in shared memory too, can be read after it
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_meet() {  // orders nothing, so waits for no store
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 peer_load(uint32_t peer) {
   float4 v;

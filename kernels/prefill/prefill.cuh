@@ -26,6 +26,7 @@ struct Shape {
   static constexpr int BK = MT >= 128 ? 64 : 128;  // columns in a stage of x
   // Fragments being multiplied while the next are made; with four warpgroups to a multiprocessor the others' multiply meanwhile.
   static constexpr int BUFFERS = WGS * OCC == 2 ? 2 : 1;
+  static constexpr int LOADS = WGS * OCC == 2 && MT < 192 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
   static constexpr int STEP = MT < 32 ? MT : 32;   // rows of y staged at a time
 };
 
@@ -168,11 +169,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
     }
     barrier_init_fence();
   }
-  if (cluster) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  if (threadIdx.x == WGS * 128 + 32) tensor_prefetch(&work.x);
+  __syncthreads();
+  if (cluster) cluster_meet();
   launch_dependents();
 
   Ring ring_a{bars, bars + 8 * R::SA, 0, 0};
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
     }
     __syncwarp();
     if (work.splits > 1) cluster_sync();
-    if (cluster) cluster_sync();
+    if (cluster) cluster_meet();
   } else {
   registers_up<S::CONSUMER>();
   const int thread = threadIdx.x % 128;
@@ -355,21 +354,43 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
       if (!finish) continue;
       __threadfence();
       if (thread == 0) *counter = 0;
-      constexpr int CHUNK = MT / 8 < 4 ? MT / 8 : 4;
+      if (others == 1) {
+        constexpr int CHUNK = MT / 8 < S::LOADS ? MT / 8 : S::LOADS;
+        const float4* from = slot(me == first ? last : first);
 #pragma unroll
-      for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
-        float sum[4 * CHUNK];
+        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
+          float4 v[CHUNK];
 #pragma unroll
-        for (int i = 0; i < 4 * CHUNK; ++i) sum[i] = 0.0f;
-        for (int c = first; c <= last; ++c) {
-          if (c == me) {
+          for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + (j0 + i) * 128);
 #pragma unroll
-            for (int i = 0; i < 4 * CHUNK; ++i) sum[i] += acc[4 * j0 + i];
-          } else {
-            const float4* from = slot(c) + j0 * 128;
+          for (int i = 0; i < CHUNK; ++i) {
+            float* a = acc + 4 * (j0 + i);
+            a[0] += v[i].x;
+            a[1] += v[i].y;
+            a[2] += v[i].z;
+            a[3] += v[i].w;
+          }
+        }
+      } else {
+        constexpr int CHUNK = MT / 8 < S::LOADS / 2 ? MT / 8 : S::LOADS / 2;
+#pragma unroll
+        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
+          float sum[4 * CHUNK];
+#pragma unroll
+          for (int i = 0; i < 4 * CHUNK; ++i) sum[i] = 0.0f;
+          for (int c = first; c <= last; ++c) {
             float4 v[CHUNK];
+            if (c != me) {
+              const float4* from = slot(c) + j0 * 128;
 #pragma unroll
-            for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + i * 128);
+              for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + i * 128);
+            } else {
+#pragma unroll
+              for (int i = 0; i < CHUNK; ++i) {
+                const float* a = acc + 4 * (j0 + i);
+                v[i] = make_float4(a[0], a[1], a[2], a[3]);
+              }
+            }
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
               sum[4 * i] += v[i].x;
@@ -378,9 +399,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
               sum[4 * i + 3] += v[i].w;
             }
           }
-        }
 #pragma unroll
-        for (int i = 0; i < 4 * CHUNK; ++i) acc[4 * j0 + i] = sum[i];
+          for (int i = 0; i < 4 * CHUNK; ++i) acc[4 * j0 + i] = sum[i];
+        }
       }
     }
 
@@ -427,9 +448,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
       named_sync(1 + group, 128);
       copy_out(m0 + 8 * j, min(STEP, 8 * (j1 - j)), n0);
     }
-    cluster_sync();
+    cluster_meet();  // no peer reads this block's sums any more
   } else if (cluster) {
-    cluster_sync();
+    cluster_meet();
   }
   }
 }
