@@ -67,6 +67,7 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   };
   const int room = plan.per_sm <= 1 ? device.block_memory : device.sm_memory / plan.per_sm - 1024;
   int stages = plan.stages ? plan.stages : 32;
+  if (stages > 32) stages = 32;  // a warp fills them at once
   if (stages > work) stages = work;
   while (stages > 1 && bytes(stages) > (plan.stages ? device.block_memory : room)) --stages;
   if (bytes(stages) > device.block_memory) return QK_UNSUPPORTED;
@@ -75,7 +76,7 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   if (chunks > 65535 || blocks > 65535) return QK_UNSUPPORTED;
   if (plan.splits > 1 && !args.cluster) {
     const int64_t counters = chunks * args.items;
-    if (counters * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + counters * plan.splits * C::TOTAL * 4 > workspace_bytes) return QK_UNSUPPORTED;
+    if (counters * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + counters * plan.splits * C::ALL_ROUNDS * C::THREADS * C::EACH * 4 > workspace_bytes) return QK_UNSUPPORTED;
   }
   const auto kernel = multiply<C, WARPS>;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_memory)) return error;
@@ -107,29 +108,26 @@ int launch_format(const Args& args, const Plan& plan, const Device& device, int6
 #define QK_TRY(NT, RB, WK) \
   if (plan.columns == 8 * NT && plan.rb == RB && plan.wk == WK) \
   return launch<Traits<T, F, G, NT, RB, WK>>(args, plan, device, workspace_bytes, stream)
-  QK_TRY(1, 4, 8);
   QK_TRY(1, 2, 8);
-  QK_TRY(2, 4, 8);
+  QK_TRY(1, 2, 4);
+  QK_TRY(1, 4, 8);
   QK_TRY(2, 2, 8);
+  QK_TRY(2, 2, 4);
   QK_TRY(4, 2, 8);
   QK_TRY(8, 2, 8);
 #ifdef QK_DECODE_ALL
   if constexpr (F == QK_INT4 && G == 128 && std::is_same<T, __half>::value) {
     QK_TRY(1, 4, 4);
-    QK_TRY(1, 2, 4);
     QK_TRY(1, 2, 16);
     QK_TRY(1, 1, 8);
     QK_TRY(1, 1, 16);
+    QK_TRY(2, 4, 8);
     QK_TRY(2, 4, 4);
-    QK_TRY(2, 2, 4);
-    QK_TRY(2, 2, 16);
     QK_TRY(2, 1, 8);
-    QK_TRY(2, 1, 16);
-    QK_TRY(4, 4, 4);
     QK_TRY(4, 4, 8);
+    QK_TRY(4, 4, 4);
     QK_TRY(4, 2, 4);
     QK_TRY(4, 1, 8);
-    QK_TRY(4, 1, 16);
     QK_TRY(8, 4, 4);
     QK_TRY(8, 2, 4);
     QK_TRY(8, 1, 8);
@@ -139,8 +137,13 @@ int launch_format(const Args& args, const Plan& plan, const Device& device, int6
   return QK_UNSUPPORTED;
 }
 
+// One for each source file, so that they compile side by side.
 template <class T>
 int launch_int4(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream);
+int launch_nf4(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream);
+int launch_q8_0(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream);
+template <class T>
+int launch_kquant(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream);
 
 }  // namespace decode
 }  // namespace qk

@@ -64,6 +64,11 @@ extern "C" int quantkit_matmul_mma(const QkWeight* weight, const void* x, int64_
     case QK_INT4Z:
       return x_type == QK_FP16 ? launch_int4<__half>(args, plan, device, workspace_bytes, stream)
                                : launch_int4<__nv_bfloat16>(args, plan, device, workspace_bytes, stream);
-    default: return QK_UNSUPPORTED;
+    case QK_NF4:
+    case QK_NF4N: return launch_nf4(args, plan, device, workspace_bytes, stream);
+    case QK_Q8_0: return launch_q8_0(args, plan, device, workspace_bytes, stream);
+    default:
+      return x_type == QK_FP16 ? launch_kquant<__half>(args, plan, device, workspace_bytes, stream)
+                               : launch_kquant<__nv_bfloat16>(args, plan, device, workspace_bytes, stream);
   }
 }

@@ -44,8 +44,8 @@ struct Args {
 
 // Bytes of shared memory, in this order. All multiples of 16.
 struct Shared {
-  int ring, x, reduce, exchange, table, scales, barriers;
-  __host__ __device__ int total() const { return ring + x + reduce + exchange + table + scales + barriers; }
+  int table, ring, x, sums, exchange, scales, barriers;
+  __host__ __device__ int total() const { return table + ring + x + sums + exchange + scales + barriers; }
 };
 
 template <class T_, int F_, int G_, int NT_, int RB_, int WK_>
@@ -67,10 +67,12 @@ struct Traits {
   static constexpr int FLUSH = L::GROUP < (NT == 8 ? 32 : 64) ? L::GROUP : (NT == 8 ? 32 : 64);
   // A slot of the ring: the item's rows of codes and planes, and all that follows them in the tile.
   static constexpr int CODES = L::CODES / PARTS, PLANE = L::PLANE / PARTS, REST = L::BYTES - L::SCALES_AT, SLOT = CODES + PLANE + REST;
-  // Sums of an item, the floats of them that a thread finishes at a time, and how often.
-  static constexpr int TOTAL = 128 * RB * NT, THREADS = 32 * WK;
-  static constexpr int EACH = TOTAL / THREADS >= 4 ? 4 : TOTAL / THREADS >= 2 ? 2 : 1;
-  static constexpr int ROUNDS = (TOTAL + THREADS * EACH - 1) / (THREADS * EACH);
+  // An item's sums meet GT 8-row tiles of x at a time, so that a warp's fit its last slot: the floats of them that a thread finishes at a
+  // time, how often it does in one of these groups, and in all.
+  static constexpr int THREADS = 32 * WK, GT = NT < 2 ? NT : 2, GROUP_TOTAL = 128 * RB * GT, TOTAL = 128 * RB * NT;
+  static constexpr int EACH = GROUP_TOTAL / THREADS >= 4 ? 4 : GROUP_TOTAL / THREADS >= 2 ? 2 : 1;
+  static constexpr int ROUNDS = (GROUP_TOTAL + THREADS * EACH - 1) / (THREADS * EACH), ALL_ROUNDS = ROUNDS * (NT / GT);
+  static_assert(GROUP_TOTAL * 4 <= SLOT, "");
   // What the codes' products must be multiplied by: row r0, row r1; and a zero point z as one of the codes, row r1's over row r0's.
   static constexpr float UNIT0 = HALF && !LOOKUP ? 16777216.f : 1.f;
   static constexpr float UNIT1 = !HALF || LOOKUP ? 1.f : F == QK_Q8_0 ? 16777216.f : 1048576.f;
@@ -78,6 +80,7 @@ struct Traits {
   static constexpr int ZERO_POINT = F == QK_INT4 ? 8 : F == QK_Q6_K ? 32 : 128;
   static constexpr int TABLE = LOOKUP ? 32768 : 0, CODE = F == QK_NF4N ? 1024 : 0;
 
+  __host__ __device__ static int x_chunks(int slice) { return (slice + WK - 1) / WK; }  // x comes in parts of WK tiles
   __host__ __device__ static int x_stride(int slice) { return slice * L::KC * 2 + 16; }  // 16: against bank conflicts
 
   __host__ __device__ static Shared shared(int teams, int stages, int x_rows, int slice, int splits, int buffers, bool cluster) {
@@ -85,11 +88,12 @@ struct Traits {
     Shared s;
     s.ring = warps * stages * SLOT;
     s.x = x_stride(slice) * x_rows;
-    s.reduce = WK > 1 ? teams * WK * TOTAL * 4 : 0;
-    s.exchange = cluster ? teams * buffers * (splits - 1) * ROUNDS * (THREADS / splits) * EACH * 4 : 0;
+    s.sums = ZERO || SUMS ? slice * (L::KC / FLUSH) * NT * 32 : 0;
+    s.exchange = cluster ? teams * buffers * (splits - 1) * ALL_ROUNDS * (THREADS / splits) * EACH * 4 : 0;
     s.table = TABLE + CODE;
     s.scales = CONVERT ? NT * 32 : 0;
-    s.barriers = (warps * stages + teams * 3 + 1) * 8;  // the rings', two of the exchange and a word for each team, x's
+    // The rings', x's, for each team two of the exchange, and words: one for each team, one for each warp.
+    s.barriers = (warps * stages + x_chunks(slice) + teams * 2) * 8 + (teams + warps) * 4;
     s.barriers = (s.barriers + 15) / 16 * 16;
     return s;
   }
@@ -161,6 +165,11 @@ __device__ __forceinline__ float2 pair_to_float(uint32_t pair) {
 // float of an integer below 2^23, less `base`: exact.
 __device__ __forceinline__ float small_float(uint32_t v, float base) { return __uint_as_float(0x4b000000u | v) - (8388608.f + base); }
 
+// (v - base) d for a small integer v and an fp16 d: exact, so that one multiply-add does it.
+__device__ __forceinline__ float times_small(uint32_t v, float d, float base = 0.f) {
+  return fmaf(__uint_as_float(0x4b000000u | v), d, -(8388608.f + base) * d);
+}
+
 // Four A registers of one word of 4-bit codes.
 template <class T>
 __device__ __forceinline__ void codes_to_fragment(uint32_t word, uint32_t (&a)[4]) {
@@ -203,14 +212,14 @@ __device__ __forceinline__ void bytes_to_fragment(uint2 bytes, uint32_t (&a)[4])
 }
 
 // NF4: both values of a pair in one look-up. The table has a column for each lane, so that no two lanes ask one bank: [256][32] half2.
-__device__ __forceinline__ void look_up(uint32_t word, const uint8_t* table, uint32_t (&a)[4]) {
+__device__ __forceinline__ void look_up(uint32_t word, const uint8_t* table, uint32_t column, uint32_t (&a)[4]) {
   const auto select = [](uint32_t low, uint32_t high) {
     uint32_t d;  // (low & 0x0f0f0f0f) | (high & ~0x0f0f0f0f)
     asm("lop3.b32 %0, %1, %2, 0x0f0f0f0f, 0xac;" : "=r"(d) : "r"(low), "r"(high));
     return d;
   };
   const uint32_t even = select(word, word >> 12), odd = select(word >> 4, word >> 16);  // bytes: pairs 0 and 2, pairs 1 and 3
-  const auto entry = [&](uint32_t at) { return *reinterpret_cast<const uint32_t*>(table + (at & 0x7f80u)); };
+  const auto entry = [&](uint32_t at) { return *reinterpret_cast<const uint32_t*>(table + and_or(at, 0x7f80u, column)); };
   a[0] = entry(even << 7);
   a[1] = entry(odd << 7);
   a[2] = entry(even >> 1);
@@ -240,14 +249,19 @@ __device__ void load_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t 
   if (args.vectors) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x < 32) {
+      constexpr int CHUNK = C::WK * C::L::KC;
       uint64_t policy;
       asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-      const int whole = real > 0 ? real * 2 / 16 * 16 : 0;
-      if (threadIdx.x == 0) barrier_expect(barrier, whole * rows);
-      __syncwarp();
-      if (whole > 0) {
+      const int whole = real > 0 ? real / 8 * 8 : 0, chunks = C::x_chunks(args.slice);
 #pragma unroll 1
-        for (int r = threadIdx.x; r < rows; r += 32) bulk_copy(shared_address(xs + r * stride), from + r * args.ldx * 2, whole, barrier, policy);
+      for (int c = 0; c < chunks; ++c) {
+        const int bytes = max(min(whole - c * CHUNK, CHUNK), 0) * 2;
+        if (threadIdx.x == 0) barrier_expect(barrier + c * 8, bytes * rows);
+        if (bytes == 0) continue;
+#pragma unroll 1
+        for (int r = threadIdx.x; r < rows; r += 32) {
+          bulk_copy(shared_address(xs + r * stride + c * CHUNK * 2), from + (r * args.ldx + c * CHUNK) * 2, bytes, barrier + c * 8, policy);
+        }
       }
     }
 #else
@@ -334,7 +348,7 @@ __device__ __forceinline__ void load_nested(const Args& args, const uint8_t* res
 // addresses, to which x_at, the tile's columns, is added.
 template <class C>
 __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* slot, const uint8_t* rest, int row_at, const uint32_t (&x)[C::NT], int x_at,
-                                              const uint8_t* table, const float (&nested)[2][2], int lane, float (&acc)[C::RB][C::NT][4]) {
+                                              float* sums, bool first, const uint8_t* table, const float (&nested)[2][2], int lane, float (&acc)[C::RB][C::NT][4]) {
   using T = typename C::T;
   using L = typename C::L;
   constexpr int PIECE = C::FLUSH < 32 ? 32 : C::FLUSH;  // columns of x in registers
@@ -372,8 +386,11 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
         const int group = (h * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
         float sum[C::NT][4];
         if constexpr (C::ZERO || C::SUMS) {
+          // The same warp has the same tiles in every item: it makes their sums once.
+          float* const kept = sums + ((h * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
+          if (first) {
 #pragma unroll
-          for (int t = 0; t < C::NT; ++t)
+            for (int t = 0; t < C::NT; ++t) {
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
               uint32_t b0, b1;
@@ -384,6 +401,16 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
                 mma<T>(sum[t], zero, b0, b1, sum[t]);
               }
             }
+              if (lane < 4) *reinterpret_cast<float2*>(kept + t * 8) = make_float2(sum[t][0], sum[t][1]);
+            }
+          } else {
+#pragma unroll
+            for (int t = 0; t < C::NT; ++t) {
+              const float2 both = *reinterpret_cast<const float2*>(kept + t * 8);
+              sum[t][0] = both.x, sum[t][1] = both.y;
+              if constexpr (C::ZERO) sum[t][2] = both.x * C::RATIO, sum[t][3] = both.y * C::RATIO;
+            }
+          }
         }
 #pragma unroll
         for (int w = 0; w < C::RB; ++w) {
@@ -406,7 +433,7 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
             } else {
               const uint32_t word = step == 0 ? words[w].x : step == 1 ? words[w].y : step == 2 ? words[w].z : words[w].w;
               if constexpr (C::LOOKUP) {
-                look_up(word, table, a);
+                look_up(word, table, lane * 4, a);
               } else {
                 codes_to_fragment<T>(word, a);
               }
@@ -444,13 +471,13 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
             scale.y = __shfl_sync(0xffffffffu, nested[group][1], from);
           } else if constexpr (C::F == QK_Q6_K) {
             const float2 both = pair_to_float<__half>(bits_as<uint32_t>(six_d<L>(rest, at)));
-            scale.x = both.x * small_float(six_scale<L>(rest, group, at) + 128, 128.f);
-            scale.y = both.y * small_float(six_scale<L>(rest, group, at + 1) + 128, 128.f);
+            scale.x = times_small(six_scale<L>(rest, group, at) + 128, both.x, 128.f);
+            scale.y = times_small(six_scale<L>(rest, group, at + 1) + 128, both.y, 128.f);
           } else {
             const uint32_t m0 = super_scale<L>(rest, group, at), m1 = super_scale<L>(rest, group, at + 1);
             const float2 d0 = __half22float2(super_d<L>(rest, at)), d1 = __half22float2(super_d<L>(rest, at + 1));
-            scale.x = d0.x * small_float(m0 & 0xff, 0.f), scale.y = d1.x * small_float(m1 & 0xff, 0.f);
-            minimum.x = d0.y * small_float(m0 >> 8, 0.f), minimum.y = d1.y * small_float(m1 >> 8, 0.f) * C::RATIO;
+            scale.x = times_small(m0 & 0xff, d0.x), scale.y = times_small(m1 & 0xff, d1.x);
+            minimum.x = times_small(m0 >> 8, d0.y), minimum.y = times_small(m1 >> 8, d1.y * C::RATIO);
             if constexpr (!C::HALF) minimum.x += 128.f * scale.x, minimum.y += 128.f * scale.y;
           }
 #pragma unroll
@@ -468,21 +495,21 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
   }
 }
 
-// The warp's ring: lane 0 (or, before sm_90, every lane) copies its rows of a tile into a slot.
+// An item's rows of a tile into a slot of the ring: by one thread, or before sm_90 by the warp.
 template <class C>
-__device__ __forceinline__ void fill(const uint8_t* from, uint8_t* slot, uint32_t barrier, int part, int lane, uint64_t policy) {
+__device__ __forceinline__ void fill(const Args& args, int item, int tile, uint8_t* slot, uint32_t barrier, int lane, uint64_t policy) {
   using L = typename C::L;
+  const uint8_t* from = args.tiles + (static_cast<int64_t>(item / C::PARTS) * args.k_tiles + tile) * L::BYTES;
+  const int part = item % C::PARTS;
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    const uint32_t to = shared_address(slot);
-    barrier_expect(barrier, C::SLOT);
-    if (C::PARTS == 1) {
-      bulk_copy(to, from, C::SLOT, barrier, policy);
-    } else {
-      bulk_copy(to, from + part * C::CODES, C::CODES, barrier, policy);
-      if (C::PLANE) bulk_copy(to + C::CODES, from + L::PLANE_AT + part * C::PLANE, C::PLANE, barrier, policy);
-      bulk_copy(to + C::CODES + C::PLANE, from + L::SCALES_AT, C::REST, barrier, policy);
-    }
+  const uint32_t to = shared_address(slot);
+  barrier_expect(barrier, C::SLOT);
+  if (C::PARTS == 1) {
+    bulk_copy(to, from, C::SLOT, barrier, policy);
+  } else {
+    bulk_copy(to, from + part * C::CODES, C::CODES, barrier, policy);
+    if (C::PLANE) bulk_copy(to + C::CODES, from + L::PLANE_AT + part * C::PLANE, C::PLANE, barrier, policy);
+    bulk_copy(to + C::CODES + C::PLANE, from + L::SCALES_AT, C::REST, barrier, policy);
   }
 #else
   const auto copy = [&](int to, int at, int bytes) {
@@ -497,10 +524,10 @@ __device__ __forceinline__ void fill(const uint8_t* from, uint8_t* slot, uint32_
 #endif
 }
 
-// Sums [p, p + EACH) of an item, in the order (row block, 8-row tile of x, lane, register of the fragment), to y.
+// Sums [p, p + EACH) of a group of an item, in the order (row block, 8-row tile of x, lane, register of the fragment), to y.
 template <class C, class T>
 __device__ __forceinline__ void store_as(const Args& args, int64_t item_row, int64_t row0, int p, const float (&v)[C::EACH]) {
-  const int i = p & 3, lane = p >> 2 & 31, t = (p >> 7) % C::NT, w = (p >> 7) / C::NT;
+  const int i = p & 3, lane = p >> 2 & 31, t = (p >> 7) % C::GT, w = (p >> 7) / C::GT;
 #pragma unroll
   for (int e = 0; e < C::EACH; ++e) {
     const int r = (i + e) >> 1;
@@ -512,7 +539,8 @@ __device__ __forceinline__ void store_as(const Args& args, int64_t item_row, int
 }
 
 template <class C>
-__device__ __forceinline__ void store(const Args& args, int64_t item_row, int64_t row0, int p, const float (&v)[C::EACH]) {
+__device__ __forceinline__ void store(const Args& args, int64_t item_row, int64_t row0, int group_row, int p, const float (&v)[C::EACH]) {
+  row0 += group_row;
   if constexpr (!C::CONVERT) {
     store_as<C, typename C::T>(args, item_row, row0, p, v);
   } else if (args.bf16) {
@@ -541,11 +569,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   using L = typename C::L;
   extern __shared__ __align__(128) uint8_t memory[];
   const Shared sizes = C::shared(args.teams, args.stages, args.x_rows, args.slice, args.splits, args.buffers, args.cluster);
-  uint8_t* const xs = memory + sizes.ring;
-  uint8_t* const reduce = xs + sizes.x;
-  const uint32_t exchange = shared_address(reduce + sizes.reduce);
-  uint8_t* const table = reduce + sizes.reduce + sizes.exchange;
-  float* const scales = reinterpret_cast<float*>(table + sizes.table);
+  uint8_t* const table = memory;  // first, so that its address is known when compiling
+  uint8_t* const xs = memory + C::TABLE + C::CODE + sizes.ring;
+  float* const sums = reinterpret_cast<float*>(xs + sizes.x);
+  uint8_t* const after = xs + sizes.x + sizes.sums;
+  const uint32_t exchange = shared_address(after);
+  float* const scales = reinterpret_cast<float*>(after + sizes.exchange);
   const uint32_t barriers = shared_address(scales) + sizes.scales;
 
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
@@ -555,40 +584,56 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   const int tile0 = split * args.k_tiles / args.splits, tile1 = (split + 1) * args.k_tiles / args.splits;
   const uint32_t full = barriers + warp * args.stages * 8;
   const uint32_t x_full = barriers + args.teams * C::WK * args.stages * 8;
-  const uint32_t met = x_full + 8 + team * 24;  // two barriers of the exchange, and a word
+  const uint32_t met = x_full + (C::x_chunks(args.slice) + team * 2) * 8;  // the exchange's
+  const uint32_t word = x_full + (C::x_chunks(args.slice) + args.teams * 2) * 8 + team * 4;
+  const uint32_t places = word + (args.teams - team) * 4 + team * C::WK * 4;  // where the team's warps leave their sums
 
   // The ring first: memory is busy while the rest is set up.
-  uint8_t* const ring = memory + warp * args.stages * C::SLOT;
-  if (lane == 0) {
-#if __CUDA_ARCH__ >= 900
-#pragma unroll 1
-    for (int i = 0; i < args.stages; ++i) barrier_init(full + i * 8, 1);
-    if (wk == 0) barrier_init(met, 1), barrier_init(met + 8, 1);
-    if (warp == 0) barrier_init(x_full, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#else
-    for (int i = 0; i < args.stages; ++i) barrier_init(full + i * 8, 32);
-#endif
-  }
-  __syncwarp();
+  uint8_t* const ring = memory + C::TABLE + C::CODE + warp * args.stages * C::SLOT;
+  const int per_item = (tile1 - tile0 - wk + C::WK - 1) / C::WK;  // tiles of this warp
   uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 900
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  if (lane < args.stages) barrier_init(full + lane * 8, 1);
+  if (lane == 0 && wk == 0) barrier_init(met, 1), barrier_init(met + 8, 1);
+  if (warp == 0) {
+#pragma unroll 1
+    for (int i = lane; i < C::x_chunks(args.slice); i += 32) barrier_init(x_full + i * 8, 1);
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if (lane < args.stages && per_item > 0) {  // each lane fills a slot
+    const int before = lane / per_item, item = item0 + before * item_step;
+    if (item < args.items) {
+      fill<C>(args, item, tile0 + wk + (lane - before * per_item) * C::WK, ring + lane * C::SLOT, full + lane * 8, lane, policy);
+    }
+  }
+#else
+  if (lane < args.stages) barrier_init(full + lane * 8, 32);
 #endif
-  int next_item = tile0 + wk < tile1 ? item0 : args.items, next_tile = tile0 + wk;
+  __syncwarp();
+  int next_item = args.items, next_tile = 0;
+  if (per_item > 0) {
+    next_item = item0 + args.stages / per_item * item_step;
+    next_tile = tile0 + wk + args.stages % per_item * C::WK;
+  }
   const auto refill = [&](int slot) {
     if (next_item >= args.items) return;
-    fill<C>(args.tiles + (static_cast<int64_t>(next_item / C::PARTS) * args.k_tiles + next_tile) * L::BYTES, ring + slot * C::SLOT,
-            full + slot * 8, next_item % C::PARTS, lane, policy);
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) fill<C>(args, next_item, next_tile, ring + slot * C::SLOT, full + slot * 8, lane, policy);
+#else
+    fill<C>(args, next_item, next_tile, ring + slot * C::SLOT, full + slot * 8, lane, policy);
+#endif
     next_tile += C::WK;
     if (next_tile >= tile1) next_tile = tile0 + wk, next_item += item_step;
   };
-#pragma unroll 1
+#if __CUDA_ARCH__ < 900
+  if (per_item > 0) next_item = item0, next_tile = tile0 + wk;
   for (int i = 0; i < args.stages; ++i) refill(i);
+#endif
 
   if constexpr (C::LOOKUP) fill_table<C>(args, table, lane);
 #if __CUDA_ARCH__ >= 900
-  if (args.cluster) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if (args.cluster) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   if (args.dependent) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -599,11 +644,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   load_x<C>(args, xs, x_full, row0, args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows,
             static_cast<int64_t>(tile0) * L::KC, columns);
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  if (args.vectors) barrier_wait(x_full, 0);
-#endif
   if constexpr (C::CONVERT) {
     if (args.bf16) {
+#if __CUDA_ARCH__ >= 900
+      for (int i = 0; i < C::x_chunks(args.slice); ++i) {
+        if (args.vectors) barrier_wait(x_full + i * 8, 0);
+      }
+#endif
       convert_x<C>(args, xs, scales, columns, lane);
       __syncthreads();
     }
@@ -633,64 +680,93 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[w][t][i] = 0.f;
 
-    for (int tile = tile0 + wk; tile < tile1; tile += C::WK) {
+    uint8_t* last = ring;  // a slot that is free
+    for (int tile = tile0 + wk, i = 0; tile < tile1; tile += C::WK, ++i) {
       uint8_t* const here = ring + slot * C::SLOT;
       float nested[2][2], absmax2[2][2];
       if constexpr (C::F == QK_NF4N) load_absmax2<C>(args, item_row, tile, lane, absmax2);
       const uint8_t* const rest = here + C::CODES + C::PLANE - L::SCALES_AT;
+#if __CUDA_ARCH__ >= 900
+      if (turn == 0 && args.vectors) barrier_wait(x_full + i * 8, 0);
+#endif
       barrier_wait(full + slot * 8, parity);
       if constexpr (C::F == QK_NF4N) load_nested<C>(args, rest, row_at, reinterpret_cast<const float*>(table + C::TABLE), absmax2, lane, nested);
-      multiply_tile<C>(args, here, rest, row_at, x, (tile - tile0) * (L::KC * 2), table + lane * 4, nested, lane, acc);
+      multiply_tile<C>(args, here, rest, row_at, x, (tile - tile0) * (L::KC * 2),
+                       sums + (tile - tile0) * (L::KC / C::FLUSH) * (8 * C::NT), turn == 0, table, nested, lane, acc);
       __syncwarp();
-      refill(slot);
+      if (C::WK == 1 || tile + C::WK < tile1) {
+        refill(slot);
+      } else {
+        last = here;
+      }
       if (++slot == args.stages) slot = 0, parity ^= 1;
     }
 
-    // The team's sums meet.
-    float* const mine = reinterpret_cast<float*>(reduce) + (team * C::WK + wk) * C::TOTAL + lane * 4;
-    if (C::WK > 1) {
-#pragma unroll
-      for (int w = 0; w < C::RB; ++w)
-#pragma unroll
-        for (int t = 0; t < C::NT; ++t) {
-          *reinterpret_cast<float4*>(mine + (w * C::NT + t) * 128) = make_float4(acc[w][t][0], acc[w][t][1], acc[w][t][2], acc[w][t][3]);
-        }
-      team_barrier(team, C::THREADS);
-    }
+    // The team's sums meet, each warp's in the slot that it emptied last and has not filled again.
     const int id = wk * 32 + lane;
-    const uint32_t sums = shared_address(reduce) + team * (C::WK * C::TOTAL * 4);
-    float v[C::ROUNDS][C::EACH];
+    float v[C::ALL_ROUNDS][C::EACH];
+    if constexpr (C::WK == 1) {
 #pragma unroll
-    for (int round = 0; round < C::ROUNDS; ++round) {
-      const int p = (round * C::THREADS + id) * C::EACH;
-      if constexpr (C::WK == 1) {
+      for (int round = 0; round < C::ALL_ROUNDS; ++round)
 #pragma unroll
-        for (int e = 0; e < C::EACH; ++e) v[round][e] = acc[round / C::NT][round % C::NT][e];
-      } else {
+        for (int e = 0; e < C::EACH; ++e) {
+          const int group = round / C::ROUNDS, q = round % C::ROUNDS;
+          v[round][e] = acc[q / C::GT][group * C::GT + q % C::GT][e];
+        }
+    } else {
+      if (lane == 0) asm volatile("st.shared.u32 [%0], %1;" ::"r"(places + wk * 4), "r"(shared_address(last)) : "memory");
 #pragma unroll
-        for (int e = 0; e < C::EACH; ++e) v[round][e] = 0.f;
-        if (C::TOTAL >= C::THREADS * C::EACH || p < C::TOTAL) {
+      for (int group = 0; group < C::NT / C::GT; ++group) {
+        if (group) team_barrier(team, C::THREADS);
 #pragma unroll
-          for (int source = 0; source < C::WK; ++source) add_shared<C::EACH>(sums + (source * C::TOTAL + p) * 4, v[round]);
+        for (int w = 0; w < C::RB; ++w)
+#pragma unroll
+          for (int t = 0; t < C::GT; ++t) {
+            const float(&a)[4] = acc[w][group * C::GT + t];
+            *reinterpret_cast<float4*>(last + ((w * C::GT + t) * 32 + lane) * 16) = make_float4(a[0], a[1], a[2], a[3]);
+          }
+        team_barrier(team, C::THREADS);
+#pragma unroll
+        for (int round = 0; round < C::ROUNDS; ++round) {
+          const int p = (round * C::THREADS + id) * C::EACH;
+          float(&sum)[C::EACH] = v[group * C::ROUNDS + round];
+#pragma unroll
+          for (int e = 0; e < C::EACH; ++e) sum[e] = 0.f;
+          if (C::GROUP_TOTAL >= C::THREADS * C::EACH || p < C::GROUP_TOTAL) {
+#pragma unroll
+            for (int source = 0; source < C::WK; ++source) {
+              uint32_t from;
+              asm volatile("ld.shared.u32 %0, [%1];" : "=r"(from) : "r"(places + source * 4) : "memory");
+              add_shared<C::EACH>(from + p * 4, sum);
+            }
+          }
         }
       }
-      if constexpr (C::CONVERT) {
-        if (args.bf16) {
-          const int m = (p >> 7) % C::NT * 8 + 2 * (p >> 2 & 3);
+#if __CUDA_ARCH__ >= 900
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+      team_barrier(team, C::THREADS);
+      if (per_item > 0) refill(slot == 0 ? args.stages - 1 : slot - 1);
+    }
+    if constexpr (C::CONVERT) {
+      if (args.bf16) {
+#pragma unroll
+        for (int round = 0; round < C::ALL_ROUNDS; ++round) {
+          const int p = (round % C::ROUNDS * C::THREADS + id) * C::EACH;
+          const int m = (round / C::ROUNDS * C::GT + (p >> 7) % C::GT) * 8 + 2 * (p >> 2 & 3);
 #pragma unroll
           for (int e = 0; e < C::EACH; ++e) v[round][e] *= scales[m + ((p + e) & 1)];
         }
       }
     }
-    if (C::WK > 1) team_barrier(team, C::THREADS);
 
     const auto finish = [&](int round, const float(&total)[C::EACH]) {
-      const int p = (round * C::THREADS + id) * C::EACH;
-      if (C::TOTAL >= C::THREADS * C::EACH || p < C::TOTAL) store<C>(args, item_row, row0, p, total);
+      const int p = (round % C::ROUNDS * C::THREADS + id) * C::EACH;
+      if (C::GROUP_TOTAL >= C::THREADS * C::EACH || p < C::GROUP_TOTAL) store<C>(args, item_row, row0, round / C::ROUNDS * (C::GT * 8), p, total);
     };
     if (args.splits == 1) {
 #pragma unroll
-      for (int round = 0; round < C::ROUNDS; ++round) finish(round, v[round]);
+      for (int round = 0; round < C::ALL_ROUNDS; ++round) finish(round, v[round]);
     } else if (args.cluster) {
 #if __CUDA_ARCH__ >= 900
       const int buffer = args.buffers == 2 ? turn & 1 : 0;
@@ -698,13 +774,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
       const uint32_t barrier = met + buffer * 8;
       // [team][buffer][source][round][thread of the share][EACH]
       const auto place = [&](int source, int round) {
-        return exchange + ((((team * args.buffers + buffer) * (args.splits - 1) + source) * C::ROUNDS + round) * share + id % share) * (C::EACH * 4);
+        return exchange + ((((team * args.buffers + buffer) * (args.splits - 1) + source) * C::ALL_ROUNDS + round) * share + id % share) * (C::EACH * 4);
       };
       if (owner != split) {
         uint32_t there;
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(owner));
 #pragma unroll
-        for (int round = 0; round < C::ROUNDS; ++round) {
+        for (int round = 0; round < C::ALL_ROUNDS; ++round) {
           uint32_t to;
           asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(place(split - (split > owner), round)), "r"(owner));
           if constexpr (C::EACH == 4) {
@@ -721,7 +797,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
           }
         }
       } else {
-        if (id % share == 0) barrier_expect(barrier, (args.splits - 1) * C::ROUNDS * share * C::EACH * 4);
+        if (id % share == 0) barrier_expect(barrier, (args.splits - 1) * C::ALL_ROUNDS * share * C::EACH * 4);
         const uint32_t phase = args.buffers == 2 ? turn >> 1 & 1 : turn & 1;
         asm volatile(
             "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra "
@@ -729,7 +805,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
             "r"(phase)
             : "memory");
 #pragma unroll
-        for (int round = 0; round < C::ROUNDS; ++round) {
+        for (int round = 0; round < C::ALL_ROUNDS; ++round) {
 #pragma unroll 1
           for (int source = 0; source < args.splits - 1; ++source) add_shared<C::EACH>(place(source, round), v[round]);
           finish(round, v[round]);
@@ -738,37 +814,33 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
 #endif
     } else {
       const int64_t index = static_cast<int64_t>(blockIdx.z) * args.items + item;
-      float* const parts = args.partial + index * args.splits * C::TOTAL;
+      constexpr int PART = C::ALL_ROUNDS * C::THREADS * C::EACH;  // [round][thread][EACH]
+      float* const parts = args.partial + index * args.splits * PART;
 #pragma unroll
-      for (int round = 0; round < C::ROUNDS; ++round)
+      for (int round = 0; round < C::ALL_ROUNDS; ++round)
 #pragma unroll
-        for (int e = 0; e < C::EACH; ++e) {
-          const int p = (round * C::THREADS + id) * C::EACH + e;
-          if (p < C::TOTAL) __stcg(parts + split * C::TOTAL + p, v[round][e]);
-        }
+        for (int e = 0; e < C::EACH; ++e) __stcg(parts + split * PART + (round * C::THREADS + id) * C::EACH + e, v[round][e]);
       __threadfence();
       team_barrier(team, C::THREADS);
       uint32_t before = 0;
       if (id == 0) {
         before = atomicAdd(args.counters + index, 1);
         if (before == static_cast<uint32_t>(args.splits - 1)) args.counters[index] = 0;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(met + 16), "r"(before) : "memory");
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(word), "r"(before) : "memory");
       }
       team_barrier(team, C::THREADS);
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(before) : "r"(met + 16) : "memory");
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(before) : "r"(word) : "memory");
       if (before == static_cast<uint32_t>(args.splits - 1)) {
         __threadfence();
 #pragma unroll
-        for (int round = 0; round < C::ROUNDS; ++round) {
-          const int p = (round * C::THREADS + id) * C::EACH;
-          if (C::TOTAL < C::THREADS * C::EACH && p >= C::TOTAL) continue;
+        for (int round = 0; round < C::ALL_ROUNDS; ++round) {
           float total[C::EACH];
 #pragma unroll
           for (int e = 0; e < C::EACH; ++e) total[e] = 0.f;
 #pragma unroll 4
           for (int s = 0; s < args.splits; ++s)
 #pragma unroll
-            for (int e = 0; e < C::EACH; ++e) total[e] += __ldcg(parts + s * C::TOTAL + p + e);
+            for (int e = 0; e < C::EACH; ++e) total[e] += __ldcg(parts + s * PART + (round * C::THREADS + id) * C::EACH + e);
           finish(round, total);
         }
       }

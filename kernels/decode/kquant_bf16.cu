@@ -1,0 +1,2 @@
+#include "kquant.cuh"
+QK_KQUANT(__nv_bfloat16)
