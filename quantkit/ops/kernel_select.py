@@ -139,6 +139,12 @@ def choose(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Config | None
     return next((config for measured, config in best if measured >= tokens), best[-1][1] if best else None)
 
 
+@lru_cache(maxsize=1 << 16)
+def chosen(device: torch.device, form: int, n: int, k: int, tokens: int) -> Config:
+    """``choose`` on a CUDA device, with the library's rule in place of None."""
+    return choose(gpu_of(device), Format(form), n, k, tokens) or Config(RULE)
+
+
 # what may be measured
 
 
