@@ -152,10 +152,13 @@ def _matmul_cuda(
     found = UNSUPPORTED
     if choice.kernel != kernel_select.DENSE:
         weight, scratch = _weight(data, table, code, absmax2, offset, facts), workspace(x.device)
-        found = _call(
+        given = (
             *("quantkit_matmul", x.device, weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype]),
-            *(None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel(), Config(*choice)),
+            *(None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel()),
         )
+        found = _call(*given, Config(*choice))
+        if found == UNSUPPORTED and choice.kernel != kernel_select.RULE:  # a table of other groups or another dtype
+            found = _call(*given, None)
     if found == UNSUPPORTED:
         return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offset, facts, x.dtype), bias)
     _checked("quantkit_matmul", found, x.device)

@@ -151,44 +151,43 @@ def chosen(device: torch.device, form: int, n: int, k: int, tokens: int) -> Conf
 def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Config]:
     """Every configuration that may be the best one for this product; a kernel that has none of its kind answers so and is passed over."""
     yield Config(RULE)
-    if tokens <= 256:
+    if tokens <= 128:
         yield from mma_configs(tokens)
     if gpu.capability[0] == 9 and tokens >= 8:
-        yield from wgmma_configs(n, tokens)
+        yield from wgmma_configs(gpu, n, tokens)
     if tokens >= 64:
         yield Config(DENSE)
 
 
 _MMA_SHAPES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
-    8: ((4, 4, 1, 3), (4, 4, 1, 4), (4, 4, 2, 1), (4, 4, 2, 2), (4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 4, 1)),
-    16: ((4, 4, 1, 3), (4, 4, 2, 1), (4, 4, 2, 2), (4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 4, 1)),
-    32: ((4, 4, 2, 1), (2, 4, 1, 1), (4, 4, 1, 2), (4, 4, 1, 1)),
-    64: ((2, 2, 2, 1), (2, 4, 1, 1), (2, 2, 1, 2), (2, 2, 1, 1)),
+    8: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)),
+    16: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)),
+    32: ((2, 8, 1, 1), (2, 8, 2, 1)),
+    64: ((2, 8, 1, 1),),
 }
-"""Columns of y's transpose in a block -> 16-row blocks of a warp, warps of a team, teams of a block, blocks to a multiprocessor."""
+"""Rows of x in a block -> 16-row blocks of a warp, warps of a team, teams of a block, blocks to a multiprocessor."""
 
 
 def mma_configs(tokens: int) -> Iterator[Config]:
-    """Of ``kernels/decode``: how its ``launch.cuh`` reads them."""
-    columns = next((each for each in _MMA_SHAPES if each >= tokens), 64)
-    for rows, warps, teams, blocks in _MMA_SHAPES[columns]:
+    """Of ``kernels/decode``: its ``launch.cuh`` reads them. All are launched before the kernel ahead of them has ended."""
+    rows = next((each for each in _MMA_SHAPES if each >= tokens), 64)
+    for blocks, warps, teams, resident in _MMA_SHAPES[rows]:
         for splits in (1, 2, 4, 8):
-            for dependent in (0, 1 << 9):
-                yield Config(MMA, columns, splits, rows | warps << 4 | teams << 8 | blocks << 16, dependent)
+            yield Config(MMA, rows, splits, blocks | warps << 4 | teams << 12 | resident << 20, 1 << 9)
 
 
-_WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4), (192, 2), (256, 2))
+_WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2))
 """Rows of y in a tile, and warpgroups."""
 
 
-def wgmma_configs(n: int, tokens: int) -> Iterator[Config]:
-    """Of ``kernels/prefill``: how its ``matmul.cu`` reads them."""
+def wgmma_configs(gpu: Gpu, n: int, tokens: int) -> Iterator[Config]:
+    """Of ``kernels/prefill``: its ``matmul.cu`` reads them. All are launched before the kernel ahead of them has ended."""
     for rows, groups in _WGMMA_SHAPES:
-        if rows >= 2 * max(tokens, 16) or (tokens >= 4 * rows and rows < 128):
+        if not min(tokens, 128) <= rows <= max(tokens, 16) and rows != next(each for each, _ in _WGMMA_SHAPES if each >= min(tokens, 256)):
             continue
-        for cut in (0, -1, 1, 2, 4, 8):
-            tiles = -(-tokens // rows) * -(-n // (64 * groups))
-            if cut > 1 and tiles > 132:  # the multiprocessors are busy without splitting
+        tiles = -(-tokens // rows) * -(-n // (64 * groups))
+        for cut in (0, -1, -2, 1, 2, 3, 4, 5, 6, 8):
+            if cut > 1 and (cut - 1) * tiles > 2 * gpu.multiprocessors:  # busy without splitting K further
                 continue
             for flags in (2, 3) if cut <= 0 else (2,):  # 1: x by multicast, 2: dependent launch
                 yield Config(WGMMA, rows, groups, cut, flags)
