@@ -19,15 +19,21 @@ from pathlib import Path
 
 import torch
 
+from quantkit.geometry import GGML_BLOCKS
+from quantkit.ops import tiles as ops
+from quantkit.ops.codebook import CODEBOOKS, NESTED_MAP
+from quantkit.ops.tiles import Format
+
 SHAPES = {
     "l3_gateup": (28672, 4096), "l3_qkv": (6144, 4096), "l3_o": (4096, 4096), "l3_down": (4096, 14336),
     "q72_gateup": (7424, 8192), "q72_down": (8192, 3712), "q72_qkv": (1280, 8192), "q72_o": (8192, 1024),
 }  # fmt: skip
-INT4, INT4Z = 0, 1
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
+PEERS = dict.fromkeys((Format.INT4, Format.INT4Z), "int4_g128_best_us") | dict.fromkeys((Format.NF4, Format.NF4N), "nf4_best_us")
+PEERS |= {form: f"gguf_{form.name}_us" for form in (Format.Q4_K, Format.Q5_K, Format.Q6_K, Format.Q8_0)}
 COLD = 160e6
 COUNTERS = 65536
-TILES = [(256, 2), (192, 2), (128, 4), (128, 2), (64, 4), (64, 2), (32, 4), (32, 2), (16, 4), (16, 2)]
+TILES = [(256, 2), (128, 4), (128, 2), (64, 4), (64, 2), (32, 4), (32, 2), (16, 4), (16, 2)]
 
 
 class Weight(ctypes.Structure):
@@ -42,48 +48,52 @@ class Config(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("kernel", "a", "b", "c", "d")]
 
 
-def pack(q: torch.Tensor, s: torch.Tensor, z: torch.Tensor | None, group: int) -> torch.Tensor:
-    """[N, K] codes, [N, K/group] scales and zeros -> tiles (tiles.cuh), uint8 [N/64, K/128, bytes]. N % 64 == K % 128 == 0."""
-    n, k = q.shape
-    # row = 16 w + 8 r + g, column = 64 h + 16 s + 8 c + 2 t + e of tile (i, j) -> word (w, h, 4 g + t, s), nibble 2 c + r of half e
-    v = q.to(torch.int32).view(n // 64, 4, 2, 8, k // 128, 2, 4, 2, 4, 2)  # i w r g j h s c t e
-    v = v.permute(0, 4, 1, 5, 3, 8, 6, 7, 2, 9)  # i j w h g t s c r e
-    shifts = torch.tensor([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], device=q.device)
-    words = (v.to(torch.int64) << shifts).sum((-1, -2, -3))
-    codes = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).reshape(n // 64, k // 128, 1024).view(torch.uint8)
-    per = max(1, 128 // group)
-
-    def rows(values: torch.Tensor) -> torch.Tensor:
-        values = values.repeat_interleave(max(1, group // 128), dim=1) if group > 128 else values
-        values = values.view(n // 64, 4, 2, 8, k // 128, per).permute(0, 4, 5, 1, 3, 2)  # i j group w g r
-        return values.reshape(n // 64, k // 128, per * 64).contiguous().view(torch.uint8)
-
-    return torch.cat([codes, rows(s)] + ([rows(z.to(torch.uint8))] if z is not None else []), dim=-1).contiguous()
+def random_tiles(form: Format, n: int, k: int, group: int, scale_type: torch.dtype, *, edge: bool = False) -> ops.Tiles:
+    """A random quantized matrix; edge: with outliers, groups of one value and scales of zero."""
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+    if form in (Format.INT4, Format.INT4Z, Format.NF4):
+        scales = torch.rand(n, k // group, device="cuda") * 0.02 + 0.002
+        if edge:
+            scales[::7, 0] *= 30
+            scales[3::9] = 0
+            codes.view(n, k // group, group)[::5] = 11
+        if form == Format.NF4:
+            return ops.pack_codebook(codes, scales, CODEBOOKS["nf4"].cuda(), group)
+        zeros = (
+            torch.randint(0, 17, scales.shape, device="cuda", dtype=torch.uint8)
+            if form == Format.INT4Z
+            else torch.full_like(scales, 8).byte()
+        )
+        return ops.pack_int4(codes, scales.to(scale_type), zeros)
+    if form == Format.NF4N:
+        inner = torch.randint(0, 256, (n, k // 64), device="cuda", dtype=torch.uint8)
+        outer = torch.rand(n * k // 64 // 256 + 20, device="cuda") * 0.05
+        return ops.pack_nested(codes, inner, CODEBOOKS["nf4"].cuda(), NESTED_MAP.cuda(), outer, 0.04, 130, k // 64 + 3)
+    block = GGML_BLOCKS[form.name]
+    blocks = torch.randint(0, 256, (n * k // block.elements, block.nbytes), device="cuda", dtype=torch.uint8)
+    for at, size in {Format.Q4_K: ((0, 1e-3), (2, 5e-3)), Format.Q5_K: ((0, 5e-4), (2, 5e-3)), Format.Q6_K: ((208, 1e-4),)}.get(
+        form, ((0, 1e-3),)
+    ):
+        d = torch.rand(len(blocks), 1, device="cuda") * size
+        if edge:
+            d[::11] = 0
+            d[5::97] *= 20
+        blocks[:, at : at + 2] = d.half().view(torch.uint8)
+    return ops.pack_ggml(blocks.reshape(n, -1), form.name)
 
 
 class Linear:
-    """A random quantized matrix: its tiles, and as float32. What pads it is random too: none of it may reach y."""
+    """A matrix in tiles, as float32, and as the kernels take it."""
 
-    def __init__(self, n: int, k: int, group: int, zeros: bool, scale_type: torch.dtype, *, edge: bool = False, dense: bool = True) -> None:
-        pn, pk = -(-n // 64) * 64, -(-k // max(128, group)) * max(128, group)
-        device = torch.device("cuda")
-        q = torch.randint(0, 16, (pn, pk), device=device, dtype=torch.uint8)
-        s = (torch.rand(pn, pk // group, device=device) * 0.02 + 0.002).to(scale_type)
-        z = torch.randint(0, 17, (pn, pk // group), device=device, dtype=torch.uint8) if zeros else None
-        if edge:  # outlier scales, groups of one value, scales of zero
-            s[::7, 0] *= 30
-            q.view(pn, pk // group, group)[::5] = 11
-            s[3::9] = 0
-        self.n, self.k, self.group, self.format, self.scale_type = n, k, group, INT4Z if zeros else INT4, scale_type
-        self.tiles = pack(q, s, z, group)
-        self.bytes = self.tiles.numel()
-        if dense:
-            zero = z.float().repeat_interleave(group, 1) if z is not None else 8.0
-            self.dense = ((q.float() - zero) * s.float().repeat_interleave(group, 1))[:n, :k].contiguous()
+    def __init__(self, tiles: ops.Tiles) -> None:
+        self.tiles, self.dense = tiles, ops.dequantize(tiles, torch.float32)
+        self.bytes = tiles.data.numel()
 
-    def struct(self, tiles: torch.Tensor | None = None) -> Weight:
-        tiles = self.tiles if tiles is None else tiles
-        return Weight(tiles.data_ptr(), 0, 0, 0, 0.0, self.format, TYPES[self.scale_type], min(self.group, 128), self.n, self.k, 0, 0)
+    def struct(self, data: torch.Tensor | None = None) -> Weight:
+        t = self.tiles
+        group = t.group if t.group in ops.GROUPS or t.format == Format.Q6_K else 128
+        pointers = [0 if side is None else side.data_ptr() for side in (t.data if data is None else data, t.table, t.code, t.absmax2)]
+        return Weight(*pointers, t.offset, int(t.format), TYPES[t.scale_dtype], group, t.n, t.k, t.block0, t.block_stride)
 
 
 class Library:
@@ -124,30 +134,36 @@ def configs(tiles: list[tuple[int, int]], modes: set[str], m: int | None = None)
     for tile, groups in tiles:
         if m is not None and not (tile >= min(m, 128) and tile <= max(m, 16)):
             continue
-        for split in (0, -1, 1, 2, 3, 4, 5, 6, 7, 8):
+        for split in (0, -1, -2, 1, 2, 3, 4, 5, 6, 7, 8):
             for flags in (0, 1) if split <= 0 else (0,):
                 if ("split" if split > 0 else "pair" if flags else "plain") in modes:
                     yield Config(2, tile, groups, split, flags)
 
 
-def check(library: Library, tiles: list[tuple[int, int]], modes: set[str], groups: set[int]) -> int:
+def check(library: Library, tiles: list[tuple[int, int]], modes: set[str], forms: list[Format]) -> int:
     """Ragged sizes, edge values, every configuration; returns how many answers are wrong."""
     bad = done = 0
     cases = [
-        (256, 512, 128, 1), (1000, 904, 128, 77), (200, 256, 32, 300), (264, 1024, 64, 17), (1025, 640, 128, 129), (640, 2048, 256, 130),
-    ]  # fmt: skip
-    for n, k, group, m in cases:
-        if group not in groups:
-            continue
-        for zeros in (False, True):
-            for dtype in (torch.float16, torch.bfloat16):
-                for scale_type in (torch.float16, torch.bfloat16) if (n, m) == (256, 1) else (dtype,):
-                    linear = Linear(n, k, group, zeros, scale_type, edge=True)
-                    rounded = linear.dense.to(dtype).float()  # what a reference in dtype multiplies
+        (256, 512, 128, 1),
+        (1000, 904, 904, 77),
+        (200, 256, 32, 300),
+        (264, 1024, 64, 17),
+        (1025, 640, 128, 129),
+        (640, 2048, 256, 130),
+    ]
+    nested = [(256, 512, 64, 1), (200, 192, 64, 300), (1025, 1024, 64, 77)]
+    super_blocks = [(256, 512, 32, 1), (200, 256, 32, 300), (1025, 1024, 32, 77)]
+    for form in forms:
+        for n, k, group, m in cases if form <= Format.INT4Z else nested if form in (Format.NF4, Format.NF4N) else super_blocks:
+            for dtype in TYPES:
+                for scale_type in TYPES if form <= Format.INT4Z and m == 1 else (dtype,):
+                    linear = Linear(random_tiles(form, n, k, group, scale_type, edge=True))
+                    # Of one row of y, a few outliers are all of the error.
+                    limit = 1e-3 if dtype == torch.float16 else 5e-3 if m == 1 else 3e-3
                     x = torch.randn(m, k, device="cuda").to(dtype)
                     x[:, :: k // 8] *= 20
                     bias = torch.randn(n, device="cuda").to(dtype)
-                    ref = x.float() @ rounded.t() + bias.float()
+                    ref = x.float() @ linear.dense.t() + bias.float()
                     for config in configs(tiles, modes):
                         y = torch.full((m, n), math.nan, device="cuda", dtype=dtype)
                         weight = linear.struct()
@@ -157,16 +173,14 @@ def check(library: Library, tiles: list[tuple[int, int]], modes: set[str], group
                         try:
                             torch.cuda.synchronize()
                         except Exception as failure:
-                            print("DIED", n, k, group, m, zeros, dtype, config.a, config.b, config.c, config.d, failure)
+                            print("DIED", form.name, n, k, group, m, dtype, config.a, config.b, config.c, config.d, failure)
                             raise SystemExit(1) from failure
                         e = error(y, ref)
                         done += 1
-                        if code != 0 or not e < (
-                            1e-3 if dtype == torch.float16 else 3e-3 if scale_type == dtype else 5e-3
-                        ):  # rounded twice
+                        if code != 0 or not e < limit:
                             bad += 1
                             if bad < 40:
-                                where = f"N {n} K {k} g {group} M {m} z {int(zeros)} {dtype} {scale_type}"
+                                where = f"{form.name} N {n} K {k} g {group} M {m} {dtype} {scale_type}"
                                 print(f"BAD {where} config {config.a} {config.b} {config.c} {config.d} code {code} error {e:.2e}")
     left = int(library.workspace[:COUNTERS].count_nonzero())
     print(f"checked {done}, bad {bad}, counters left {left}")
@@ -232,11 +246,11 @@ def launcher(library: Library, weights: list[Weight], x: torch.Tensor, y: torch.
 
 
 def name(config: Config) -> str:
-    mode = "split" + str(config.c) if config.c > 0 else "stream" if config.c == 0 else "whole"
+    mode = "split" + str(config.c) if config.c > 0 else "stream" if config.c == 0 else "whole" if config.c == -1 else "late"
     return f"{config.a}x{config.b * 64} {mode}{' pair' if config.d & 1 else ''}{' pdl' if config.d & 2 else ''}"
 
 
-def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[int, int]], modes: set[str]) -> None:
+def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[int, int]], modes: set[str], form: Format) -> None:
     cells = json.loads((Path(__file__).parent / "peers" / "kernel_peers_h100.json").read_text())["cells"]
     peers = {(c["shape"], c["M"]): c for c in cells}
     dtype = getattr(torch, args.dtype)
@@ -244,9 +258,11 @@ def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[in
     rows = []
     for shape in args.shapes.split(","):
         n, k = SHAPES[shape]
-        linear = Linear(n, k, 128, False, dtype, dense=True)
+        if form.name.endswith("_K"):
+            k = -(-k // 256) * 256
+        linear = Linear(random_tiles(form, n, k, 128 if form <= Format.INT4Z else 64, dtype))
         copies = max(1, math.ceil(COLD / linear.bytes))
-        tiles = [linear.tiles] + [linear.tiles.clone() for _ in range(copies - 1)]
+        tiles = [linear.tiles.data] + [linear.tiles.data.clone() for _ in range(copies - 1)]
         weights = [linear.struct(t) for t in tiles]
         wide = [linear.dense.to(dtype)]
         wide += [wide[0].clone() for _ in range(math.ceil(COLD / (2 * n * k)) - 1)]
@@ -295,7 +311,7 @@ def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[in
             row = {
                 "shape": shape, "n": n, "k": k, "m": m, "dtype": str(dtype)[6:], "us": round(us, 2), "config": name(config),
                 "error": e, "cublas_us": round(cublas, 2), "read_us": round(read, 2),
-                "peer_us": peer.get("int4_g128_best_us"), "all": {name(c): round(t, 2) for t, _, c in results},
+                "peer_us": peer.get(PEERS[form]), "format": form.name, "all": {name(c): round(t, 2) for t, _, c in results},
             }  # fmt: skip
             rows.append(row)
             fast = "  ".join(f"{name(c)} {t:.1f}" for t, _, c in results[:5])
@@ -323,19 +339,20 @@ def main() -> None:
     parser.add_argument("--dependent", action="store_true", help="launch with programmatic dependent launch")
     parser.add_argument("--tiles", default=",".join(f"{m}x{groups}" for m, groups in TILES), help="rows of y x warpgroups")
     parser.add_argument("--modes", default="plain,split,pair")
-    parser.add_argument("--groups", default="32,64,128,256", help="group sizes to check")
+    parser.add_argument("--formats", default="INT4,INT4Z", help="to check; the first is timed")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     library = Library(args.library.resolve())
     tiles = [(int(m), int(groups)) for m, groups in (tile.split("x") for tile in args.tiles.split(","))]
+    forms = [Format[form] for form in args.formats.split(",")]
     modes = set(args.modes.split(","))
     if args.check:
         units(library)
-        check(library, tiles, modes, {int(g) for g in args.groups.split(",")})
+        check(library, tiles, modes, forms)
     if args.time:
         print(torch.cuda.get_device_name())
-        measure(library, args, tiles, modes)
+        measure(library, args, tiles, modes, forms[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ namespace qk {
 struct Call {
   Work work;
   int x_type, m_tile, groups, splits;
-  bool pair, dependent, whole;
+  bool pair, dependent, whole, late;
   int64_t ldx, k, workspace_bytes;
   const void* x;
   cudaStream_t stream;
@@ -19,6 +19,12 @@ struct Call {
 // The formats, one source each. QK_UNSUPPORTED if there is no kernel of that shape.
 int prefill_int4(const Call& call);
 int prefill_int4z(const Call& call);
+int prefill_nf4(const Call& call);
+int prefill_nf4n(const Call& call);
+int prefill_q4_k(const Call& call);
+int prefill_q5_k(const Call& call);
+int prefill_q6_k(const Call& call);
+int prefill_q8_0(const Call& call);
 
 inline int tensor_map(CUtensorMap* map, const void* x, int64_t m, int64_t k, int64_t ldx, int x_type, int rows) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
@@ -66,7 +72,7 @@ int prefill_launch(const Call& call) {
     const int most = processors() * S::OCC / work.pair;
     work.workers = static_cast<int>(tiles * work.k_tiles < most ? tiles * work.k_tiles : most);
     const int64_t rest = tiles % work.workers;
-    work.cut = static_cast<int>(call.whole || rest == 0 ? 0 : tiles < work.workers ? tiles : rest + work.workers);
+    work.cut = static_cast<int>(call.whole || rest == 0 ? 0 : tiles < work.workers || call.late ? rest : rest + work.workers);
     if (work.cut == 0 && tiles < work.workers) work.workers = static_cast<int>(tiles);
     blocks = static_cast<int64_t>(work.workers) * work.pair;
     if (work.cut && (call.workspace_bytes < QK_COUNTER_BYTES + blocks * 2 * S::WGS * 64 * S::MT * 4 ||
@@ -106,8 +112,13 @@ template <class T, int F, int G>
 int prefill_shape(const Call& call) {
 #define QK_SHAPE(MT, WGS, OCC) \
   if (call.m_tile == MT && call.groups == WGS) return prefill_launch<T, F, G, Shape<MT, WGS, OCC>>(call);
+#define QK_WIDE(MT, WGS, OCC)                                     \
+  if constexpr ((F == QK_INT4 || F == QK_INT4Z) && G == 128) { \
+    QK_SHAPE(MT, WGS, OCC)                                        \
+  }
 #include "shapes.inc"
 #undef QK_SHAPE
+#undef QK_WIDE
   return QK_UNSUPPORTED;
 }
 
@@ -119,10 +130,10 @@ int prefill_type(const Call& call) {
 template <int F>
 int prefill_group(const Call& call) {
   switch (call.work.weight.group) {
-#ifndef QK_ONLY_128  // a quick build, to try things
+#ifndef QK_QUICK
     case 32: return prefill_type<F, 32>(call);
-    case 64: return prefill_type<F, 64>(call);
 #endif
+    case 64: return prefill_type<F, 64>(call);
     default: return prefill_type<F, 128>(call);
   }
 }

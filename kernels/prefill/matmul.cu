@@ -1,7 +1,7 @@
 // quantkit_matmul_wgmma: checks a call and hands it to its format's kernels.
 //
-// QkConfig: a = rows of y in a tile, b = warpgroups (64 rows of W each), c = 0: persistent, cut by stream-K; -1: persistent, whole tiles;
-// 1 to 8: a cluster of c blocks shares K. d: bit 0: clusters of two share x by multicast (c <= 0 only); bit 1: programmatic dependent
+// QkConfig: a = rows of y in a tile, b = warpgroups (64 rows of W each), c = 0: persistent, stream-K over the last one to two rounds of tiles;
+// -2: over the last, partial round alone; -1: whole tiles only; 1 to 8: a cluster of c blocks shares K. d: bit 0: clusters of two share x by multicast (c <= 0 only); bit 1: programmatic dependent
 // launch, in which W is read before the kernel before has ended.
 #include "launch.cuh"
 
@@ -33,13 +33,20 @@ extern "C" int quantkit_matmul_wgmma(const QkWeight* weight, const void* x, int6
   call.m_tile = config->a;
   call.groups = config->b;
   call.splits = config->c > 0 ? config->c : 0;
-  call.whole = config->c < 0;
+  call.whole = config->c == -1;
+  call.late = config->c == -2;
   call.pair = config->d & 1;
   call.dependent = config->d & 2;
   switch (weight->format) {
     case QK_INT4: return prefill_int4(call);
 #ifndef QK_ONLY_INT4
     case QK_INT4Z: return prefill_int4z(call);
+    case QK_NF4: return prefill_nf4(call);
+    case QK_NF4N: return prefill_nf4n(call);
+    case QK_Q4_K: return prefill_q4_k(call);
+    case QK_Q5_K: return prefill_q5_k(call);
+    case QK_Q6_K: return prefill_q6_k(call);
+    case QK_Q8_0: return prefill_q8_0(call);
 #endif
     default: return QK_UNSUPPORTED;
   }

@@ -24,8 +24,7 @@ struct Shape {
   static constexpr int CONSUMER = (ENTRY * (WGS + 1) - PRODUCER) / WGS / 8 * 8;
   static constexpr int ROWS_BLOCK = WGS * 64;
   static constexpr int BK = MT >= 128 ? 64 : 128;  // columns in a stage of x
-  // Fragments being multiplied while the next are made; with four warpgroups to a multiprocessor the others' multiply meanwhile.
-  static constexpr int BUFFERS = WGS * OCC == 2 ? 2 : 1;
+  static constexpr int BUFFERS = WGS * OCC == 2 ? 4 : 2;  // fragments, all but one of which are being multiplied
   static constexpr int LOADS = WGS * OCC == 2 && MT < 192 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
   static constexpr int STEP = MT < 32 ? MT : 32;   // rows of y staged at a time
 };
@@ -45,7 +44,7 @@ struct Rings {
   static constexpr int SB = MOST > 16 ? 16 : MOST;
   static constexpr int B_AT = 0, A_AT = SB * B, STAGING_AT = A_AT + SA * A, BARS_AT = STAGING_AT + STAGING;
   static constexpr int BYTES = BARS_AT + 512;
-  static_assert(SB >= 3 && 2 * (SA + SB) * 8 + 64 <= 512, "rings");
+  static_assert(SB >= (S::BK == 64 ? 4 : 2) && 2 * (SA + SB) * 8 + 64 <= 512, "rings");
   static_assert(BYTES <= MAX_SHARED, "shared memory");
   static_assert(S::WGS * 64 * S::MT * 4 <= STAGING_AT, "the sums of a split fit over the rings");
 };
@@ -230,8 +229,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   T* y = static_cast<T*>(work.y);
   const bool wide = work.n % 8 == 0 && (reinterpret_cast<uintptr_t>(y) & 15) == 0;
   float acc[MT / 2];
-  uint32_t fragments[BUFFERS][16];
+  uint32_t fragments[BUFFERS][4];
   Ring freed = ring_b;
+  Context<T, F> context(work.weight, work.mixed);
   wait_for_grid();
 
   // Give back the oldest stage of x, to both blocks of a pair.
@@ -270,10 +270,12 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
     const int64_t m0 = static_cast<int64_t>(tile_m) * MT;
     const int64_t n0 = (static_cast<int64_t>(tile_n * work.pair + (work.pair > 1 ? rank : 0)) * WGS + group) * 64;
 
+    context.rows(work.weight, n0 + 16 * w + lane / 4);
     // 128 columns at a time. Nothing else in this loop may branch: ptxas would serialize the wgmmas (C7513).
     const int steps = (s.k1 - s.k0) * (L::KC / 128);
     for (int step = 0; step < steps; ++step) {
       const bool begins = L::KC == 128 || step % (L::KC / 128) == 0, ends = L::KC == 128 || step % (L::KC / 128) == L::KC / 128 - 1;
+      context.columns(work.weight, (s.k0 * (L::KC / 128) + step) * 2);
       if (begins) barrier_wait(ring_a.full_bar(), ring_a.phase);
       Ring second = ring_b;
       barrier_wait(ring_b.full_bar(), ring_b.phase);
@@ -283,26 +285,26 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
       }
       const uint8_t* tile = shared + R::A_AT + ring_a.stage * R::A + group * R::TILE;
       const int half = L::KC == 128 ? 0 : 2 * (step % (L::KC / 128));
+      Slab<T, F, G> slab;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        Slab<T, F, G> slab;
-        slab.load(tile, w, lane, half + h, work.mixed);
-        wgmma_wait<BUFFERS - 1>();  // the slab that was BUFFERS ago is done: its fragments and its x are free
-        if (BOXES == 1 || h == BUFFERS - 1) free_x((h >= BUFFERS) | (step > 0));
-        if (h == 1) {
+      for (int i = 0; i < 8; ++i) {  // 16 columns at a time: a wgmma holds up its own warps' next, so what makes the fragments goes between
+        if (i % 4 == 0) slab.load(context, tile, w, lane, half + i / 4, i / 4);
+        wgmma_wait<BUFFERS - 1>();  // the wgmma BUFFERS ago is done: its fragment is free, and so is x when it was a stage's last
+        if (i == BUFFERS - 1) free_x(step > 0);
+        if (BOXES == 1 && i == BUFFERS + 3) free_x(true);
+        if (i == 4) {
           __syncwarp();
           barrier_arrive_if(ends & (lane == 0), ring_a.empty_bar());
           ring_a.advance(R::SA, ends);
         }
-        uint32_t(&fragment)[16] = fragments[h % BUFFERS];
-        slab.values(fragment);
-        const int stage = h == 1 ? second.stage : ring_b.stage;
-        const uint64_t b = b_descriptor(base + R::B_AT + stage * R::B + (h % BOXES) * MT * 128);
+        uint32_t(&fragment)[4] = fragments[i % BUFFERS];
+        slab.values(context, i % 4, fragment);
+        const int stage = i < 4 ? ring_b.stage : second.stage;
+        const uint64_t b = b_descriptor(base + R::B_AT + stage * R::B + (i / 4 % BOXES) * MT * 128) + 2 * (i % 4);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(fragment[i])::"memory");  // made before the fence, not after it
+        for (int p = 0; p < 4; ++p) asm volatile("" : "+r"(fragment[p])::"memory");  // made before the fence, not after it
         wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) Wgmma<T, MT>::run(acc, &fragment[4 * i], b + 2 * i, step > 0 || h > 0 || i > 0);
+        Wgmma<T, MT>::run(acc, fragment, b, i > 0 || step > 0);
         wgmma_commit();
       }
       ring_b = second;
@@ -311,8 +313,7 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < MT / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");  // read after the wait, not before it
-#pragma unroll
-    for (int i = 0; i < (BOXES == 1 ? BUFFERS : 1); ++i) free_x(true);
+    free_x(true);
 
     const int64_t row = n0 + 16 * w + lane / 4;
     const float bias0 = bias && row < work.n ? static_cast<float>(bias[row]) : 0.0f;

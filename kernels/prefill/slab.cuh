@@ -1,5 +1,9 @@
-// What a lane holds of a slab (64 rows x 64 columns of a tile): the bytes as loaded, and the 16 fragment registers that they become.
+// What a lane holds of a slab (64 rows x 64 columns of a tile): the bytes as loaded, and the fragments that they become.
+//
+// load() reads shared memory and makes the scales; values() makes the fragment of 16 columns (step s), and must not branch (prefill.cuh).
 #pragma once
+#include <type_traits>
+
 #include "../tiles.cuh"
 
 namespace qk {
@@ -7,11 +11,110 @@ namespace qk {
 __device__ __forceinline__ __half2 twice(__half a) { return __half2half2(a); }
 __device__ __forceinline__ __nv_bfloat162 twice(__nv_bfloat16 a) { return __bfloat162bfloat162(a); }
 
+// A float32 factor in T. bfloat16 takes it in two parts, so that a weight is rounded once, not twice.
+template <class T>
+struct Scale;
+template <>
+struct Scale<__half> {
+  __half2 high;
+  __device__ __forceinline__ void set(float s) { high = __float2half2_rn(s); }
+  __device__ __forceinline__ __half2 times(__half2 q) const { return __hmul2(q, high); }
+  __device__ __forceinline__ __half2 times_plus(__half2 q, __half2 c) const { return __hfma2(q, high, c); }
+};
+template <>
+struct Scale<__nv_bfloat16> {
+  __nv_bfloat162 high, low;
+  __device__ __forceinline__ void set(float s) {
+    high = __float2bfloat162_rn(s);
+    low = __float2bfloat162_rn(s - __low2float(high));
+  }
+  __device__ __forceinline__ __nv_bfloat162 times(__nv_bfloat162 q) const { return __hfma2(q, high, __hmul2(q, low)); }
+  __device__ __forceinline__ __nv_bfloat162 times_plus(__nv_bfloat162 q, __nv_bfloat162 c) const {
+    return __hfma2(q, high, __hfma2(q, low, c));
+  }
+};
+__device__ __forceinline__ void set_both(__half2& to, float c) { to = __float2half2_rn(c); }
+__device__ __forceinline__ void set_both(__nv_bfloat162& to, float c) { to = __float2bfloat162_rn(c); }
+
+// What a lane keeps for a launch, for its rows of a tile of y (rows), and for 128 columns (columns).
+template <class T, int F>
+struct Context {
+  bool mixed;  // the scales are stored as the other 16-bit type
+  __device__ __forceinline__ Context(const QkWeight&, bool mixed) : mixed(mixed) {}
+  __device__ __forceinline__ void rows(const QkWeight&, int64_t) {}
+  __device__ __forceinline__ void columns(const QkWeight&, int) {}
+};
+
+// The 16 entries of a table in T, cut into their low and their high bytes.
+template <class T>
+struct TableContext {
+  uint32_t low[4], high[4];
+  __device__ __forceinline__ TableContext(const QkWeight& weight, bool) {
+    const float4* table = static_cast<const float4*>(weight.table);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 v = __ldg(table + i);
+      two_t<T> ab, cd;
+      if constexpr (std::is_same<T, __half>::value) {
+        ab = __floats2half2_rn(v.x, v.y);
+        cd = __floats2half2_rn(v.z, v.w);
+      } else {
+        ab = __floats2bfloat162_rn(v.x, v.y);
+        cd = __floats2bfloat162_rn(v.z, v.w);
+      }
+      low[i] = __byte_perm(bits_as<uint32_t>(ab), bits_as<uint32_t>(cd), 0x6420);
+      high[i] = __byte_perm(bits_as<uint32_t>(ab), bits_as<uint32_t>(cd), 0x7531);
+    }
+  }
+  __device__ __forceinline__ void rows(const QkWeight&, int64_t) {}
+  __device__ __forceinline__ void columns(const QkWeight&, int) {}
+
+  // Four indices, in the nibbles of the low half of `four` -> pairs (0, 1) and (2, 3).
+  __device__ __forceinline__ void look_up(uint32_t four, two_t<T>& first, two_t<T>& second) const {
+    const uint32_t of_eight = four & 0x7777u, which = and_or(four >> 1, 0x4444u, 0x3210u);
+    const uint32_t l = __byte_perm(__byte_perm(low[0], low[1], of_eight), __byte_perm(low[2], low[3], of_eight), which);
+    const uint32_t h = __byte_perm(__byte_perm(high[0], high[1], of_eight), __byte_perm(high[2], high[3], of_eight), which);
+    first = bits_as<two_t<T>>(__byte_perm(l, h, 0x5140));
+    second = bits_as<two_t<T>>(__byte_perm(l, h, 0x7362));
+  }
+  // The four pairs of a word of codes.
+  __device__ __forceinline__ void look_up(uint32_t word, two_t<T> (&out)[4]) const {
+    look_up((word & 0x0f0f0f0fu) | ((word >> 12) & 0xf0f0f0f0u), out[0], out[2]);
+    look_up(((word >> 4) & 0x0f0f0f0fu) | ((word >> 16) & 0xf0f0f0f0u), out[1], out[3]);
+  }
+};
+template <class T>
+struct Context<T, QK_NF4> : TableContext<T> {
+  using TableContext<T>::TableContext;
+};
+template <class T>
+struct Context<T, QK_NF4N> : TableContext<T> {
+  int64_t first[2];   // block of column 0 of the lane's two rows
+  float outer[2][2];  // second-level scale, of each slab's each row
+  const float* code;
+  float offset;
+  __device__ __forceinline__ Context(const QkWeight& weight, bool mixed)
+      : TableContext<T>(weight, mixed), code(static_cast<const float*>(weight.code)), offset(weight.offset) {}
+  __device__ __forceinline__ float absmax(uint32_t c, int slab, int row) const {
+    return __fadd_rn(__fmul_rn(__ldg(code + c), outer[slab][row]), offset);
+  }
+  __device__ __forceinline__ void rows(const QkWeight& weight, int64_t row) {
+    first[0] = weight.block0 + row * weight.block_row_stride;
+    first[1] = first[0] + 8 * weight.block_row_stride;
+  }
+  __device__ __forceinline__ void columns(const QkWeight& weight, int block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      outer[i >> 1][i & 1] = __ldg(static_cast<const float*>(weight.absmax2) + ((first[i & 1] + block + (i >> 1)) >> 8));
+    }
+  }
+};
+
 // Two 16-bit scales as stored -> T, each twice. mixed: they are stored as the other type.
 template <class T>
 __device__ __forceinline__ void spread(uint32_t pair, bool mixed, two_t<T>& r0, two_t<T>& r1) {
   if (mixed) {
-    if constexpr (sizeof(T) && std::is_same<T, __half>::value) {
+    if constexpr (std::is_same<T, __half>::value) {
       pair = bits_as<uint32_t>(__float22half2_rn(__bfloat1622float2(bits_as<__nv_bfloat162>(pair))));
     } else {
       pair = bits_as<uint32_t>(__float22bfloat162_rn(__half22float2(bits_as<__half2>(pair))));
@@ -21,46 +124,177 @@ __device__ __forceinline__ void spread(uint32_t pair, bool mixed, two_t<T>& r0, 
   r1 = bits_as<two_t<T>>(__byte_perm(pair, 0, 0x3232));
 }
 
-template <class T, int F, int G>
-struct Slab;
+__device__ __forceinline__ uint32_t word(const uint4& codes, int s) { return s == 0 ? codes.x : s == 1 ? codes.y : s == 2 ? codes.z : codes.w; }
+template <int F, int G>
+__device__ __forceinline__ uint4 load_codes(const uint8_t* tile, int w, int lane, int h) {
+  return *reinterpret_cast<const uint4*>(tile + codes_at<Tile<F, G>::KC>(w, h, lane));
+}
 
 // INT4, INT4Z; the integer is exact, the product rounded once.
 template <class T, int F, int G>
-struct GroupedSlab {
+struct Slab {
+  static_assert(F == QK_INT4 || F == QK_INT4Z, "the other formats have their own");
   using L = Tile<F, G>;
   static constexpr int PER = G < 64 ? 2 : 1;  // groups in a slab
   uint4 codes;
   two_t<T> r0[PER], r1[PER];  // scales
   uint32_t zeros[PER];
 
-  __device__ __forceinline__ void load(const uint8_t* tile, int w, int lane, int h, bool mixed) {
-    codes = *reinterpret_cast<const uint4*>(tile + codes_at<L::KC>(w, h, lane));
+  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, int w, int lane, int h, int) {
+    codes = load_codes<F, G>(tile, w, lane, h);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       const int j = (64 * h + 32 * i) / G;
-      spread<T>(scale_pair<L>(tile, j, rows_at(w, lane)), mixed, r0[i], r1[i]);
-      zeros[i] = F == QK_INT4Z ? zero_pair<L>(tile, j, rows_at(w, lane)) : 0x0808;
+      spread<T>(scale_pair<L>(tile, j, rows_at(w, lane)), context.mixed, r0[i], r1[i]);
+      if constexpr (F == QK_INT4Z) zeros[i] = zero_pair<L>(tile, j, rows_at(w, lane));
     }
   }
 
-  __device__ __forceinline__ void values(uint32_t (&fragment)[16]) const {
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  __device__ __forceinline__ void values(const Context<T, F>&, int s, uint32_t (&fragment)[4]) const {
+    const int i = s * PER / 4;
+    two_t<T> q[4];
+    unpack4(word(codes, s), F == QK_INT4Z ? Zeros<T>(zeros[i] & 0xff, zeros[i] >> 8) : Zeros<T>(8, 8), q);
 #pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      const Zeros<T> zero(zeros[i] & 0xff, zeros[i] >> 8);
+    for (int p = 0; p < 4; ++p) fragment[p] = bits_as<uint32_t>(__hmul2(q[p], p & 1 ? r1[i] : r0[i]));
+  }
+};
+
+// NF4, NF4N: table entry and product are each rounded once.
+template <class T, int F, int G>
+struct TableSlab {
+  using L = Tile<F, G>;
+  static constexpr int PER = L::GROUP < 64 ? 2 : 1;
+  uint4 codes;
+  Scale<T> scales[PER][2];
+
+  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, int w, int lane, int h, int slab) {
+    codes = load_codes<F, G>(tile, w, lane, h);
+    if constexpr (F == QK_NF4) {
 #pragma unroll
-      for (int s = 4 * i / PER; s < 4 * (i + 1) / PER; ++s) {
-        two_t<T> q[4];
-        unpack4(words[s], zero, q);
-#pragma unroll
-        for (int p = 0; p < 4; ++p) fragment[4 * s + p] = bits_as<uint32_t>(__hmul2(q[p], p & 1 ? r1[i] : r0[i]));
+      for (int i = 0; i < PER; ++i) {
+        const float2 absmax = absmax_pair<L>(tile, (64 * h + 32 * i) / L::GROUP, rows_at(w, lane));
+        scales[i][0].set(absmax.x);
+        scales[i][1].set(absmax.y);
       }
+    } else {
+      const uint32_t c = absmax_codes<L>(tile, h, rows_at(w, lane));
+      scales[0][0].set(context.absmax(c & 0xff, slab, 0));
+      scales[0][1].set(context.absmax(c >> 8, slab, 1));
     }
+  }
+
+  __device__ __forceinline__ void values(const Context<T, F>& context, int s, uint32_t (&fragment)[4]) const {
+    two_t<T> t[4];
+    context.look_up(word(codes, s), t);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) fragment[p] = bits_as<uint32_t>(scales[s * PER / 4][p & 1].times(t[p]));
   }
 };
 template <class T, int G>
-struct Slab<T, QK_INT4, G> : GroupedSlab<T, QK_INT4, G> {};
+struct Slab<T, QK_NF4, G> : TableSlab<T, QK_NF4, G> {};
 template <class T, int G>
-struct Slab<T, QK_INT4Z, G> : GroupedSlab<T, QK_INT4Z, G> {};
+struct Slab<T, QK_NF4N, G> : TableSlab<T, QK_NF4N, G> {};
+
+// Q4_K, Q5_K: d sc q - dmin m = s (q - middle) + (middle s - dmin m), the latter small.
+template <class T, int F, int G>
+struct MinSlab {
+  using L = Tile<F, G>;
+  uint4 codes;
+  uint32_t plane;
+  Scale<T> scales[2][2];
+  two_t<T> shifts[2][2];
+
+  __device__ __forceinline__ void load(const Context<T, F>&, const uint8_t* tile, int w, int lane, int h, int) {
+    codes = load_codes<F, G>(tile, w, lane, h);
+    if constexpr (F == QK_Q5_K) plane = *reinterpret_cast<const uint32_t*>(tile + L::PLANE_AT + plane1_at<L::KC>(w, h, lane));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = rows_at(w, lane) + r;
+      const uint32_t two = *reinterpret_cast<const uint32_t*>(tile + L::SCALES_AT + at * 16 + h * 4);  // sc, m, sc, m
+      const float2 d = __half22float2(super_d<L>(tile, at));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float s = d.x * static_cast<float>((two >> 16 * i) & 0xff);
+        scales[i][r].set(s);
+        set_both(shifts[i][r], (F == QK_Q5_K ? 16.0f : 8.0f) * s - d.y * static_cast<float>((two >> (16 * i + 8)) & 0xff));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void values(const Context<T, F>&, int s, uint32_t (&fragment)[4]) const {
+    two_t<T> q[4];
+    if constexpr (F == QK_Q5_K) {
+      unpack5(word(codes, s), plane, s, Zeros<T>(16, 16), q);
+    } else {
+      unpack4(word(codes, s), Zeros<T>(8, 8), q);
+    }
+#pragma unroll
+    for (int p = 0; p < 4; ++p) fragment[p] = bits_as<uint32_t>(scales[s / 2][p & 1].times_plus(q[p], shifts[s / 2][p & 1]));
+  }
+};
+template <class T, int G>
+struct Slab<T, QK_Q4_K, G> : MinSlab<T, QK_Q4_K, G> {};
+template <class T, int G>
+struct Slab<T, QK_Q5_K, G> : MinSlab<T, QK_Q5_K, G> {};
+
+template <class T, int G>
+struct Slab<T, QK_Q6_K, G> {
+  using L = Tile<QK_Q6_K, G>;
+  uint4 codes;
+  uint2 plane;
+  uint32_t scales[2];  // four int8 + 128, one a step
+  float d[2];
+
+  __device__ __forceinline__ void load(const Context<T, QK_Q6_K>&, const uint8_t* tile, int w, int lane, int h, int) {
+    codes = load_codes<QK_Q6_K, G>(tile, w, lane, h);
+    plane = *reinterpret_cast<const uint2*>(tile + L::PLANE_AT + plane2_at<L::KC>(w, h, lane));
+    const int at = rows_at(w, lane);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      scales[r] = *reinterpret_cast<const uint32_t*>(tile + L::SCALES_AT + (at + r) * 16 + h * 4) ^ 0x80808080u;
+    }
+    const float2 two = __half22float2(six_d<L>(tile, at));
+    d[0] = two.x;
+    d[1] = two.y;
+  }
+
+  __device__ __forceinline__ void values(const Context<T, QK_Q6_K>&, int s, uint32_t (&fragment)[4]) const {
+    Scale<T> scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {  // 2^23 + 128 + sc, less 2^23 + 128
+      const float sc = __uint_as_float(__byte_perm(scales[r], 0x4b000000u, 0x7540 + s)) - 8388736.0f;
+      scale[r].set(d[r] * sc);
+    }
+    two_t<T> q[4];
+    unpack6(word(codes, s), s < 2 ? plane.x : plane.y, s, Zeros<T>(32, 32), q);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) fragment[p] = bits_as<uint32_t>(scale[p & 1].times(q[p]));
+  }
+};
+
+template <class T, int G>
+struct Slab<T, QK_Q8_0, G> {
+  using L = Tile<QK_Q8_0, G>;
+  uint4 bytes[2];
+  Scale<T> scales[2][2];
+
+  __device__ __forceinline__ void load(const Context<T, QK_Q8_0>&, const uint8_t* tile, int w, int lane, int h, int) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      bytes[u] = *reinterpret_cast<const uint4*>(tile + bytes_at(w, h, u, lane));
+      const float2 d = __half22float2(bits_as<__half2>(scale_pair<L>(tile, 2 * h + u, rows_at(w, lane))));
+      scales[u][0].set(d.x);
+      scales[u][1].set(d.y);
+    }
+  }
+
+  __device__ __forceinline__ void values(const Context<T, QK_Q8_0>&, int s, uint32_t (&fragment)[4]) const {
+    const uint4 b = bytes[s / 2];
+    two_t<T> q[4];
+    unpack8(s & 1 ? make_uint2(b.z, b.w) : make_uint2(b.x, b.y), q);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) fragment[p] = bits_as<uint32_t>(scales[s / 2][p & 1].times(q[p]));
+  }
+};
 
 }  // namespace qk
