@@ -145,7 +145,7 @@ def error(out: Tensor, ref: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def check(run: Library, forms: list[str]) -> int:
+def check(run: Library, forms: list[str], ampere: bool) -> int:
     """Edges of every kind; returns how many failed."""
     bad = tried = 0
     worst: dict[str, float] = {}
@@ -170,8 +170,10 @@ def check(run: Library, forms: list[str]) -> int:
             full = T.dequantize(packed)
             for m, (splits, workspace), columns, ragged in itertools.product(
                 (1, 2, 3, 5, 8, 13, 16, 21, 32, 47, 64), ((0, False), (1, False), (2, False), (4, True), (8, False), (3, True)),
-                (0, 8), (False, True)
+                (0, 8, 32), (False, True)
             ):  # fmt: skip
+                if ampere and splits > 1 and not workspace:  # code of compute capability 8.0 has no clusters
+                    continue
                 if (columns and m not in (3, 21)) or (ragged and m not in (5, 16)):
                     continue
                 store = inputs(m, k + 3, dtype)
@@ -228,19 +230,24 @@ def timed(launch: Callable[[int], Any], copies: int, launches: int, replays: int
 
 def candidates(m: int, full: bool) -> Iterator[dict[str, Any]]:
     """Configurations worth a try for ``m`` rows."""
-    columns = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    for columns in (8, 16, 32):
+        if columns < m <= 64 and columns * 2 < m or columns >= 2 * m and columns > 8:
+            continue
+        yield from shapes_of(columns, full)
+
+
+def shapes_of(columns: int, full: bool) -> Iterator[dict[str, Any]]:
+    """(16-row blocks of a warp, warps of a team, teams, blocks of a multiprocessor), and splits of K."""
     shapes = {
         8: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)],
         16: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)],
-        32: [(2, 8, 1, 1), (2, 8, 2, 1)],
-        64: [(2, 8, 1, 1)],
+        32: [(2, 8, 1, 1), (2, 8, 1, 2)],
     }[columns]
     if full:
         shapes += {
-            8: [(4, 4, 2, 1), (2, 16, 1, 1), (1, 8, 1, 1), (1, 8, 1, 2), (1, 8, 2, 1), (1, 16, 1, 1)],
-            16: [(4, 8, 1, 1), (4, 4, 2, 1), (1, 8, 1, 1), (1, 8, 2, 1)],
-            32: [(4, 8, 1, 1), (4, 4, 2, 1), (4, 4, 1, 1), (2, 4, 2, 1), (1, 8, 1, 1), (1, 8, 2, 1)],
-            64: [(4, 4, 1, 1), (4, 4, 2, 1), (2, 4, 2, 1), (1, 8, 1, 1), (1, 8, 2, 1)],
+            8: [(4, 4, 2, 1), (2, 16, 1, 1), (1, 8, 1, 1), (1, 8, 1, 2), (1, 8, 2, 1)],
+            16: [(4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 2, 1), (4, 4, 2, 2)],
+            32: [(4, 8, 1, 1), (4, 4, 2, 1), (4, 4, 1, 2)],
         }[columns]
     for (rb, wk, teams, per_sm), splits in itertools.product(shapes, (1, 2, 4, 8)):
         yield {"columns": columns, "splits": splits, "rb": rb, "wk": wk, "teams": teams, "per_sm": per_sm}
@@ -322,6 +329,7 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=4)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--extra", type=json.loads, nargs="+", default=[{}])
+    parser.add_argument("--ampere", action="store_true")
     parser.add_argument("--peers")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
@@ -333,7 +341,7 @@ def main() -> int:
     run = Library(os.environ["QUANTKIT_KERNELS"])
     start = time.time()
     if args.what == "check":
-        bad = check(run, args.formats)
+        bad = check(run, args.formats, args.ampere)
         print(f"{time.time() - start:.0f} s")
         return int(bad > 0)
     rows = sweep(run, args)

@@ -1,7 +1,7 @@
 // From a QkConfig to a launch of multiply<>.
 //
 // QkConfig of kernel QK_MMA; any field 0 is chosen here:
-//   a  rows of x in a block: 8, 16, 32, 64 (more take more blocks)
+//   a  rows of x in a block: 8, 16, 32 (more take more blocks)
 //   b  blocks along K | blocks along N << 8
 //   c  16-row blocks of a warp | warps of a team << 4 | teams of a block << 12 | blocks meant for one multiprocessor << 20
 //   d  stages | 1 << 8: splits meet in the workspace, not in a cluster | 1 << 9: dependent launch
@@ -45,7 +45,7 @@ struct Plan {
 
 template <class C>
 int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  constexpr int WARPS = C::RB * C::NT <= 8 || C::WK == 16 ? 16 : 8;  // 128 registers a thread, or 255
+  constexpr int WARPS = C::RB * C::NT <= 4 || C::WK == 16 ? 16 : 8;  // 128 registers a thread, or 255
   const int warps = plan.teams * C::WK;
   if (warps > WARPS || plan.teams > 15) return QK_UNSUPPORTED;
   args.splits = plan.splits;
@@ -58,7 +58,38 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   args.x_rows = args.m < 8 * C::NT ? static_cast<int>(args.m) : 8 * C::NT;
   args.items *= C::PARTS;
   const int most = (args.items + plan.teams - 1) / plan.teams;
-  const int blocks = plan.blocks && plan.blocks < most ? plan.blocks : most;
+  const int64_t chunks = (args.m + 8 * C::NT - 1) / (8 * C::NT);
+  const auto kernel = multiply<C, WARPS>;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_memory)) return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(warps * 32);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (args.cluster) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = plan.splits;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  int blocks = plan.blocks;
+  if (!blocks) {
+    // As many as run at once: of clusters fewer than the multiprocessors would make, since none spans two groups of these.
+    int at_once = device.sms * plan.per_sm / plan.splits;
+    if (args.cluster) {
+      static thread_local int known[9][5];  // by splits and per_sm
+      int& clusters = known[plan.splits][plan.per_sm < 4 ? plan.per_sm : 4];
+      if (!clusters) {
+        config.gridDim = dim3(plan.splits, at_once);
+        config.dynamicSmemBytes = plan.per_sm <= 1 ? device.block_memory : device.sm_memory / plan.per_sm - 1024;
+        if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return error;
+      }
+      if (clusters > 0 && clusters < at_once) at_once = clusters;
+    }
+    blocks = at_once / static_cast<int>(chunks < at_once ? chunks : at_once);
+  }
+  if (blocks < 1) blocks = 1;
+  if (blocks > most) blocks = most;
   const int turns = (args.items + blocks * plan.teams - 1) / (blocks * plan.teams);  // items of a team, at most
   args.buffers = turns > 1 ? 2 : 1;
   const int work = turns * ((args.slice + C::WK - 1) / C::WK);  // tiles of a warp, at most
@@ -72,33 +103,17 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   while (stages > 1 && bytes(stages) > (plan.stages ? device.block_memory : room)) --stages;
   if (bytes(stages) > device.block_memory) return QK_UNSUPPORTED;
   args.stages = stages;
-  const int64_t chunks = (args.m + 8 * C::NT - 1) / (8 * C::NT);
   if (chunks > 65535 || blocks > 65535) return QK_UNSUPPORTED;
   if (plan.splits > 1 && !args.cluster) {
     const int64_t counters = chunks * args.items;
     if (counters * 4 > QK_COUNTER_BYTES || QK_COUNTER_BYTES + counters * plan.splits * C::ALL_ROUNDS * C::THREADS * C::EACH * 4 > workspace_bytes) return QK_UNSUPPORTED;
   }
-  const auto kernel = multiply<C, WARPS>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.block_memory)) return error;
-  cudaLaunchConfig_t config = {};
   config.gridDim = dim3(plan.splits, blocks, static_cast<unsigned>(chunks));
-  config.blockDim = dim3(warps * 32);
   config.dynamicSmemBytes = bytes(stages);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (args.cluster) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = plan.splits;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count++].val.clusterDim.z = 1;
-  }
   if (args.dependent) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  config.attrs = attributes;
-  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
@@ -114,23 +129,15 @@ int launch_format(const Args& args, const Plan& plan, const Device& device, int6
   QK_TRY(2, 2, 8);
   QK_TRY(2, 2, 4);
   QK_TRY(4, 2, 8);
-  QK_TRY(8, 2, 8);
 #ifdef QK_DECODE_ALL
   if constexpr (F == QK_INT4 && G == 128 && std::is_same<T, __half>::value) {
     QK_TRY(1, 4, 4);
     QK_TRY(1, 2, 16);
     QK_TRY(1, 1, 8);
-    QK_TRY(1, 1, 16);
     QK_TRY(2, 4, 8);
     QK_TRY(2, 4, 4);
-    QK_TRY(2, 1, 8);
     QK_TRY(4, 4, 8);
     QK_TRY(4, 4, 4);
-    QK_TRY(4, 2, 4);
-    QK_TRY(4, 1, 8);
-    QK_TRY(8, 4, 4);
-    QK_TRY(8, 2, 4);
-    QK_TRY(8, 1, 8);
   }
 #endif
 #undef QK_TRY

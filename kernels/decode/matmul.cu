@@ -8,7 +8,7 @@ namespace {
 Plan make_plan(const Args& args, const Device& device, const QkConfig* config) {
   const int a = config ? config->a : 0, b = config ? config->b : 0, c = config ? config->c : 0, d = config ? config->d : 0;
   Plan plan = {};
-  plan.columns = a ? a : args.m <= 8 ? 8 : args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
+  plan.columns = a ? a : args.m <= 8 ? 8 : args.m <= 16 ? 16 : 32;
   plan.rb = c & 15 ? c & 15 : 2;
   plan.wk = c >> 4 & 255 ? c >> 4 & 255 : 8;
   plan.teams = c >> 12 & 255 ? c >> 12 & 255 : 1;
@@ -18,10 +18,9 @@ Plan make_plan(const Args& args, const Device& device, const QkConfig* config) {
     // As few as leave room for x and the ring.
     const int64_t x_bytes = static_cast<int64_t>(args.k_tiles) * tile_columns(args.weight.format) * (args.m < plan.columns ? args.m : plan.columns) * 2;
     plan.splits = 1;
-    while (plan.splits < 8 && x_bytes / plan.splits > (plan.columns == 64 ? 65536 : 131072)) plan.splits *= 2;
+    while (plan.splits < 8 && x_bytes / plan.splits > 131072) plan.splits *= 2;
   }
-  plan.blocks = b >> 8 ? b >> 8 : device.sms * plan.per_sm / plan.splits;
-  if (plan.blocks < 1) plan.blocks = 1;
+  plan.blocks = b >> 8;
   plan.stages = d & 255;
   plan.cluster = device.major >= 9 && !(d & WORKSPACE);
   plan.dependent = device.major >= 9 && (d & DEPENDENT);

@@ -61,6 +61,7 @@ struct Traits {
   static constexpr bool LOOKUP = F == QK_NF4 || F == QK_NF4N;
   static constexpr bool ZERO = F == QK_INT4 || F == QK_Q6_K || F == QK_Q8_0;        // one zero point for all
   static constexpr bool SUMS = F == QK_INT4Z || F == QK_Q4_K || F == QK_Q5_K;       // one for each group
+  static constexpr bool KEEP = (ZERO || SUMS) && NT > 1;  // the sums of x, after a team's first item
   // What only fp16 can hold is multiplied in fp16; then bf16 x is converted, times a power of two for each row.
   static constexpr bool CONVERT = LOOKUP || F == QK_Q8_0;
   // Columns between two scalings: few enough that x's fragments of them fit in registers.
@@ -88,7 +89,7 @@ struct Traits {
     Shared s;
     s.ring = warps * stages * SLOT;
     s.x = x_stride(slice) * x_rows;
-    s.sums = ZERO || SUMS ? slice * (L::KC / FLUSH) * NT * 32 : 0;
+    s.sums = KEEP ? slice * (L::KC / FLUSH) * NT * 32 : 0;
     s.exchange = cluster ? teams * buffers * (splits - 1) * ALL_ROUNDS * (THREADS / splits) * EACH * 4 : 0;
     s.table = TABLE + CODE;
     s.scales = CONVERT ? NT * 32 : 0;
@@ -165,10 +166,9 @@ __device__ __forceinline__ float2 pair_to_float(uint32_t pair) {
 // float of an integer below 2^23, less `base`: exact.
 __device__ __forceinline__ float small_float(uint32_t v, float base) { return __uint_as_float(0x4b000000u | v) - (8388608.f + base); }
 
-// (v - base) d for a small integer v and an fp16 d: exact, so that one multiply-add does it.
-__device__ __forceinline__ float times_small(uint32_t v, float d, float base = 0.f) {
-  return fmaf(__uint_as_float(0x4b000000u | v), d, -(8388608.f + base) * d);
-}
+// v d for a small integer v and an fp16 d: every step is exact, so that one multiply-add does it.
+__device__ __forceinline__ float times_small(uint32_t v, float d) { return fmaf(__uint_as_float(0x4b000000u | v), d, -8388608.f * d); }
+__device__ __forceinline__ float times_signed(int v, float d) { return fmaf(__int_as_float(0x4b400000 + v), d, -12582912.f * d); }
 
 // Four A registers of one word of 4-bit codes.
 template <class T>
@@ -215,7 +215,7 @@ __device__ __forceinline__ void bytes_to_fragment(uint2 bytes, uint32_t (&a)[4])
 __device__ __forceinline__ void look_up(uint32_t word, const uint8_t* table, uint32_t column, uint32_t (&a)[4]) {
   const auto select = [](uint32_t low, uint32_t high) {
     uint32_t d;  // (low & 0x0f0f0f0f) | (high & ~0x0f0f0f0f)
-    asm("lop3.b32 %0, %1, %2, 0x0f0f0f0f, 0xac;" : "=r"(d) : "r"(low), "r"(high));
+    asm("lop3.b32 %0, %1, %2, 0x0f0f0f0f, 0xe4;" : "=r"(d) : "r"(low), "r"(high));
     return d;
   };
   const uint32_t even = select(word, word >> 12), odd = select(word >> 4, word >> 16);  // bytes: pairs 0 and 2, pairs 1 and 3
@@ -388,7 +388,7 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
         if constexpr (C::ZERO || C::SUMS) {
           // The same warp has the same tiles in every item: it makes their sums once.
           float* const kept = sums + ((h * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
-          if (first) {
+          if (!C::KEEP || first) {
 #pragma unroll
             for (int t = 0; t < C::NT; ++t) {
 #pragma unroll
@@ -401,7 +401,7 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
                 mma<T>(sum[t], zero, b0, b1, sum[t]);
               }
             }
-              if (lane < 4) *reinterpret_cast<float2*>(kept + t * 8) = make_float2(sum[t][0], sum[t][1]);
+              if (C::KEEP && lane < 4) *reinterpret_cast<float2*>(kept + t * 8) = make_float2(sum[t][0], sum[t][1]);
             }
           } else {
 #pragma unroll
@@ -471,8 +471,8 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
             scale.y = __shfl_sync(0xffffffffu, nested[group][1], from);
           } else if constexpr (C::F == QK_Q6_K) {
             const float2 both = pair_to_float<__half>(bits_as<uint32_t>(six_d<L>(rest, at)));
-            scale.x = times_small(six_scale<L>(rest, group, at) + 128, both.x, 128.f);
-            scale.y = times_small(six_scale<L>(rest, group, at + 1) + 128, both.y, 128.f);
+            scale.x = times_signed(six_scale<L>(rest, group, at), both.x);
+            scale.y = times_signed(six_scale<L>(rest, group, at + 1), both.y);
           } else {
             const uint32_t m0 = super_scale<L>(rest, group, at), m1 = super_scale<L>(rest, group, at + 1);
             const float2 d0 = __half22float2(super_d<L>(rest, at)), d1 = __half22float2(super_d<L>(rest, at + 1));
@@ -551,17 +551,16 @@ __device__ __forceinline__ void store(const Args& args, int64_t item_row, int64_
 }
 
 template <int EACH>
-__device__ __forceinline__ void add_shared(uint32_t from, float (&v)[EACH]) {
-  float u[EACH];
+__device__ __forceinline__ void add_shared(const uint8_t* from, float (&v)[EACH]) {
   if constexpr (EACH == 4) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(u[0]), "=f"(u[1]), "=f"(u[2]), "=f"(u[3]) : "r"(from));
+    const float4 u = *reinterpret_cast<const float4*>(from);
+    v[0] += u.x, v[1] += u.y, v[2] += u.z, v[3] += u.w;
   } else if constexpr (EACH == 2) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(u[0]), "=f"(u[1]) : "r"(from));
+    const float2 u = *reinterpret_cast<const float2*>(from);
+    v[0] += u.x, v[1] += u.y;
   } else {
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(u[0]) : "r"(from));
+    v[0] += *reinterpret_cast<const float*>(from);
   }
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) v[e] += u[e];
 }
 
 template <class C, int WARPS>
@@ -573,9 +572,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   uint8_t* const xs = memory + C::TABLE + C::CODE + sizes.ring;
   float* const sums = reinterpret_cast<float*>(xs + sizes.x);
   uint8_t* const after = xs + sizes.x + sizes.sums;
-  const uint32_t exchange = shared_address(after);
   float* const scales = reinterpret_cast<float*>(after + sizes.exchange);
-  const uint32_t barriers = shared_address(scales) + sizes.scales;
+  uint8_t* const control = after + sizes.exchange + sizes.scales;
+  const uint32_t barriers = shared_address(control);
 
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
   const int wk = warp % C::WK, team = warp / C::WK;
@@ -585,8 +584,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   const uint32_t full = barriers + warp * args.stages * 8;
   const uint32_t x_full = barriers + args.teams * C::WK * args.stages * 8;
   const uint32_t met = x_full + (C::x_chunks(args.slice) + team * 2) * 8;  // the exchange's
-  const uint32_t word = x_full + (C::x_chunks(args.slice) + args.teams * 2) * 8 + team * 4;
-  const uint32_t places = word + (args.teams - team) * 4 + team * C::WK * 4;  // where the team's warps leave their sums
+  // Words: for each team one of the workspace's, and where its warps leave their sums, from the start of shared memory.
+  int* const word = reinterpret_cast<int*>(control + (met - barriers) + (args.teams - team) * 16) + team;
+  int* const places = word + (args.teams - team) + team * C::WK;
 
   // The ring first: memory is busy while the rest is set up.
   uint8_t* const ring = memory + C::TABLE + C::CODE + warp * args.stages * C::SLOT;
@@ -714,7 +714,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
           v[round][e] = acc[q / C::GT][group * C::GT + q % C::GT][e];
         }
     } else {
-      if (lane == 0) asm volatile("st.shared.u32 [%0], %1;" ::"r"(places + wk * 4), "r"(shared_address(last)) : "memory");
+      const bool more = item + item_step < args.items;
+      if (lane == 0) places[wk] = static_cast<int>(last - memory);
 #pragma unroll
       for (int group = 0; group < C::NT / C::GT; ++group) {
         if (group) team_barrier(team, C::THREADS);
@@ -726,6 +727,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
             *reinterpret_cast<float4*>(last + ((w * C::GT + t) * 32 + lane) * 16) = make_float4(a[0], a[1], a[2], a[3]);
           }
         team_barrier(team, C::THREADS);
+        const uint8_t* from[C::WK];
+#pragma unroll
+        for (int source = 0; source < C::WK; ++source) from[source] = memory + places[source];
 #pragma unroll
         for (int round = 0; round < C::ROUNDS; ++round) {
           const int p = (round * C::THREADS + id) * C::EACH;
@@ -734,19 +738,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
           for (int e = 0; e < C::EACH; ++e) sum[e] = 0.f;
           if (C::GROUP_TOTAL >= C::THREADS * C::EACH || p < C::GROUP_TOTAL) {
 #pragma unroll
-            for (int source = 0; source < C::WK; ++source) {
-              uint32_t from;
-              asm volatile("ld.shared.u32 %0, [%1];" : "=r"(from) : "r"(places + source * 4) : "memory");
-              add_shared<C::EACH>(from + p * 4, sum);
-            }
+            for (int source = 0; source < C::WK; ++source) add_shared<C::EACH>(from[source] + p * 4, sum);
           }
         }
       }
+      if (more) {
 #if __CUDA_ARCH__ >= 900
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-      team_barrier(team, C::THREADS);
-      if (per_item > 0) refill(slot == 0 ? args.stages - 1 : slot - 1);
+        team_barrier(team, C::THREADS);
+        if (per_item > 0) refill(slot == 0 ? args.stages - 1 : slot - 1);
+      }
     }
     if constexpr (C::CONVERT) {
       if (args.bf16) {
@@ -774,7 +776,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
       const uint32_t barrier = met + buffer * 8;
       // [team][buffer][source][round][thread of the share][EACH]
       const auto place = [&](int source, int round) {
-        return exchange + ((((team * args.buffers + buffer) * (args.splits - 1) + source) * C::ALL_ROUNDS + round) * share + id % share) * (C::EACH * 4);
+        return after + ((((team * args.buffers + buffer) * (args.splits - 1) + source) * C::ALL_ROUNDS + round) * share + id % share) * (C::EACH * 4);
       };
       if (owner != split) {
         uint32_t there;
@@ -782,7 +784,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
 #pragma unroll
         for (int round = 0; round < C::ALL_ROUNDS; ++round) {
           uint32_t to;
-          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(place(split - (split > owner), round)), "r"(owner));
+          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place(split - (split > owner), round))), "r"(owner));
           if constexpr (C::EACH == 4) {
             asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                          "f"(v[round][0]), "f"(v[round][1]), "f"(v[round][2]), "f"(v[round][3]), "r"(there)
@@ -826,10 +828,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
       if (id == 0) {
         before = atomicAdd(args.counters + index, 1);
         if (before == static_cast<uint32_t>(args.splits - 1)) args.counters[index] = 0;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(word), "r"(before) : "memory");
+        *word = static_cast<int>(before);
       }
       team_barrier(team, C::THREADS);
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(before) : "r"(word) : "memory");
+      before = static_cast<uint32_t>(*word);
       if (before == static_cast<uint32_t>(args.splits - 1)) {
         __threadfence();
 #pragma unroll
