@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from quantkit.geometry import DTYPE_BYTES, FLOATS, GGML_BLOCKS, Geometry
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.scheme import assignment_to_json
-from quantkit.transcode import QuantizedLinear, dense_weight, exact_conversion, quantized_linears, transcoded
+from quantkit.transcode import ExactConversion, QuantizedLinear, dense_weight, exact_conversion, quantized_linears, transcoded
 
 DTYPES: Mapping[str, str] = MappingProxyType({"float16": "F16", "bfloat16": "BF16", "float32": "F32"})
 """``--dtype`` -> the safetensors dtype."""
@@ -302,31 +303,67 @@ def convert_exactly(
     Everything else is copied byte for byte. An unfinished conversion of the same source is continued. Raises InputError for a
     source that ``to`` cannot hold exactly, or an ``out`` that exists; MachineError when the disk is full.
     """
+    target = exact_conversion(checkpoint, to)
+    return write_linears(
+        checkpoint,
+        out,
+        target,
+        what={"to": to},
+        transcode=partial(transcoded, checkpoint),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def write_linears(
+    checkpoint: Checkpoint,
+    out: Path,
+    target: ExactConversion,
+    *,
+    what: Mapping[str, Any],
+    transcode: Callable[[QuantizedLinear, Geometry], Iterator[StoredTensor]],
+    max_shard_size: int,
+    overwrite: bool,
+    progress: Progress = silent,
+) -> Transcoded:
+    """Write ``checkpoint`` to ``out``: the linears of ``target`` as ``transcode`` gives them, and every other tensor as it is.
+
+    ``what`` (JSON data) is done to it, for the manifest, and so that an unfinished run goes on with the same. Raises as
+    ``convert_exactly``.
+    """
     if max_shard_size <= 0:
         raise InputError("--max-shard-size", f"is {max_shard_size}", "a positive number of bytes")
-    target = exact_conversion(checkpoint, to)
     owners = {name: path for path, (linear, _) in target.linears.items() for name in linear.parts}
     # A linear counts where its first part lies; every other tensor is written where it is.
     units = _by_block(dict.fromkeys(owners.get(name, name) for name in checkpoint.tensors), lambda item: f"{item}.")
     fingerprint = checkpoint.fingerprint()
-    identity = {"command": "convert", "quantkit": __version__, "source": fingerprint, "to": to}
+    identity = {"command": "convert", "quantkit": __version__, "source": fingerprint, **what}
     copied = sum(ref.nbytes for name, ref in checkpoint.tensors.items() if name not in owners)
     need = copied + sum(geometry.total_bytes for _, geometry in target.linears.values())
     counts = Counter(linear.label for linear, _ in target.linears.values())
+
+    def stored(items: Iterable[str]) -> Iterator[StoredTensor]:
+        for item in items:
+            if item in target.linears:
+                yield from transcode(*target.linears[item])
+            else:
+                yield _as_it_is(checkpoint, item)
+
     with ArtifactWriter(
         out, identity=identity, overwrite=overwrite, resume=not overwrite, need_bytes=need, source=checkpoint.root
     ) as writer:
         committed = writer.committed
         for done, (unit, items) in enumerate(units.items(), 1):
             if unit not in committed:
-                writer.commit(unit, _moved(checkpoint, items, target.linears), facts={})
+                writer.commit(unit, stored(items), facts={})
             progress("convert", done, len(units))
         manifest = {
             "kind": "artifact",
             "method": "convert",
             "source": {"fingerprint": fingerprint, "kind": checkpoint.kind},
             "assignment": assignment_to_json(target.assignment),
-            "conversion": {"exact": True, "to": to, "linears": len(target.linears)},
+            "conversion": {"exact": True, **what, "linears": len(target.linears)},
         }
         published = writer.publish(
             config={**checkpoint.config, "quantization_config": dict(target.quantization_config)},
@@ -336,16 +373,6 @@ def convert_exactly(
         )
     symmetric = all(geometry.scheme.sym for _, geometry in target.linears.values())
     return Transcoded(published, counts, symmetric, fingerprint, len(committed))
-
-
-def _moved(checkpoint: Checkpoint, items: Iterable[str], linears: Mapping[str, tuple[QuantizedLinear, Geometry]]) -> Iterator[StoredTensor]:
-    """Tensors as they are, and linears (by path) in the layout that they get."""
-    for item in items:
-        if item in linears:
-            yield from transcoded(checkpoint, *linears[item])
-        else:
-            ref = checkpoint.tensors[item]
-            yield StoredTensor(item, ref.dtype, ref.shape, checkpoint.read(item).reshape(-1).view(np.uint8).data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from quantkit.arch.spec import Dim, ModelSpec
+from quantkit.arch.spec import FFN_DIMS, Dim, ModelSpec
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, ZERO_ROWS, Geometry, geometry_of, plain
 from quantkit.scheme import KEEP, Assignment, LinearScheme
@@ -23,8 +23,8 @@ VOCAB_GRANULE = 64
 TILE = 16
 """Where a dim allows it, granules are grown to this many elements: matrix kernels work on tiles of 16."""
 MAX_TP = 1024
-FFN_DIMS = ("ffn", "expert_ffn", "shared_ffn")
-"""Dims between two linears of a block, whatever else it has: dealt to the ranks in granules that serve both sides."""
+WIDE = 1 << 15
+"""A width that any group, word and block divides."""
 COLUMN, ROW, GATHER, COPY = "column", "row", "gather", "copy"
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -493,3 +493,24 @@ def _remedy(dim: str, size: int, step: int, tp: int) -> str:
     if dim not in FFN_DIMS:
         return f"{smaller}a smaller --tp"
     return f"{smaller}pad intermediate_size to {math.ceil(size / (tp * step)) * tp * step} with zeros"
+
+
+def widened(spec: ModelSpec, sizes: Mapping[str, int]) -> ModelSpec:
+    """``spec`` with other sizes of some dims."""
+    return replace(spec, dims=MappingProxyType({**spec.dims, **{dim: Dim(size) for dim, size in sizes.items()}}))
+
+
+def ffn_granules(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> dict[str, int]:
+    """Of each MLP's width (FFN_DIMS), what an equal part of it must be a multiple of: whole groups, packed words, blocks.
+
+    Whatever its size is now: raises no error for one that the layouts could not hold.
+    """
+    spec = widened(spec, {dim: WIDE for dim in FFN_DIMS if dim in spec.dims})
+    found = {dim: 1 for dim in FFN_DIMS if dim in spec.dims}
+    for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):
+        linear = spec.linears[role]
+        for dim, axis in ((linear.out, "N"), (linear.inp, "K")):
+            if dim in found:
+                group = geometry.scheme.group_size if axis == "K" else 1  # which act-order may cut
+                found[dim] = math.lcm(found[dim], geometry.granule(axis), max(group, 1))
+    return found

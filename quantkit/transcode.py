@@ -251,14 +251,24 @@ def _grid(checkpoint: Checkpoint, linear: QuantizedLinear) -> _Grid:
     return _Grid(symmetric, int(result.zeros.min()), scattered)
 
 
-def _unpacked(linear: QuantizedLinear, parts: Mapping[str, Tensor]) -> GroupedInt:
-    from quantkit.layouts.base import GroupedInt
+def neutral(checkpoint: Checkpoint, linear: QuantizedLinear) -> Neutral:
+    """What a stored linear holds. Raises InputError for parts that are not what they say."""
+    return _neutral(linear, _read(checkpoint, linear))
+
+
+def _neutral(linear: QuantizedLinear, parts: Mapping[str, Tensor]) -> Neutral:
     from quantkit.layouts.registry import codec
 
     try:
-        result = codec(linear.geometry.layout).unpack(parts, linear.geometry)
+        return codec(linear.geometry.layout).unpack(parts, linear.geometry)
     except InputError as exc:
         raise _named(linear, exc) from exc
+
+
+def _unpacked(linear: QuantizedLinear, parts: Mapping[str, Tensor]) -> GroupedInt:
+    from quantkit.layouts.base import GroupedInt
+
+    result = _neutral(linear, parts)
     assert isinstance(result, GroupedInt), linear
     return result
 

@@ -187,6 +187,8 @@ class Rope:
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints store the rotary frequencies, which follow from config.json."""
 ALWAYS = frozenset({"q", "k", "v", "o"})
+FFN_DIMS = ("ffn", "expert_ffn", "shared_ffn")
+"""Dims between two linears of a block, which nothing else sees."""
 
 
 def is_sparse(role: str) -> bool:

@@ -476,6 +476,16 @@ def quantize(
     devices: Annotated[int, typer.Option("--devices", min=1, metavar="N", help="GPUs of this machine to split the work over.")] = 1,
     compute_dtype: ComputeDtype = "auto",
     offload: Offload = False,
+    for_tp: Annotated[
+        int | None,
+        typer.Option(
+            "--for-tp",
+            min=2,
+            metavar="N",
+            show_default=False,
+            help="Widen MLPs with zeros first, so that a runtime that needs equal parts can cut the artifact on N ranks.",
+        ),
+    ] = None,
     max_shard_size: PartSize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of the same command was ended.")] = False,
     overwrite: Overwrite = False,
@@ -511,6 +521,7 @@ def quantize(
             devices=devices,
             compute_dtype=compute_dtype,
             offload=offload,
+            for_tp=for_tp,
             max_shard_size=None if max_shard_size is None else _size(max_shard_size, "--max-shard-size"),
             resume=resume,
             overwrite=overwrite,
@@ -612,6 +623,46 @@ def shard(
         from quantkit.commands import shard
 
         return shard.run(shard.ShardOptions(path, out, tp, overwrite), progress)
+
+    _run(context, Output(json, quiet, verbose), work)
+
+
+@app.command(
+    short_help="Widen a model's MLPs with zeros, so that N ranks get equal parts",
+    epilog=_examples(
+        "quantkit pad Qwen2-72B-Instruct Qwen2-72B-padded --tp 8",
+        "quantkit pad Qwen2-72B-GPTQ-g64 Qwen2-72B-GPTQ-g64-tp8 --tp 8",
+    ),
+)
+def pad(
+    context: typer.Context,
+    path: Model,
+    out: Out,
+    tp: Tp,
+    multiple: Annotated[
+        int | None,
+        typer.Option(
+            "--multiple",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Of a float model, what each rank's part is a multiple of: the group size to come, 256 for k-quants. Default: 128.",
+        ),
+    ] = None,
+    max_shard_size: PartSize = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make an exact standard checkpoint whose MLPs a runtime that needs equal parts can cut on N ranks: the model computes what it did.
+    quantkit's own runtime needs none of it. A quantized model keeps its codes and gets whole groups of zeros behind them."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import pad
+
+        size = None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
+        return pad.run(pad.PadOptions(path, out, tp, multiple, size, overwrite), progress)
 
     _run(context, Output(json, quiet, verbose), work)
 

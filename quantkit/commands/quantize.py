@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from quantkit.arch.spec import FFN_DIMS, ModelSpec
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.padding import padded, padding_for
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands import quantize_gguf
 from quantkit.commands.assign import artifact_bytes, assign, check_recipe, float_dtype
+from quantkit.commands.pad import check_tp, refuse_obstacles
 from quantkit.commands.quantize_blocks import quantize_blocks
 from quantkit.commands.quantize_gguf import DEFAULT_TYPE, GgufChoices, GgufOptions
 from quantkit.commands.quantize_options import GGUF, QuantizeOptions, effective_recipe, flag, method_names
 from quantkit.commands.quantize_report import ArtifactPlan, Run, dry_run_report
 from quantkit.commands.quantize_run import check_source, quantize_plans
 from quantkit.errors import InputError
+from quantkit.method_facts import MethodFacts
 from quantkit.mixtures import FILE_TYPES
+from quantkit.plan import WIDE, ffn_granules, widened
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, quantization_config
 from quantkit.recipe import Recipe
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 NOT_GGUF = (
     *("bits", "group_size", "sym", "format", "recipe", "override", "option", "inputs", "calib", "samples", "seq_len"),
-    *("devices", "compute_dtype", "offload"),
+    *("devices", "compute_dtype", "offload", "for_tp"),
 )
 """Options that say nothing of a GGUF file whose types its mixture decides."""
 
@@ -77,6 +83,22 @@ def _refuse_calibration(options: QuantizeOptions, name: str) -> None:
         raise InputError("--offload", f"was given, and method {name} has no activations", "a method that calibrates, such as awq")
 
 
+def _padded(
+    checkpoint: Checkpoint, spec: ModelSpec, recipes: Mapping[str, Recipe], facts: Mapping[str, MethodFacts], tp: int
+) -> Checkpoint:
+    """``checkpoint`` with MLPs that ``tp`` ranks can cut evenly in every artifact; itself where they can. Raises as ``pad``."""
+    check_tp(tp)
+    dtype = float_dtype(checkpoint, spec)
+    sizes = {dim: WIDE for dim in FFN_DIMS if dim in spec.dims}  # any group divides it: what a method stores does not depend on the width
+    assignments = [assign(widened(spec, sizes), recipe, facts, dtype) for recipe in recipes.values()]
+    found = [ffn_granules(spec, assignment, dtype=dtype) for assignment in assignments]
+    padding = padding_for(spec, tp, {dim: math.lcm(*(each[dim] for each in found)) for dim in sizes}, mixed=True)
+    result = padded(checkpoint, padding) if padding.sizes else checkpoint
+    for assignment in assignments:
+        refuse_obstacles(spec_for(result.config), assignment, tp)
+    return result
+
+
 def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     """Quantize ``options.path`` into ``options.out``. With ``dry_run`` report the plan and write nothing."""
     from quantkit.quantizers.base import methods
@@ -103,6 +125,9 @@ def run(options: QuantizeOptions, progress: Progress = silent) -> Report:
     checkpoint = open_checkpoint(options.path)
     spec = spec_for(checkpoint.config)
     check_source(checkpoint, spec)
+    if options.for_tp is not None:
+        checkpoint = _padded(checkpoint, spec, recipes, facts, options.for_tp)
+        spec = spec_for(checkpoint.config)
     plans = {}
     for name in names:
         recipe = effective_recipe(options, name, spec.max_positions)

@@ -43,6 +43,8 @@ def _block_method(options: QuantizeOptions, names: tuple[str, ...]) -> str:
         if getattr(options.gguf, name) is not None:
             what = f"was given with --format {form}" + ("" if name == "type" else f", and {method} gathers its own statistics")
             raise InputError(flag(name), what, f"no {flag(name)}")
+    if options.for_tp is not None:
+        raise InputError("--for-tp", f"was given with --format {form}", "a model that quantkit pad --multiple 256 widened")
     plain = replace(options, format=None)
     recipe = effective_recipe(plain, method)
     for option in ("bits", "group_size", "sym", "format", "override"):

@@ -45,6 +45,8 @@ class QuantizeOptions:
     """GPUs to split the work over."""
     compute_dtype: str = "auto"
     offload: bool = False
+    for_tp: int | None = None
+    """Ranks that get equal parts of every MLP, which is widened with zeros for it."""
     max_shard_size: int | None = None
     """Bytes; None is 5 GB of safetensors, and one GGUF file whatever its size."""
     resume: bool = False

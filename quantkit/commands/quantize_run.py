@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
+from quantkit.checkpoint.padding import PaddedCheckpoint
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.commands.assign import float_dtype
 from quantkit.commands.quantize_report import ArtifactPlan, Run, calibration_facts, done_report
@@ -219,6 +220,7 @@ def _publish(work: Run, plan: ArtifactPlan, writer: ArtifactWriter, model: Quant
         "totals": totals,
         "blocks": model.facts,
         **({"expert_tokens": model.coverage} if model.coverage else {}),
+        **({"padding": checkpoint.padding.to_json()} if isinstance(checkpoint, PaddedCheckpoint) else {}),
     }
     config = {**checkpoint.config, "quantization_config": dict(plan.config)}
     if work.spec.tied and head in plan.assignment:

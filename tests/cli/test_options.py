@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
             "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run --option mse=false --option block=64 "
-            "--inputs float --compute-dtype float16 --offload --devices 2 --type q6_k --imatrix i.gguf --pure --tensor-type a=q8_0 "
+            "--inputs float --compute-dtype float16 --offload --devices 2 --for-tp 4 --type q6_k --imatrix i.gguf --pure --tensor-type a=q8_0 "
             "--tensor-type b=q5_k --output-tensor-type q8_0 --token-embedding-type q6_k --leave-output-tensor --allow-requantize "
             "--pre-tokenizer gpt-2"
         ),
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
         | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True}
         | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True}
-        | {"devices": 2, "gguf": GgufChoices("q6_k", Path("i.gguf"), True, ("a=q8_0", "b=q5_k"), "q8_0", "q6_k", True, True, "gpt-2")},
+        | {"devices": 2, "for_tp": 4, "gguf": GgufChoices("q6_k", Path("i.gguf"), True, ("a=q8_0", "b=q5_k"), "q8_0", "q6_k", True, True, "gpt-2")},
     ),
     "imatrix": (
         "m o",
@@ -69,6 +69,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         ),
         {"formats": ("int4", "nf4"), "shapes": ("l3_o", "128x256"), "tokens": (1, 9), "dtype": "bfloat16", "peers": Path("p.json")}
         | {"out": Path("o.json"), "tune": True, "table": Path("t.json")},
+    ),
+    "pad": (
+        "m o --tp 2",
+        {"path": "m", "out": Path("o"), "tp": 2},
+        "--multiple 64 --max-shard-size 2GB --overwrite",
+        {"multiple": 64, "max_shard_size": 2_000_000_000, "overwrite": True},
     ),
     "shard": ("m o --tp 2", {"path": "m", "out": Path("o"), "tp": 2}, "--overwrite", {"overwrite": True}),
     "unshard": ("m o", {"path": Path("m"), "out": Path("o")}, "--overwrite", {"overwrite": True}),
