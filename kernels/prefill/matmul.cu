@@ -5,10 +5,33 @@
 // launch, in which W is read before the kernel before has ended.
 #include "launch.cuh"
 
+namespace {
+
+// Without a table of measurements: tiles as high as m asks for; where they are too few for the multiprocessors, clusters share K.
+QkConfig rule(const qk::Call& call) {
+  const int64_t m = call.work.m, strips = (call.work.strips + 1) / 2, few = qk::processors();
+  QkConfig config = {QK_WGMMA, 256, 2, -1, 0};
+  for (const int tile : {64, 128}) {
+    if (m <= tile) {
+      config.a = tile;
+      break;
+    }
+  }
+  if (config.a == 256 && (m + 255) / 256 * strips * 10 < few * 8) config.a = 128;
+  const int64_t tiles = (m + config.a - 1) / config.a * strips, room = config.a == 64 ? 2 * few : few;
+  if (tiles > room) return config;
+  for (config.c = 8; config.c > 1; --config.c) {  // a cluster lies within a group of 16 to 18 multiprocessors
+    if (tiles * config.c * 10 <= room * 8 && 2 * config.c <= call.work.k_tiles) break;
+  }
+  return config;
+}
+
+}  // namespace
+
 extern "C" int quantkit_matmul_wgmma(const QkWeight* weight, const void* x, int64_t m, int64_t ldx, int x_type, const void* bias, void* y,
                                      void* workspace, int64_t workspace_bytes, const QkConfig* config, cudaStream_t stream) {
   using namespace qk;
-  if (!config || weight->n <= 0 || weight->k <= 0 || m < 0 || m > INT32_MAX) return QK_UNSUPPORTED;
+  if (weight->n <= 0 || weight->k <= 0 || m < 0 || m > INT32_MAX) return QK_UNSUPPORTED;
   if (m == 0) return 0;
   if (ldx % 8 || reinterpret_cast<uintptr_t>(x) % 16) return QK_UNSUPPORTED;  // a tensor map's strides and base are multiples of 16 bytes
   Call call = {};
@@ -30,13 +53,14 @@ extern "C" int quantkit_matmul_wgmma(const QkWeight* weight, const void* x, int6
   call.k = weight->k;
   call.workspace_bytes = workspace_bytes;
   call.stream = stream;
-  call.m_tile = config->a;
-  call.groups = config->b;
-  call.splits = config->c > 0 ? config->c : 0;
-  call.whole = config->c == -1;
-  call.late = config->c == -2;
-  call.pair = config->d & 1;
-  call.dependent = config->d & 2;
+  const QkConfig chosen = config && config->kernel == QK_WGMMA ? *config : rule(call);
+  call.m_tile = chosen.a;
+  call.groups = chosen.b;
+  call.splits = chosen.c > 0 ? chosen.c : 0;
+  call.whole = chosen.c == -1;
+  call.late = chosen.c == -2;
+  call.pair = chosen.d & 1;
+  call.dependent = chosen.d & 2;
   switch (weight->format) {
     case QK_INT4: return prefill_int4(call);
 #ifndef QK_ONLY_INT4
