@@ -35,7 +35,7 @@ void start(const void* data, int64_t count, void* sink, cudaStream_t stream) {
 
 extern "C" int quantkit_bench_read(const void* data, int64_t bytes, void* sink, cudaStream_t stream) {
 #ifndef QK_READ_EACH
-#define QK_READ_EACH 4
+#define QK_READ_EACH 2
 #endif
   start<QK_READ_EACH>(data, bytes / 16, sink, stream);
   return cudaGetLastError();
