@@ -23,14 +23,14 @@ import torch
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
-from quantkit.runtime.kv_cache import contiguous_cache
+from quantkit.runtime.kv_cache import whole_cache
 
 PROMPT, WARM = 64, 8
 
 
 def stepper(decoder: Decoder, steps: int) -> Callable[[], float]:
     """A function that decodes one token more and says how many seconds it took."""
-    cache = contiguous_cache(decoder, PROMPT + WARM + steps)
+    cache = whole_cache(decoder, PROMPT + WARM + steps)
     decoder.forward(torch.arange(PROMPT), Batch(torch.arange(PROMPT), (PROMPT,), (0,)), cache)
     position, token = PROMPT, torch.tensor([7])
 

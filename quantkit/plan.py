@@ -438,6 +438,19 @@ def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, 
     )
 
 
+KV_BLOCK = 16
+"""Tokens of a block of the KV cache."""
+PASS_TOKENS, PASS_SEQUENCES = 1024, 8
+"""What one pass of the runtime is over at most, where nobody says otherwise: tokens, and sequences that get one more."""
+
+
+def pass_bytes(spec: ModelSpec, tp: int, *, tokens: int, sequences: int, itemsize: int) -> int:
+    """An estimate of what a pass takes on each of ``tp`` ranks beside weights, keys and values: ``itemsize`` bytes an element."""
+    dims = {name: dim.elements for name, dim in spec.dims.items()}
+    wide = max(2 * dims["heads"] + 2 * dims["kv_heads"], 3 * max(dims.get(name, 0) for name in ("ffn", "expert_ffn", "shared_ffn")))
+    return itemsize * tokens * (4 * dims["hidden"] + wide // tp) + sequences * dims["vocab"] * (itemsize + 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Obstacle:
     """Why a runtime cannot cut a model: the layer, the numbers, and what to do."""

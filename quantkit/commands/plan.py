@@ -14,15 +14,19 @@ from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.jsonfile import read_object
-from quantkit.geometry import FLOATS
+from quantkit.geometry import DTYPE_BYTES, FLOATS
 from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
+    KV_BLOCK,
+    PASS_SEQUENCES,
+    PASS_TOKENS,
     Obstacle,
     ParallelPlan,
     RankMemory,
     block_geometries,
     equal_split_obstacles,
     make_plan,
+    pass_bytes,
     rank_memory,
 )
 from quantkit.progress import Progress, silent
@@ -34,7 +38,7 @@ UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
     f"{letter}{tail}": base**power for power, letter in enumerate("KMGT", start=1) for tail, base in (("B", 1000), ("iB", 1024), ("", 1000))
 }
 RESERVE = 0.10
-"""Part of a GPU's memory left to activations and the runtime itself: an estimate, and named so where it is shown."""
+"""Part of a GPU's memory that the runtime leaves alone (``serve --gpu-memory-utilization``)."""
 CONFIG_LIMIT = 16 << 20
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EQUAL_SPLIT = "equal split (vLLM, SGLang)"
@@ -191,7 +195,7 @@ def _cuts(model: _Model, assignment: Assignment, plan: ParallelPlan) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """How ``length`` tokens and the weights lie in ``limit`` bytes on every rank."""
+    """How ``length`` tokens, the weights and a pass lie in ``limit`` bytes on every rank."""
 
     limit: int
     length: int
@@ -201,18 +205,21 @@ class _Fit:
     """The rank that needs most, for ``length`` tokens."""
     needs: int
     usable: int
+    """Bytes for weights, keys and values."""
+    passes: int
+    """Bytes that a pass takes."""
 
     @property
     def fits(self) -> bool:
         return self.tokens >= self.length
 
 
-def _fit(memory: tuple[RankMemory, ...], limit: int, length: int) -> _Fit:
-    usable = int(limit * (1 - RESERVE))
+def _fit(memory: tuple[RankMemory, ...], limit: int, length: int, passes: int) -> _Fit:
+    usable = int(limit * (1 - RESERVE)) - passes
     needs = [m.weights + length * m.kv_per_token for m in memory]
     left = [(usable - m.weights) // m.kv_per_token for m in memory if m.kv_per_token]
     tokens = 0 if any(m.weights > usable for m in memory) else min(left)
-    return _Fit(limit, length, tokens, needs.index(max(needs)), max(needs), usable)
+    return _Fit(limit, length, tokens, needs.index(max(needs)), max(needs), usable, passes)
 
 
 def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None) -> tuple[tuple[str, str], ...]:
@@ -226,7 +233,7 @@ def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit 
         *mode_facts(plan),
     ]
     if fit is not None:
-        left = f"{RESERVE:.0%} of it left to activations (estimate)"
+        left = f"beside {human(fit.passes)} for a pass (estimate) and {RESERVE:.0%} left alone"
         facts.append(("KV cache", f"{fit.tokens} tokens fit in {human(fit.limit)} per rank, {left}"))
         facts.append(("fits", f"{'yes' if fit.fits else 'no'}, for {fit.length} tokens"))
     return tuple(facts)
@@ -272,7 +279,8 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     obstacles = equal_split_obstacles(model.spec, assignment, options.tp, dtype=model.dtype)
     progress("plan", 1, 1)
     length = options.max_model_len or model.spec.max_positions
-    fit = None if limit is None else _fit(memory, limit, length)
+    one = pass_bytes(model.spec, options.tp, tokens=PASS_TOKENS, sequences=PASS_SEQUENCES, itemsize=DTYPE_BYTES[model.dtype])
+    fit = None if limit is None else _fit(memory, limit, length, one)
     failed = None
     if fit is not None and not fit.fits:
         needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
@@ -285,6 +293,8 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
         "max_model_len": length,
         "gpu_memory": limit,
         "kv_tokens_that_fit": None if fit is None else fit.tokens,
+        "kv_blocks_that_fit": None if fit is None else fit.tokens // KV_BLOCK,
+        "pass_bytes": one,
         "fits": None if fit is None else fit.fits,
         "equal_split": {"runs": not obstacles, "obstacles": [asdict(o) for o in obstacles]},
     }

@@ -96,10 +96,10 @@ def _decode_speed(checkpoint: Checkpoint, prompt: Sequence[int], device: str, st
 
     from quantkit.model.decoder import Batch
     from quantkit.model.load import load_decoder
-    from quantkit.runtime.kv_cache import contiguous_cache
+    from quantkit.runtime.kv_cache import whole_cache
 
     decoder = load_decoder(checkpoint, dtype=torch.bfloat16, device=device)
-    cache = contiguous_cache(decoder, len(prompt) + steps)
+    cache = whole_cache(decoder, len(prompt) + steps)
     times = []
     with torch.inference_mode():
         decoder.forward(torch.tensor(list(prompt)), Batch(torch.arange(len(prompt)), (len(prompt),), (0,)), cache)

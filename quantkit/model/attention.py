@@ -41,10 +41,17 @@ class KVCache(Protocol):
 
 @runtime_checkable
 class InPlaceCache(KVCache, Protocol):
-    """A cache whose tokens of one pass are beside each other in memory, so that a kernel can write them itself."""
+    """A cache in whose memory a kernel can write the tokens of a pass itself, while ``in_place`` holds."""
 
-    def reserve(self, layer: int, sequence: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Append ``tokens`` tokens that the caller writes at once; return all of the sequence so far, ``[S, KV, D]``, contiguous."""
+    @property
+    def in_place(self) -> bool:
+        """Whether it stores the dtype that is computed with."""
+
+    def reserve(self, layer: int, sequence: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Append ``tokens`` tokens that the caller writes at once: their places, keys and values ``[t, KV, D]`` contiguous."""
+
+    def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """All of the sequence, once what was reserved is written: two ``[S, KV, D]``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class Block:
         k = self._heads((yield "k", h))
         v = self._heads((yield "v", h))
         q, k = self._norm("q_norm", q, fuse), self._norm("k_norm", k, fuse)
-        if fuse and angles is not None and isinstance(cache, InPlaceCache):
+        if fuse and angles is not None and isinstance(cache, InPlaceCache) and cache.in_place:
             h = self._attend_in_place(q, k, v, batch, angles, cache)
         else:
             if angles is not None:
@@ -203,10 +203,9 @@ class Block:
 
     def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: InPlaceCache) -> Tensor:
         """Attention of ``q``, ``k``, ``v`` not yet rotated, where one kernel rotates them and writes the cache."""
-        held = [cache.reserve(self.layer, sequence, length) for _, length, sequence in spans(batch)]
-        new = [(keys[-length:], values[-length:]) for (_, length, _), (keys, values) in zip(spans(batch), held, strict=True)]
+        new = [places for _, length, sequence in spans(batch) for places in cache.reserve(self.layer, sequence, length)]
         q = fused.rotary_write(q, k, v, *angles, [keys for keys, _ in new], [values for _, values in new])
-        return self.attention.over_held(q, batch, held)
+        return self.attention.over_held(q, batch, [cache.held(self.layer, sequence) for _, _, sequence in spans(batch)])
 
     def _mlp(self, h: Tensor, fuse: bool) -> Steps:
         """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""

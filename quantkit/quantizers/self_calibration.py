@@ -19,7 +19,7 @@ from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
 from quantkit.progress import Progress
 from quantkit.quantizers.calibration import CalibrationTokens, window_bos
-from quantkit.runtime.kv_cache import cache_for
+from quantkit.runtime.kv_cache import whole_cache
 from quantkit.text.builtin import builtin_text
 from quantkit.text.tokenizer import Tokenizer
 
@@ -55,9 +55,7 @@ def silent_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> list[int]:
 def _continue(decoder: Decoder, starts: Tensor, seq_len: int, silent: Sequence[int], generator: torch.Generator) -> Tensor:
     """Sample a sequence from each of ``starts [B]``: [B, seq_len], the start first."""
     count = starts.shape[0]
-    cache = cache_for(decoder)
-    for sequence in range(count):
-        cache.open(sequence, seq_len, allocate=seq_len)
+    cache = whole_cache(decoder, seq_len, count)
     out = torch.empty(count, seq_len, dtype=torch.int64)
     out[:, 0] = token = starts
     banned = torch.tensor(silent, dtype=torch.int64)

@@ -19,11 +19,13 @@ from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import make_plan
+from quantkit.plan import PASS_SEQUENCES, PASS_TOKENS, make_plan
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
+from quantkit.runtime.blocks import BLOCK, blocks_for
 from quantkit.runtime.devices import default_dtype, place_for
 from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
+from quantkit.runtime.kv_cache import KV_DTYPES
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
 from quantkit.runtime.scheduler import Limits, Schedule, Scheduler
 from quantkit.runtime.stops import StopText
@@ -33,8 +35,7 @@ from quantkit.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 __all__ = ["Delta", "Engine", "EngineStats", "QueueFull", "SamplingParams", "TokenLogprob", "start_engine"]
 
-STEP_TOKENS = 1024
-"""Tokens of one pass: longer prompts are computed in pieces, between which the others go on."""
+MEMORY_SHARE = 0.9
 IDLE_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
 
@@ -70,14 +71,20 @@ class EngineStats:
     running: int
     waiting: int
     kv_tokens_used: int
-    kv_tokens_reserved: int
-    """What the running requests may come to use; memory for keys and values never passes it."""
+    """Of the blocks that running requests hold, a shared one once."""
+    kv_tokens_kept: int
+    """Of the free blocks that may serve another request of the same beginning."""
     kv_tokens_total: int
     weight_bytes: tuple[int, ...]
     kv_bytes_per_token: tuple[int, ...]
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    prefix_tokens_looked_up: int
+    prefix_tokens_found: int
+    """Prompt tokens that were not computed, because another text began with them."""
+    preemptions: int
+    """How often a running request had to give its memory back and was computed again."""
 
 
 @dataclass(slots=True)
@@ -105,14 +112,16 @@ class _Counts:
 class EngineLimits:
     """``max_model_len``: tokens of prompt and answer; ``max_num_seqs`` run at once, ``max_queue`` more may wait.
 
-    ``kv_tokens``: what the caches hold, at least one whole text. ``step_tokens``: tokens of one pass.
+    ``kv_blocks``: what the caches hold, at least one whole text. ``step_tokens``: tokens of one pass; longer prompts are computed
+    in pieces, between which the others go on. ``prefix_caching``: what texts begin with alike is computed once.
     """
 
     max_model_len: int
     max_num_seqs: int
     max_queue: int
-    kv_tokens: int
-    step_tokens: int = STEP_TOKENS
+    kv_blocks: int
+    step_tokens: int = PASS_TOKENS
+    prefix_caching: bool = True
 
 
 class Engine:
@@ -123,7 +132,8 @@ class Engine:
         self.max_model_len, self.tp = limits.max_model_len, len(executor.facts)
         self._executor, self._limits = executor, limits
         step_tokens = max(limits.step_tokens, limits.max_num_seqs)
-        self._scheduler = Scheduler(Limits(limits.max_num_seqs, step_tokens, limits.kv_tokens))
+        self._scheduler = Scheduler(Limits(limits.max_num_seqs, step_tokens, limits.kv_blocks, limits.prefix_caching))
+        executor.open_cache(limits.kv_blocks)
         self._eos = frozenset((*tokenizer.eos_ids, *spec.eos_ids))
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -137,9 +147,10 @@ class Engine:
 
     # from any thread
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta) -> int:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta, *, cache_salt: str = "") -> int:
         """Queue a request and return its number, for ``cancel``.
 
+        It shares what was computed before with requests of the same ``cache_salt`` alone, so that no other can tell by its speed.
         ``on_delta`` is called from the engine's thread and must neither block nor raise; its last call has a finish reason
         or is the error. Raises InputError for a prompt that is empty, too long or no tokens of the model, QueueFull, and the
         failure of an engine that died.
@@ -159,7 +170,7 @@ class Engine:
                     "engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later"
                 )
             number = next(self._numbers)
-            self._scheduler.add(number, prompt, len(prompt) + most - 1)  # the last token's keys are never needed
+            self._scheduler.add(number, prompt, len(prompt) + most - 1, cache_salt)  # the last token's keys are never needed
             self._requests[number] = request
             self._changed.notify()
         return number
@@ -193,19 +204,22 @@ class Engine:
         return self._failure
 
     def stats(self) -> EngineStats:
-        facts = self._executor.facts
+        facts, scheduler = self._executor.facts, self._scheduler
         with self._changed:
             return EngineStats(
-                running=self._scheduler.running,
-                waiting=self._scheduler.waiting,
-                kv_tokens_used=self._scheduler.kv_used,
-                kv_tokens_reserved=self._scheduler.kv_reserved,
-                kv_tokens_total=self._scheduler.limits.kv_tokens,
+                running=scheduler.running,
+                waiting=scheduler.waiting,
+                kv_tokens_used=BLOCK * scheduler.blocks_held,
+                kv_tokens_kept=BLOCK * scheduler.blocks_kept,
+                kv_tokens_total=BLOCK * scheduler.limits.blocks,
                 weight_bytes=tuple(rank.weight_bytes for rank in facts),
                 kv_bytes_per_token=tuple(rank.kv_bytes_per_token for rank in facts),
                 prompt_tokens=self._counts.prompt_tokens,
                 generated_tokens=self._counts.generated_tokens,
                 steps=self._counts.steps,
+                prefix_tokens_looked_up=scheduler.counts.looked_up,
+                prefix_tokens_found=scheduler.counts.found,
+                preemptions=scheduler.counts.preemptions,
             )
 
     def close(self) -> None:
@@ -259,11 +273,11 @@ class Engine:
 
     def _step(self, schedule: Schedule) -> Step:
         begin = []
-        for number, room in schedule.admitted:
+        for number in schedule.admitted:
             request = self._requests[number]
             self._counts.prompt_tokens += request.prompt_tokens
-            begin.append(Begin(number, room, request.params, request.seed))
-        return Step(schedule.freed, tuple(begin), schedule.chunks)
+            begin.append(Begin(number, request.params, request.seed))
+        return Step(schedule.freed, schedule.preempted, tuple(begin), schedule.chunks)
 
     def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:
         """Give each sampled token to its request, unless that was cancelled while the step ran."""
@@ -316,7 +330,11 @@ def start_engine(
     device: str = "auto",
     dtype: str | None = None,
     max_model_len: int | None = None,
-    max_num_seqs: int = 8,
+    max_num_seqs: int = PASS_SEQUENCES,
+    max_num_batched_tokens: int = PASS_TOKENS,
+    memory_share: float = MEMORY_SHARE,
+    kv_cache_dtype: str = "auto",
+    prefix_caching: bool = True,
     max_queue: int = 64,
     timeout: float = 60.0,
     parity: bool = False,
@@ -327,10 +345,18 @@ def start_engine(
     A shard directory brings its own ``tp``; anything else is cut for ``tp`` ranks (1 when None) as it is read. ``device``
     "auto" is CUDA where there is any. ``dtype`` None is bfloat16, whatever the checkpoint stores (float16 on a GPU without
     it, float32 with ``parity``). ``max_model_len`` None is what the model was trained for, or less where the memory is less.
+    ``memory_share`` of a GPU's memory (on a CPU of what is free) is for weights, passes, and keys and values; those are stored in
+    ``kv_cache_dtype``: "auto" as computed, "fp8" in half the memory of 16 bits. ``max_num_batched_tokens`` are tokens of one pass.
     ``timeout`` in seconds ends a rank that others wait for. Raises InputError and MachineError for what cannot be.
     """
     if max_num_seqs < 1 or max_queue < 0 or timeout <= 0:
         raise InputError("engine", f"max_num_seqs {max_num_seqs}, max_queue {max_queue}, timeout {timeout}", "at least 1, 0 and above 0")
+    if max_num_batched_tokens < max_num_seqs:
+        raise InputError("--max-num-batched-tokens", f"is {max_num_batched_tokens}", f"at least --max-num-seqs, {max_num_seqs}")
+    if not 0 < memory_share <= 1:
+        raise InputError("--gpu-memory-utilization", f"is {memory_share}", "more than 0, up to 1")
+    if kv_cache_dtype not in KV_DTYPES:
+        raise InputError("--kv-cache-dtype", f"is {kv_cache_dtype!r}", f"one of {', '.join(KV_DTYPES)}")
     root = resolve_path(path)
     manifest = read_manifest(root)
     sharded = manifest is not None and manifest.get("kind") == "shards"
@@ -341,11 +367,13 @@ def start_engine(
     place = place_for(device, ranks)
     name = dtype or default_dtype(place, parity)
     float_dtype(name)
-    job = RankJob(str(root), sharded, ranks, name, place, parity, timeout)
+    fp8 = kv_cache_dtype == "fp8"
+    job = RankJob(str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, max_num_batched_tokens, max_num_seqs)
     executor: Executor = LocalExecutor(job, progress) if ranks == 1 else ProcessExecutor(job, progress)
     try:
-        longest, kv_tokens = _kv_room(executor, longest, max_model_len is not None, max_num_seqs)
-        return Engine(executor, tokenizer, spec, EngineLimits(longest, max_num_seqs, max_queue, kv_tokens), dtype=name)
+        longest, blocks = _kv_room(executor, place, longest, max_model_len is not None, max_num_seqs)
+        limits = EngineLimits(longest, max_num_seqs, max_queue, blocks, max_num_batched_tokens, prefix_caching)
+        return Engine(executor, tokenizer, spec, limits, dtype=name)
     except BaseException:
         executor.close()
         raise
@@ -375,13 +403,17 @@ def _longest(spec: ModelSpec, asked: int | None) -> int:
     return asked
 
 
-def _kv_room(executor: Executor, longest: int, asked: bool, max_num_seqs: int) -> tuple[int, int]:
-    """The longest text and the tokens that the caches hold: what every rank has memory for."""
-    fits = min((rank.kv_tokens for rank in executor.facts if rank.kv_tokens is not None), default=longest * max_num_seqs)
-    if fits < 2 or (asked and fits < longest):
+def _kv_room(executor: Executor, place: str, longest: int, asked: bool, max_num_seqs: int) -> tuple[int, int]:
+    """The longest text and the blocks that the caches hold: what every rank has memory for.
+
+    On a CPU no more than the seats can fill: what is left belongs to others too.
+    """
+    full = blocks_for(longest) * max_num_seqs
+    blocks = min((rank.kv_blocks for rank in executor.facts if rank.kv_blocks is not None), default=full)
+    fits = BLOCK * blocks
+    if not fits or (asked and fits < longest):
         where = "--max-model-len" if asked else "keys and values"
         raise MachineError(
             where, f"{longest} tokens do not fit into the memory that the weights leave", f"at most {fits}", "more memory or ranks"
         )
-    longest = min(longest, fits)
-    return longest, min(longest * max_num_seqs, fits)
+    return min(longest, fits), min(blocks, full) if place == "cpu" else blocks

@@ -36,6 +36,7 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """How long the other ranks have, when one fails, to say what it was: the first to notice is seldom the one to blame."""
 STDERR_BYTES = 1 << 14
+CACHE_HINT = "--gpu-memory-utilization, --max-model-len or --max-num-seqs"
 
 
 class Executor(Protocol):
@@ -44,6 +45,9 @@ class Executor(Protocol):
     @property
     def facts(self) -> tuple[RankFacts, ...]:
         """What each rank holds, in rank order."""
+
+    def open_cache(self, blocks: int) -> None:
+        """Have every rank take memory for ``blocks`` blocks of keys and values, once, before the first step. Raises MachineError."""
 
     def execute(self, step: Step) -> list[Sampled]:
         """Run ``step`` on every rank; the tokens of its chunks that sample, in order. Raises RuntimeDied when a rank is lost."""
@@ -61,9 +65,15 @@ class LocalExecutor:
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp == 1
         progress("load", 0, 1)
-        self._runner = Runner(load_rank(job, Solo(), job.device))
-        self.facts = (rank_facts(self._runner.decoder, self._runner.cache, 1),)
+        self._runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8)
+        self.facts = (rank_facts(self._runner.decoder, job),)
         progress("load", 1, 1)
+
+    def open_cache(self, blocks: int) -> None:
+        try:
+            self._runner.open_cache(blocks)
+        except (torch.OutOfMemoryError, RuntimeError) as exc:  # RuntimeError: a CPU's
+            raise MachineError("keys and values", f"{blocks} blocks are more than there is memory for", "less", CACHE_HINT) from exc
 
     def execute(self, step: Step) -> list[Sampled]:
         try:
@@ -95,6 +105,8 @@ class _Rank:
     """When it last said anything, or was started."""
     spoke: bool = False
     ready: RankFacts | None = None
+    opened: bool = False
+    """Whether it has taken memory for keys and values."""
     error: QuantkitError | None = None
     gone: bool = False
 
@@ -199,6 +211,13 @@ class ProcessExecutor:
         """The process id of each rank."""
         return tuple(rank.process.pid for rank in self._ranks)
 
+    def open_cache(self, blocks: int) -> None:
+        message = frame({"cache": blocks})
+        for rank in self._ranks:
+            self._send(rank, message)
+        while not all(rank.opened for rank in self._ranks):
+            self._watch(POLL_SECONDS)
+
     def execute(self, step: Step) -> list[Sampled]:
         message = frame({"step": step_to_json(step)})
         for rank in self._ranks:
@@ -265,6 +284,8 @@ class ProcessExecutor:
         for message in rank.frames.feed(data):
             if "ready" in message:
                 rank.ready = RankFacts(**message["ready"])
+            elif "opened" in message:
+                rank.opened = True
             elif "error" in message:
                 rank.error = error_from_json(message["error"])
             elif "sampled" in message:

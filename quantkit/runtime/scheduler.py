@@ -1,66 +1,107 @@
-"""Which tokens of which sequences the next pass runs: first come, first served, under a token budget and a KV capacity.
+"""Which tokens of which sequences the next pass runs: first come, first served, under a token budget and with so many blocks.
 
-A sequence is admitted when a seat is free and its whole room fits into the KV capacity, so an admitted sequence always
-runs to its end. Plain numbers and lists: this module knows no torch, no text, no parameters and no clock.
+A sequence enters when a seat is free and there are blocks for the tokens that it has; it gets more as it grows. When there
+are none left, who came last gives its blocks back and waits; later it is computed again, and ends as if nothing had happened.
+Plain numbers and lists: this module knows no torch, no text, no parameters and no clock.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from quantkit.runtime.blocks import BLOCK, BlockPool, blocks_for, first_name, next_name
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``seats``: sequences that run at once. ``step_tokens``: of one pass, at least ``seats``. ``kv_tokens``: what the cache holds."""
+    """``seats``: sequences that run at once. ``step_tokens``: of one pass, at least ``seats``. ``blocks``: what the cache holds.
+
+    ``prefix_caching``: whether blocks of earlier texts are used again.
+    """
 
     seats: int
     step_tokens: int
-    kv_tokens: int
+    blocks: int
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        assert 1 <= self.seats <= self.step_tokens and self.kv_tokens >= 1, self
+        assert 1 <= self.seats <= self.step_tokens and self.blocks >= 1, self
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``tokens`` of ``sequence`` from position ``start`` on; ``sample`` when they are its last, so that the next one is wanted."""
+    """``tokens`` of ``sequence`` from position ``start`` on; ``sample`` when they are its last, so that the next one is wanted.
+
+    ``blocks`` are those that the sequence got since its last chunk, behind those that it had.
+    """
 
     sequence: int
     start: int
     tokens: tuple[int, ...]
     sample: bool
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One pass: free ``freed``, open ``admitted`` (each with its room), then run ``chunks``."""
+    """One pass: forget ``freed``; take all blocks of ``preempted``; begin ``admitted``; then run ``chunks``."""
 
     freed: tuple[int, ...]
-    admitted: tuple[tuple[int, int], ...]
+    preempted: tuple[int, ...]
+    admitted: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.freed or self.chunks)
+        return bool(self.freed or self.preempted or self.chunks)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start: prompt tokens that were looked up among the kept blocks, those found there, and preemptions."""
+
+    looked_up: int = 0
+    found: int = 0
+    preemptions: int = 0
 
 
 @dataclass(slots=True)
 class _Sequence:
     tokens: list[int]
     room: int
+    names: list[bytes]
+    """Of its full blocks, as far as they were needed, behind the name of its salt."""
+    reuse: bool
     computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    told: int = 0
+    """Blocks that the ranks know of."""
+    seat: int = -1
+    begun: bool = False
+
+    @property
+    def lacking(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def names_of(self, count: int) -> list[bytes]:
+        """The names of its first ``count`` blocks, which are full."""
+        while len(self.names) <= count:
+            at = BLOCK * (len(self.names) - 1)
+            self.names.append(next_name(self.names[-1], self.tokens[at : at + BLOCK]))
+        return self.names[1 : count + 1]
 
 
 class Scheduler:
-    """The waiting queue and the running sequences."""
+    """The waiting queue, the running sequences and the blocks. All who run came before all who wait."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+        self.limits, self.counts = limits, Counts()
+        self._pool = BlockPool(limits.blocks)
         self._waiting: deque[tuple[int, _Sequence]] = deque()
-        self._running: dict[int, _Sequence] = {}
+        self._running: dict[int, _Sequence] = {}  # in the order in which they came
         self._freed: list[int] = []
-        self._reserved = 0
+        self._seats = set(range(limits.seats))
 
     @property
     def waiting(self) -> int:
@@ -71,46 +112,45 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def kv_used(self) -> int:
-        """Tokens whose keys and values are held."""
-        return sum(sequence.computed for sequence in self._running.values())
+    def blocks_held(self) -> int:
+        """Blocks of the running sequences, a shared one once."""
+        return self._pool.count - self._pool.available
 
     @property
-    def kv_reserved(self) -> int:
-        """Tokens that the running sequences may come to hold."""
-        return self._reserved
+    def blocks_kept(self) -> int:
+        """Free blocks that may serve another text."""
+        return self._pool.kept
 
-    def add(self, sequence: int, prompt: Sequence[int], room: int) -> None:
-        """Queue ``prompt``; ``room`` is the most tokens whose keys and values it may come to hold, within the capacity."""
-        assert 1 <= len(prompt) <= room <= self.limits.kv_tokens, (len(prompt), room, self.limits)
-        self._waiting.append((sequence, _Sequence(list(prompt), room)))
+    def add(self, sequence: int, prompt: Sequence[int], room: int, salt: str = "", *, reuse: bool = True) -> None:
+        """Queue ``prompt``; ``room`` is the most tokens whose keys and values it may come to hold, within the capacity.
+
+        Its blocks are shared with sequences of the same ``salt`` alone. Without ``reuse`` all of ``prompt`` is run, whatever there is.
+        """
+        assert 1 <= len(prompt) <= room and blocks_for(room) <= self.limits.blocks, (len(prompt), room, self.limits)
+        self._waiting.append((sequence, _Sequence(list(prompt), room, [first_name(salt)], reuse)))
 
     def append(self, sequence: int, token: int) -> None:
         """Give a running sequence its sampled token, which a later pass runs."""
         found = self._running[sequence]
-        assert found.computed == len(found.tokens) < found.room, (found.computed, len(found.tokens), found.room)
+        assert found.lacking == 0 and len(found.tokens) < found.room, (found.computed, len(found.tokens), found.room)
         found.tokens.append(token)
 
     def remove(self, sequence: int) -> None:
         """Take out a sequence that is done or is no longer wanted; unknown ones are ignored."""
-        found = self._running.pop(sequence, None)
-        if found is not None:
-            self._reserved -= found.room
+        if sequence in self._running:
+            self._leave(sequence)
             self._freed.append(sequence)
             return
+        self._freed += [number for number, state in self._waiting if number == sequence and state.begun]
         self._waiting = deque(item for item in self._waiting if item[0] != sequence)
 
-    def _admit(self) -> tuple[tuple[int, int], ...]:
-        admitted = []
-        while self._waiting and len(self._running) < self.limits.seats:
-            sequence, state = self._waiting[0]
-            if self._reserved + state.room > self.limits.kv_tokens:
-                break
-            self._waiting.popleft()
-            self._running[sequence] = state
-            self._reserved += state.room
-            admitted.append((sequence, state.room))
-        return tuple(admitted)
+    def _leave(self, sequence: int) -> _Sequence:
+        """Take ``sequence`` from the running ones, and its blocks from it."""
+        state = self._running.pop(sequence)
+        self._pool.release(state.blocks)
+        self._seats.add(state.seat)
+        state.blocks, state.told, state.computed = [], 0, 0
+        return state
 
     def schedule(self) -> Schedule:
         """The next pass; empty when there is nothing to run or to free. What it names counts as computed from now on.
@@ -118,17 +158,74 @@ class Scheduler:
         Sequences that lack one token go first: nobody who is already answering waits for a long prompt. The others share
         what is left of the budget in the order they came; as the budget covers every seat, the first of them always advances.
         """
-        admitted = self._admit()
         freed, self._freed = tuple(self._freed), []
+        preempted = self._grow()
+        admitted = () if preempted else self._admit()
+        return Schedule(freed, preempted, admitted, self._chunks())
+
+    def _grow(self) -> tuple[int, ...]:
+        """Give every running sequence blocks for its tokens, the first to come first; returns whose blocks were taken for that."""
+        preempted: list[int] = []
+        for sequence, state in list(self._running.items()):
+            need = blocks_for(len(state.tokens)) - len(state.blocks)
+            while sequence in self._running and need > self._pool.available:
+                last = next(reversed(self._running))
+                self._waiting.appendleft((last, self._leave(last)))
+                preempted.append(last)
+            if sequence not in self._running:
+                break  # nor is anyone who came later
+            self._take(state, need)
+        self.counts.preemptions += len(preempted)
+        return tuple(preempted)
+
+    def _take(self, state: _Sequence, count: int) -> None:
+        """Give ``state`` blocks: behind its last, or in the part of the cache that is its seat's, where others are not in the way."""
+        if count:
+            near = state.blocks[-1] + 1 if state.blocks else state.seat * self._pool.count // self.limits.seats
+            state.blocks += self._pool.take(count, near)
+
+    def _admit(self) -> tuple[int, ...]:
+        """Let in who waits while there are seats, tokens in the budget, and blocks beside one for each who runs to grow on."""
+        admitted = []
+        left = self.limits.step_tokens - sum(state.lacking for state in self._running.values())
+        while self._waiting and self._seats and left > 0:
+            sequence, state = self._waiting[0]
+            found: list[int] = []
+            if self.limits.prefix_caching and state.reuse:  # at least one token is computed: the next comes from its logits
+                found = self._pool.find(state.names_of((len(state.tokens) - 1) // BLOCK))
+            need = blocks_for(len(state.tokens)) - len(found)
+            if need + self._pool.free_among(found) + len(self._running) > self._pool.available:
+                break
+            self._waiting.popleft()
+            self._running[sequence] = state
+            state.seat = min(self._seats)
+            self._seats.remove(state.seat)
+            self._pool.share(found)
+            state.blocks, state.computed = found, BLOCK * len(found)
+            self._take(state, need)
+            left -= state.lacking
+            if not state.begun:
+                state.begun = True
+                admitted.append(sequence)
+                self.counts.looked_up += len(state.tokens)
+                self.counts.found += state.computed
+        return tuple(admitted)
+
+    def _chunks(self) -> tuple[Chunk, ...]:
+        """The tokens of the pass. Their full blocks can be found from the next pass on."""
         left = self.limits.step_tokens
         chunks = []
-        lacking = {sequence: len(state.tokens) - state.computed for sequence, state in self._running.items()}
-        for sequence in sorted(lacking, key=lambda key: lacking[key] != 1):  # stable: within each kind as they came
-            count = min(lacking[sequence], left)
-            if count:
-                state = self._running[sequence]
-                stop = state.computed + count
-                chunks.append(Chunk(sequence, state.computed, tuple(state.tokens[state.computed : stop]), stop == len(state.tokens)))
-                state.computed = stop
-                left -= count
-        return Schedule(freed, admitted, tuple(chunks))
+        for sequence, state in sorted(self._running.items(), key=lambda item: item[1].lacking != 1):  # stable: as they came
+            count = min(state.lacking, left)
+            if not count:
+                continue
+            start, stop = state.computed, state.computed + count
+            blocks = tuple(state.blocks[state.told :])
+            chunks.append(Chunk(sequence, start, tuple(state.tokens[start:stop]), stop == len(state.tokens), blocks))
+            state.computed, state.told = stop, len(state.blocks)
+            left -= count
+            if self.limits.prefix_caching:
+                first = start // BLOCK
+                for block, name in zip(state.blocks[first:], state.names_of(stop // BLOCK)[first:], strict=False):
+                    self._pool.seal(block, name)
+        return tuple(chunks)

@@ -23,7 +23,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """What the ranks load. ``sharded``: from a shard directory. ``device`` "cpu" or "cuda"; ``timeout`` of an exchange in seconds."""
+    """What the ranks load. ``sharded``: from a shard directory. ``device`` "cpu" or "cuda"; ``timeout`` of an exchange in seconds.
+
+    ``kv_fp8``: keys and values are stored as float8. ``memory_share``: of a device's memory, what weights, a pass of
+    ``step_tokens`` tokens that samples for ``sequences``, and keys and values may take together.
+    """
 
     path: str
     sharded: bool
@@ -32,41 +36,47 @@ class RankJob:
     device: str
     parity: bool
     timeout: float
+    kv_fp8: bool
+    memory_share: float
+    step_tokens: int
+    sequences: int
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A sequence that enters: the most tokens it may hold, how it is sampled, and the seed of its random numbers."""
+    """A sequence that enters: how it is sampled, and the seed of its random numbers."""
 
     sequence: int
-    room: int
     params: SamplingParams
     seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of every rank: forget ``free``, open ``begin``, run ``chunks`` as one batch, sample those that ask for it."""
+    """One pass of every rank: forget ``free``, take the blocks of ``preempted``, begin ``begin``, run ``chunks`` as one batch, sample
+    those that ask for it."""
 
     free: tuple[int, ...]
+    preempted: tuple[int, ...]
     begin: tuple[Begin, ...]
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RankFacts:
-    """What a rank tells once it has loaded. ``kv_tokens``: how many fit into its free memory, None when it holds no KV head."""
+    """What a rank tells once it has loaded. ``kv_blocks``: how many fit into its memory, None when it holds no KV head."""
 
     weight_bytes: int
     kv_bytes_per_token: int
-    kv_tokens: int | None
+    kv_blocks: int | None
 
 
 def step_to_json(step: Step) -> Message:
     return {
         "free": list(step.free),
-        "begin": [[b.sequence, b.room, asdict(b.params), b.seed] for b in step.begin],
-        "chunks": [[c.sequence, c.start, list(c.tokens), c.sample] for c in step.chunks],
+        "preempted": list(step.preempted),
+        "begin": [[b.sequence, asdict(b.params), b.seed] for b in step.begin],
+        "chunks": [[c.sequence, c.start, list(c.tokens), c.sample, list(c.blocks)] for c in step.chunks],
     }
 
 
@@ -76,8 +86,9 @@ def step_from_json(data: Message) -> Step:
 
     return Step(
         tuple(data["free"]),
-        tuple(Begin(sequence, room, params(fields), seed) for sequence, room, fields, seed in data["begin"]),
-        tuple(Chunk(sequence, start, tuple(tokens), sample) for sequence, start, tokens, sample in data["chunks"]),
+        tuple(data["preempted"]),
+        tuple(Begin(sequence, params(fields), seed) for sequence, fields, seed in data["begin"]),
+        tuple(Chunk(sequence, start, tuple(tokens), sample, tuple(blocks)) for sequence, start, tokens, sample, blocks in data["chunks"]),
     )
 
 

@@ -27,13 +27,13 @@ from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import make_plan
+from quantkit.plan import make_plan, pass_bytes
 from quantkit.quant_config import stored_assignment
-from quantkit.runtime.kv_cache import ContiguousCache, cache_for
+from quantkit.runtime.blocks import BLOCK
+from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
 from quantkit.runtime.sampler import Sampled, SamplingParams, greedy, sample
 from quantkit.runtime.scheduler import Chunk
 from quantkit.runtime.wire import (
-    Begin,
     Frames,
     Message,
     RankFacts,
@@ -47,8 +47,6 @@ from quantkit.runtime.wire import (
 from quantkit.shard import open_rank
 
 BEAT_SECONDS = 1.0
-KV_SHARE = 0.8
-"""The part of the memory left after loading that keys and values may take; the rest is for one pass's activations."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,9 +67,13 @@ class _Request:
 class Runner:
     """A rank's model, its cache and its requests. Every rank runs the same steps; rank 0 samples, the others return nothing."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.cache = decoder, cache_for(decoder)
+    def __init__(self, decoder: Decoder, *, kv_fp8: bool = False) -> None:
+        self.decoder, self.cache, self._kv_fp8 = decoder, cache_for(decoder, 0), kv_fp8
         self._requests: dict[int, _Request] = {}
+
+    def open_cache(self, blocks: int) -> None:
+        """Take memory for ``blocks`` blocks of keys and values. Raises torch's OutOfMemoryError."""
+        self.cache = cache_for(self.decoder, blocks, fp8=self._kv_fp8)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Sampled]:
@@ -79,10 +81,14 @@ class Runner:
         for sequence in step.free:
             self.cache.free(sequence)
             del self._requests[sequence]
+        for sequence in step.preempted:
+            self.cache.free(sequence)
         for begin in step.begin:
-            self._begin(begin)
+            self._requests[begin.sequence] = _Request(begin.params, begin.seed)
         if not step.chunks:
             return []
+        for chunk in step.chunks:
+            self.cache.extend(chunk.sequence, chunk.blocks, chunk.start)
         hidden = self._forward(step.chunks)
         ends, last = [], -1
         for chunk in step.chunks:
@@ -95,10 +101,6 @@ class Runner:
         if self.decoder.comm.rank != 0:
             return []
         return self._sample([self._requests[chunk.sequence] for chunk in step.chunks if chunk.sample], logits)
-
-    def _begin(self, begin: Begin) -> None:
-        self.cache.open(begin.sequence, begin.room)
-        self._requests[begin.sequence] = _Request(begin.params, begin.seed)
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Hidden states ``[T, hidden]`` of all chunks, one after the other."""
@@ -140,13 +142,36 @@ def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
         raise MachineError(device, "has too little memory for the weights", "more memory", "--tp splits them among GPUs") from exc
 
 
-def rank_facts(decoder: Decoder, cache: ContiguousCache, sharers: int) -> RankFacts:
-    """What the rank holds, and how many tokens fit into its share of the free memory: on a CPU ``sharers`` ranks share it."""
-    per_token = cache.bytes_per_token
-    if not per_token:
-        return RankFacts(decoder.nbytes, 0, None)
-    free = torch.cuda.mem_get_info(decoder.device)[0] if decoder.device.type == "cuda" else free_memory() // sharers
-    return RankFacts(decoder.nbytes, per_token, int(free * KV_SHARE) // per_token)
+def rank_facts(decoder: Decoder, job: RankJob) -> RankFacts:
+    """What the rank holds, and how many blocks fit into its share of the memory: on a GPU of all of it, on a CPU of what is free.
+
+    On a GPU a pass is run to see what it takes, on a CPU that is an estimate. Every rank calls this at the same time.
+    """
+    sequences, device = min(job.sequences, job.step_tokens), decoder.device
+    if device.type == "cuda":
+        taken = _measured_pass(decoder, job.step_tokens, sequences)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        room = int(total * job.memory_share) - (total - free) - taken
+    else:
+        free = free_memory() // job.tp
+        taken = pass_bytes(decoder.spec, job.tp, tokens=job.step_tokens, sequences=sequences, itemsize=decoder.dtype.itemsize)
+        room = int((free + decoder.nbytes) * job.memory_share) - decoder.nbytes - taken
+    block = kv_block_bytes(decoder, job.kv_fp8)
+    return RankFacts(decoder.nbytes, block // BLOCK, max(0, room) // block if block else None)
+
+
+@torch.inference_mode()
+def _measured_pass(decoder: Decoder, tokens: int, sequences: int) -> int:
+    """Bytes that the longest pass takes at its height beside the weights. A collective."""
+    torch.cuda.reset_peak_memory_stats(decoder.device)
+    before = torch.cuda.memory_allocated(decoder.device)
+    length = min(tokens, decoder.spec.max_positions)
+    lengths = tuple(min(length, tokens - at) for at in range(0, tokens, length))
+    positions = torch.cat([torch.arange(each) for each in lengths])
+    hidden = decoder.forward(torch.zeros_like(positions), Batch(positions, lengths, None))
+    decoder.logits(hidden[:sequences])
+    return torch.cuda.max_memory_allocated(decoder.device) - before
 
 
 def free_memory() -> int:
@@ -223,9 +248,9 @@ def _serve(channel: _Channel, start: Message) -> None:
         torch.cuda.set_device(rank)
     backend = "nccl" if job.device == "cuda" else "gloo"
     comm = ProcessComm(rank, job.tp, Path(start["store"]), backend=backend, timeout=job.timeout)
-    runner = Runner(load_rank(job, comm, device))
+    runner = Runner(load_rank(job, comm, device), kv_fp8=job.kv_fp8)
     comm.barrier()  # all have loaded: what is free now is free for keys and values
-    facts = rank_facts(runner.decoder, runner.cache, job.tp)
+    facts = rank_facts(runner.decoder, job)
     comm.barrier()
     channel.send({"ready": asdict(facts)})
     while True:
@@ -233,6 +258,10 @@ def _serve(channel: _Channel, start: Message) -> None:
         if "close" in message:
             comm.close()
             return
+        if "cache" in message:
+            runner.open_cache(message["cache"])
+            channel.send({"opened": message["cache"]})
+            continue
         sampled = runner.run(step_from_json(message["step"]))
         if rank == 0:
             channel.send({"sampled": sampled_to_json(sampled)})

@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.comm import Comm, Solo, thread_group
+from quantkit.commands.plan import PlanOptions
+from quantkit.commands.plan import run as run_plan
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_decoder
-from quantkit.plan import make_plan
+from quantkit.plan import make_plan, pass_bytes
 from quantkit.quant_config import assignment_from_config
 from quantkit.runtime import worker
+from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, start_engine
 from quantkit.runtime.sampler import Sampled, TokenLogprob
 from quantkit.runtime.scheduler import Chunk
@@ -34,6 +37,7 @@ from quantkit.runtime.wire import (
     Begin,
     Frames,
     RankFacts,
+    RankJob,
     Step,
     error_from_json,
     error_to_json,
@@ -62,18 +66,23 @@ def _one_thread() -> Iterator[None]:
 class GroupExecutor:
     """All ranks as threads of this process, each with its own runner."""
 
-    def __init__(self, checkpoint: Any, tp: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Any, tp: int, dtype: torch.dtype = torch.float32, *, kv_fp8: bool = False) -> None:
         spec = spec_for(checkpoint.config)
         plan = make_plan(spec, assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors), tp, dtype="BF16")
         self._threads = [ThreadPoolExecutor(1) for _ in range(tp)]
         self.steps: list[Step] = []
 
         def load(comm: Comm) -> Runner:
-            return Runner(load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=True))
+            return Runner(load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=True), kv_fp8=kv_fp8)
 
         comms: Sequence[Comm] = thread_group(tp) if tp > 1 else [Solo()]
         self.runners = [thread.submit(load, comm).result() for thread, comm in zip(self._threads, comms, strict=True)]
-        self.facts = tuple(rank_facts(runner.decoder, runner.cache, tp) for runner in self.runners)
+        job = RankJob("", False, tp, "float32", "cpu", True, 60.0, kv_fp8, 0.9, 1024, 8)
+        self.facts = tuple(rank_facts(runner.decoder, job) for runner in self.runners)
+
+    def open_cache(self, blocks: int) -> None:
+        for runner in self.runners:
+            runner.open_cache(blocks)
 
     def execute(self, step: Step) -> list[Sampled]:
         self.steps.append(step_from_json(step_to_json(step)))
@@ -124,8 +133,8 @@ class Client:
         return out
 
 
-def engine_on(executor: Any, path: Path, checkpoint: Any, **limits: int) -> Engine:
-    given = {"max_model_len": 256, "max_num_seqs": 8, "max_queue": 64, "kv_tokens": 2048, **limits}
+def engine_on(executor: Any, path: Path, checkpoint: Any, **limits: Any) -> Engine:
+    given: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "max_queue": 64, "kv_blocks": 128, **limits}
     return Engine(executor, load_tokenizer(path), spec_for(checkpoint.config), EngineLimits(**given), dtype="float32")
 
 
@@ -195,7 +204,7 @@ def test_greedy_text_is_that_of_the_bare_decoder_on_any_ranks_alone_and_together
             assert [answer.text for answer in together] == [tokenizer.decode(tokens) for tokens in want]
             assert max(len(step.chunks) for step in executor.steps) == 3
             assert held(engine) == [()] * tp
-            assert engine.stats().kv_tokens_used == engine.stats().kv_tokens_reserved == 0
+            assert engine.stats().kv_tokens_used == 0
         finally:
             engine.close()
 
@@ -207,7 +216,7 @@ def test_packed_models_on_ranks(family: str) -> None:
     prompt = [5, 17, 99, 3, 42]
     want = without_cache(load_decoder(checkpoint, dtype=torch.float32, parity=True), prompt, 12)
     for tp in (2, 4):
-        engine = engine_on(GroupExecutor(checkpoint, tp), MODELS / "llama", checkpoint, max_model_len=64, kv_tokens=64)
+        engine = engine_on(GroupExecutor(checkpoint, tp), MODELS / "llama", checkpoint, max_model_len=64, kv_blocks=4)
         try:
             assert Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True)).answer().tokens == want
         finally:
@@ -242,6 +251,138 @@ def test_logprobs_are_those_of_the_model(engine: Engine, llama: Checkpoint) -> N
         best = row.topk(3)
         assert [token for token, _ in entry.top] == best.indices.tolist()
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+# the same text, whatever becomes of the blocks
+
+
+class KeptExecutor(GroupExecutor):
+    """One for many engines, one after the other."""
+
+    def close(self) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def executors(llama: Checkpoint) -> Iterator[dict[int, KeptExecutor]]:
+    made = {tp: KeptExecutor(llama, tp) for tp in (1, 2)}
+    yield made
+    for executor in made.values():
+        GroupExecutor.close(executor)
+
+
+TEXT = (5, 17, 99, 3, 42, 7, 7, 8, 250, 31, 64, 12, 90, 11, 55, 4, 200, 201, 18, 6, 77, 78, 79, 14, 15, 16, 21, 22, 23, 24, 25, 26, 27, 28)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt: ``common`` tokens that others may begin with too, then its own; and how it goes on."""
+
+    common: int
+    own: tuple[int, ...]
+    params: SamplingParams
+
+    @property
+    def prompt(self) -> list[int]:
+        return [*TEXT[: self.common], *self.own]
+
+
+ASKS = st.builds(
+    Ask,
+    st.integers(0, len(TEXT)),
+    st.lists(st.integers(0, 255), min_size=1, max_size=6).map(tuple),
+    st.one_of(
+        st.builds(lambda count: SamplingParams(count, temperature=0, ignore_eos=True), st.integers(1, 30)),
+        st.builds(
+            lambda count, seed: SamplingParams(count, temperature=0.8, seed=seed, frequency_penalty=0.3, ignore_eos=True),
+            st.integers(1, 30),
+            st.integers(0, 9),
+        ),
+    ),
+)
+UNDISTURBED: dict[Ask, list[int]] = {}
+
+
+def undisturbed(executor: GroupExecutor, llama: Checkpoint, ask: Ask) -> list[int]:
+    """The answer on one rank, alone, without earlier blocks, with memory for all."""
+    if ask not in UNDISTURBED:
+        engine = engine_on(executor, MODELS / "llama", llama, prefix_caching=False)
+        UNDISTURBED[ask] = Client(engine, ask.prompt, ask.params).answer().tokens
+        engine.close()
+    return UNDISTURBED[ask]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    asks=st.lists(ASKS, min_size=2, max_size=6),
+    tp=st.sampled_from([1, 2]),
+    seats=st.integers(1, 4),
+    spare=st.integers(0, 20),
+    extra=st.integers(0, 4),
+    prefix_caching=st.booleans(),
+)
+def test_no_text_depends_on_seats_budget_blocks_ranks_or_company(
+    executors: dict[int, KeptExecutor],
+    llama: Checkpoint,
+    asks: list[Ask],
+    tp: int,
+    seats: int,
+    spare: int,
+    extra: int,
+    prefix_caching: bool,
+) -> None:
+    """Requests beside each other in memory that is hardly enough for the longest of them: preempted, resumed, with shared beginnings."""
+    want = [undisturbed(executors[1], llama, ask) for ask in asks]
+    blocks = max(-(-(len(ask.prompt) + ask.params.max_tokens) // BLOCK) for ask in asks) + extra
+    limits = {"max_num_seqs": seats, "step_tokens": seats + spare, "kv_blocks": blocks, "prefix_caching": prefix_caching}
+    engine = engine_on(executors[tp], MODELS / "llama", llama, max_model_len=blocks * BLOCK, **limits)
+    try:
+        clients = [Client(engine, ask.prompt, ask.params) for ask in asks]
+        assert [client.answer().tokens for client in clients] == want
+        assert Client(engine, asks[0].prompt, asks[0].params).answer().tokens == want[0], "hot is cold"
+        settle(engine)
+        assert engine.stats().kv_tokens_used == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_preempted_is_undisturbed_and_hot_is_cold(executors: dict[int, KeptExecutor], llama: Checkpoint, tp: int) -> None:
+    """Four requests that grow where there is room for two and a half; then each again, with what is left of its blocks."""
+    asks = [
+        Ask(34, (number,), SamplingParams(60, temperature=number % 2 * 0.7, seed=number, presence_penalty=0.2, ignore_eos=True))
+        for number in range(4)
+    ]
+    want = [undisturbed(executors[1], llama, ask) for ask in asks]
+    engine = engine_on(executors[tp], MODELS / "llama", llama, max_num_seqs=4, kv_blocks=14)
+    try:
+        clients = [Client(engine, ask.prompt, ask.params) for ask in asks]
+        assert [client.answer().tokens for client in clients] == want
+        stats = engine.stats()
+        assert stats.preemptions > 0 and stats.generated_tokens == 240 and stats.prompt_tokens == 140
+        for ask, tokens in zip(asks, want, strict=True):
+            before = engine.stats().prefix_tokens_found
+            assert Client(engine, ask.prompt, ask.params).answer().tokens == tokens
+            assert engine.stats().prefix_tokens_found == before + 32
+        salted: queue.SimpleQueue[Delta | QuantkitError] = queue.SimpleQueue()
+        engine.submit(asks[0].prompt, SamplingParams(1), salted.put, cache_salt="mine")
+        salted.get(timeout=60)
+        assert engine.stats().prefix_tokens_found == before + 32, "another salt finds nothing"
+    finally:
+        engine.close()
+
+
+def test_float8_keys_and_values_say_nearly_the_same(llama: Checkpoint) -> None:
+    """Logprobs of one text: near those with keys and values as computed, and not the same."""
+    prompt = load_tokenizer(MODELS / "llama").encode(PROMPTS[2], special=True)
+    found = []
+    for fp8 in (False, True):
+        executor = GroupExecutor(llama, 1, kv_fp8=fp8)
+        engine = engine_on(executor, MODELS / "llama", llama)
+        answer = Client(engine, prompt, SamplingParams(2, temperature=0, logprobs=1, ignore_eos=True)).answer()
+        engine.close()
+        found.append(answer.logprobs[1].logprob)
+    assert 0 < abs(found[0] - found[1]) < 0.2
 
 
 # ends
@@ -332,7 +473,7 @@ def test_a_cancelled_request_says_and_computes_nothing_more(llama: Checkpoint) -
         engine.cancel(running)
         cancelled.set()
         engine.cancel(running)
-        assert engine.stats().running == engine.stats().waiting == engine.stats().kv_tokens_reserved == 0
+        assert engine.stats().running == engine.stats().waiting == engine.stats().kv_tokens_used == 0
         assert held(engine) == [(), ()]
         steps = len(executor.steps)
         assert waiting not in {chunk.sequence for step in executor.steps for chunk in step.chunks}
@@ -361,7 +502,7 @@ def test_a_callback_may_cancel_and_submit(engine: Engine) -> None:
 
 
 def test_refusals_of_requests(llama: Checkpoint) -> None:
-    engine = engine_on(GroupExecutor(llama, 1), MODELS / "llama", llama, max_model_len=16, max_num_seqs=1, max_queue=2, kv_tokens=16)
+    engine = engine_on(GroupExecutor(llama, 1), MODELS / "llama", llama, max_model_len=16, max_num_seqs=1, max_queue=2, kv_blocks=1)
     vocab = engine.spec.dims["vocab"].elements
     said: list[Delta | QuantkitError] = []
     try:
@@ -425,7 +566,7 @@ def test_close_ends_what_runs_with_an_error(llama: Checkpoint) -> None:
 def test_logits_that_are_no_numbers_end_the_request() -> None:
     checkpoint = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96}, 16)
     checkpoint.values["model.norm.weight"].fill_(float("nan"))
-    engine = engine_on(GroupExecutor(checkpoint, 1), MODELS / "llama", checkpoint, max_model_len=32, kv_tokens=32)
+    engine = engine_on(GroupExecutor(checkpoint, 1), MODELS / "llama", checkpoint, max_model_len=32, kv_blocks=2)
     try:
         for temperature in (0.0, 1.0):
             with pytest.raises(RuntimeDied, match="not numbers"):
@@ -468,19 +609,43 @@ def test_refusals_at_the_start(options: dict[str, Any], kind: type[QuantkitError
 
 
 def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With memory for 100 tokens: the default is shortened, what was asked for is refused, and none at all is refused."""
+    """With memory for 6 blocks: the default is shortened, what was asked for is refused, and none at all is refused."""
     per_token = 4 * 2 * 4 * 32 * 4  # layers, keys and values, KV heads, head_dim, float32
-    monkeypatch.setattr(worker, "free_memory", lambda: int(100 * per_token / worker.KV_SHARE) + 16)
-    engine = start_engine(str(MODELS / "llama"), device="cpu", parity=True)
+    engine = start_engine(str(MODELS / "llama"), device="cpu", parity=True, max_num_batched_tokens=64)
+    (weights,) = engine.stats().weight_bytes
+    one = pass_bytes(engine.spec, 1, tokens=64, sequences=8, itemsize=4)
+    engine.close()
+    monkeypatch.setattr(worker, "free_memory", lambda: int((6 * BLOCK * per_token + weights + one) / 0.5) - weights + 16)
+    options: dict[str, Any] = {"device": "cpu", "parity": True, "max_num_batched_tokens": 64, "memory_share": 0.5}
+    engine = start_engine(str(MODELS / "llama"), **options)
     stats = engine.stats()
     engine.close()
     assert stats.kv_bytes_per_token == (per_token,)
-    assert (engine.max_model_len, stats.kv_tokens_total, engine.dtype) == (100, 100, "float32")
-    with pytest.raises(MachineError, match="at most 100"):
-        start_engine(str(MODELS / "llama"), device="cpu", parity=True, max_model_len=101)
+    assert (engine.max_model_len, stats.kv_tokens_total, engine.dtype) == (96, 96, "float32")
+    halved = start_engine(str(MODELS / "llama"), **options, kv_cache_dtype="fp8")
+    halved.close()
+    assert (halved.max_model_len, halved.stats().kv_bytes_per_token) == (4 * 96, (per_token // 4,))
+    with pytest.raises(MachineError, match="at most 96"):
+        start_engine(str(MODELS / "llama"), **options, max_model_len=97)
     monkeypatch.setattr(worker, "free_memory", lambda: 0)
     with pytest.raises(MachineError, match="keys and values"):
         start_engine(str(MODELS / "llama"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_plan_predicts_the_blocks(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a budget in which nothing else is bounded: within 3 % of what the ranks find."""
+    budget = 96 << 20
+    checkpoint = open_checkpoint(MODELS / name)
+    report = run_plan(PlanOptions(str(MODELS / name), tp, gpu_memory=str(budget)))
+    dtype = getattr(torch, {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[report.data["dtype"]])
+    heaviest = max(rank["weights"] for rank in report.data["ranks"])
+    monkeypatch.setattr(worker, "free_memory", lambda: tp * (budget - heaviest))
+    executor = GroupExecutor(checkpoint, tp, dtype)
+    executor.close()
+    found = min(facts.kv_blocks for facts in executor.facts if facts.kv_blocks is not None)
+    assert found > 100 and abs(report.data["kv_blocks_that_fit"] / found - 1) < 0.03
 
 
 # messages
@@ -488,7 +653,8 @@ def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(7, 0.3, seed=1 << 63, stop=("a", "é\n"), stop_ids=(4,), logprobs=2)
-    step = Step((3, 4), (Begin(5, 20, params, -(1 << 62)),), (Chunk(5, 0, (1, 2, 3), True), Chunk(2, 9, (7,), False)))
+    chunks = (Chunk(5, 0, (1, 2, 3), True, (9, 8)), Chunk(2, 9, (7,), False))
+    step = Step((3, 4), (6,), (Begin(5, params, -(1 << 62)),), chunks)
     answers = [Sampled(5), Sampled(7, TokenLogprob(7, -1.25, ((7, -1.25), (9, float("-inf"))))), Sampled(0, TokenLogprob(0, -0.5, ()))]
     error = MachineError("disk", "is full", None, "free some")
     data = frame({"step": step_to_json(step)}) + frame({"sampled": sampled_to_json(answers)}) + frame({"error": error_to_json(error)})
@@ -511,5 +677,5 @@ def test_a_rank_without_kv_heads_does_not_bound_the_cache(llama: Checkpoint) -> 
     checkpoint = awq_checkpoint(config_of("qwen2-full") | {"head_dim": 16, "intermediate_size": 96, "num_key_value_heads": 1}, 16)
     executor = GroupExecutor(checkpoint, 8)
     executor.close()
-    empty = [facts for facts in executor.facts if facts.kv_tokens is None]
+    empty = [facts for facts in executor.facts if facts.kv_blocks is None]
     assert empty and all(facts == RankFacts(facts.weight_bytes, 0, None) for facts in empty)

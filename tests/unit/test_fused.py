@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.errors import MachineError
 from quantkit.model.load import load_decoder
 from quantkit.ops import fused
-from quantkit.runtime.kv_cache import cache_for
+from quantkit.runtime.kv_cache import whole_cache
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -103,9 +103,7 @@ def _counted(operator: Callable[..., object], name: str, called: set[str]) -> Ca
 
 @torch.inference_mode()
 def _served(decoder: object) -> list[Tensor]:
-    cache = cache_for(decoder)
-    for sequence in range(3):
-        cache.open(sequence, 40, allocate=2)
+    cache = whole_cache(decoder, 40, 3)
     texts = texts_of((7, 1, 12))
     found = []
     for steps in ([(0, 5), (0, 1), (0, 9)], [(5, 6), (1, 1), (9, 12)], [(6, 7)]):

@@ -1,6 +1,8 @@
-"""The contiguous cache returns what was put in, grows within a sequence's room, counts its bytes and gives them back."""
+"""The paged cache returns what was put in, wherever its blocks lie; float8 rounds it; sequences share blocks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,63 +11,88 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.model.load import load_decoder
-from quantkit.runtime.kv_cache import ContiguousCache, cache_for, contiguous_cache
+from quantkit.runtime.blocks import BLOCK, blocks_for
+from quantkit.runtime.kv_cache import PagedCache, cache_for, kv_block_bytes, whole_cache
 
 CPU = torch.device("cpu")
 
 
-def small(layers: int = 2, kv_heads: int = 3) -> ContiguousCache:
-    return ContiguousCache(layers, kv_heads, 4, torch.float32, CPU)
+def small(blocks: int, kv_heads: int = 3, *, fp8: bool = False) -> PagedCache:
+    cache = PagedCache(2, kv_heads, 4, torch.float32, CPU, blocks, fp8=fp8)
+    cache.pool.view(torch.uint8).fill_(255)  # NaN in every dtype: what was not put in must not be seen
+    return cache
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 90)), max_size=12), st.integers(0, 3))
-def test_it_returns_all_that_was_put_in(passes: list[tuple[int, int]], kv_heads: int) -> None:
-    """Any mix of passes over three sequences: both layers see what a cache that only concatenates would show."""
-    ours, plain = small(kv_heads=kv_heads), GrowingCache()
-    for sequence in range(3):
-        ours.open(sequence, sum(count for owner, count in passes if owner == sequence))
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), max_size=12),
+    st.integers(0, 3),
+    st.permutations(range(60)) | st.just(list(range(60))),
+    st.booleans(),
+)
+def test_it_returns_all_that_was_put_in(passes: list[tuple[int, int]], kv_heads: int, blocks: list[int], fp8: bool) -> None:
+    """Any mix of passes over three sequences, in blocks that come one after the other or in any order."""
+    ours, plain, left = small(60, kv_heads, fp8=fp8), GrowingCache(), list(blocks)
+    lengths = [0, 0, 0]
     for number, (sequence, count) in enumerate(passes):
+        need = blocks_for(lengths[sequence] + count) - blocks_for(lengths[sequence])
+        ours.extend(sequence, left[:need], 0)
+        del left[:need]
+        lengths[sequence] += count
         for layer in range(2):
             k = torch.randn(count, kv_heads, 4, generator=torch.Generator().manual_seed(100 * number + layer))
-            got, want = ours.update(layer, sequence, k, -k), plain.update(layer, sequence, k, -k)
+            stored = k.to(torch.float8_e4m3fn).float() if fp8 else k
+            got, want = ours.update(layer, sequence, k, -k), plain.update(layer, sequence, stored, -stored)
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    for sequence in range(3):
-        assert ours.tokens(sequence) == sum(count for owner, count in passes if owner == sequence)
+    for sequence in ours.sequences:
+        assert ours.tokens(sequence) == lengths[sequence]
 
 
-def test_memory_is_counted_bounded_by_the_room_and_given_back() -> None:
-    cache = small()
-    assert cache.bytes_per_token == 2 * 2 * 3 * 4 * 4 and cache.nbytes == 0
-    cache.open(7, 1000)
-    cache.open(8, 5)
-    assert cache.nbytes == (64 + 5) * cache.bytes_per_token
-    for step in (50, 50, 400, 500):
-        for layer in range(2):
-            cache.update(layer, 7, torch.ones(step, 3, 4), torch.ones(step, 3, 4))
-    assert cache.nbytes == (1000 + 5) * cache.bytes_per_token
+def test_neighbouring_blocks_are_not_copied() -> None:
+    cache = small(8)
+    cache.extend(0, [2, 3, 4], 0)
+    keys, values = cache.update(0, 0, torch.ones(40, 3, 4), torch.ones(40, 3, 4))
+    assert keys.data_ptr() == cache.pool[0, 0, 2].data_ptr() and values.data_ptr() == cache.pool[0, 1, 2].data_ptr()
     with pytest.raises(AssertionError):
-        cache.update(0, 7, torch.ones(1, 3, 4), torch.ones(1, 3, 4))
+        cache.update(0, 0, torch.ones(9, 3, 4), torch.ones(9, 3, 4))
+
+
+def test_a_second_sequence_sees_the_blocks_of_the_first() -> None:
+    cache = small(8)
+    cache.extend(0, [5, 1], 0)
+    k = torch.randn(20, 3, 4)
+    for layer in range(2):
+        cache.update(layer, 0, k, -k)
+    cache.free(0)
+    cache.extend(1, [5, 6], BLOCK)
+    more = torch.randn(3, 3, 4)
+    for layer in range(2):
+        keys, values = cache.update(layer, 1, more, -more)
+        assert torch.equal(keys, torch.cat((k[:BLOCK], more))) and torch.equal(values, -keys)
+    assert cache.sequences == (1,) and cache.tokens(1) == BLOCK + 3
     cache.free(7)
-    assert cache.nbytes == 5 * cache.bytes_per_token and cache.sequences == (8,)
-    cache.free(8)
-    assert cache.nbytes == 0 and cache.sequences == ()
-    cache.open(7, 10)
-    assert cache.tokens(7) == 0
+
+
+def test_float8_takes_half_of_16_bits_and_large_values_stay_numbers() -> None:
+    cache = PagedCache(2, 3, 4, torch.bfloat16, CPU, 5, fp8=True)
+    assert cache.nbytes * 2 == PagedCache(2, 3, 4, torch.bfloat16, CPU, 5).nbytes == 2 * 2 * 5 * BLOCK * 3 * 4 * 2
+    cache.extend(0, [4], 0)
+    keys, values = cache.update(1, 0, torch.full((1, 3, 4), 1e4), torch.full((1, 3, 4), -1e4))
+    assert set(keys.flatten().tolist()) == {448} and set(values.flatten().tolist()) == {-448} and keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_cached_is_uncached(family: str) -> None:
     """Sliding and full layers, a prompt in two pieces and then token by token: the logits of the whole text in one pass."""
-    checkpoint = awq_checkpoint(config_of(family) | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16)
+    checkpoint: Any = awq_checkpoint(config_of(family) | {"head_dim": 16, "intermediate_size": 96, "tie_word_embeddings": True}, 16)
     decoder = load_decoder(checkpoint, dtype=torch.float64, parity=True)
-    (text,) = texts_of((23,))
+    (text,) = texts_of((43,))
     want = logits_of(decoder, [text])[0]
-    for cache in (contiguous_cache(decoder, 23), cache_for(decoder)):
-        if not cache.sequences:
-            cache.open(0, 23, allocate=1)
+    scattered = cache_for(decoder, 9)
+    scattered.extend(0, [7, 2, 4], 0)
+    assert scattered.nbytes == 9 * kv_block_bytes(decoder, False)
+    for cache in (whole_cache(decoder, 43), scattered):
         rows = []
-        for start, stop in ((0, 9), (9, 14), *((i, i + 1) for i in range(14, 23))):
+        for start, stop in ((0, 19), (19, 24), *((i, i + 1) for i in range(24, 43))):
             rows.append(decoder.logits(decoder.forward(text[start:stop], batch_of([(start, stop)], (0,)), cache)))
         assert float((torch.cat(rows) - want).abs().max()) < 1e-10
-        assert cache.nbytes == 23 * cache.bytes_per_token
