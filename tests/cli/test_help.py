@@ -20,7 +20,21 @@ from quantkit.cli.app import app
 
 Run = Callable[..., Any]
 
-COMMANDS = ("inspect", "plan", "convert", "quantize", "imatrix", "pad", "shard", "unshard", "verify", "serve", "report", "doctor", "version")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "convert",
+    "quantize",
+    "imatrix",
+    "pad",
+    "shard",
+    "unshard",
+    "verify",
+    "serve",
+    "report",
+    "doctor",
+    "version",
+)
 GROUPS = {"recipe": ("show", "validate", "init"), "bench": ("kernels",)}
 PAGES = ("", *COMMANDS, *GROUPS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names))
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "rich", "yaml")

@@ -42,15 +42,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--method awq --bits 3 --group-size -1 --sym --format awq --recipe r.yaml --override a:keep --override b:bits=4 --calib self "
             "--samples 7 --seq-len 9 --device cpu --max-shard-size 5MB --resume --overwrite --dry-run --option mse=false --option block=64 "
-            "--inputs float --compute-dtype float16 --offload --devices 2 --for-tp 4 --type q6_k --imatrix i.gguf --pure --tensor-type a=q8_0 "
-            "--tensor-type b=q5_k --output-tensor-type q8_0 --token-embedding-type q6_k --leave-output-tensor --allow-requantize "
-            "--pre-tokenizer gpt-2"
+            "--inputs float --compute-dtype float16 --offload --devices 2 --for-tp 4 --type q6_k --imatrix i.gguf --pure "
+            "--tensor-type a=q8_0 --tensor-type b=q5_k --output-tensor-type q8_0 --token-embedding-type q6_k --leave-output-tensor "
+            "--allow-requantize --pre-tokenizer gpt-2"
         ),
         {"method": "awq", "bits": 3, "group_size": -1, "sym": True, "format": "awq", "recipe": Path("r.yaml")}
         | {"override": ("a:keep", "b:bits=4"), "calib": "self", "samples": 7, "seq_len": 9, "device": "cpu"}
         | {"max_shard_size": 5_000_000, "resume": True, "overwrite": True, "dry_run": True}
         | {"option": ("mse=false", "block=64"), "inputs": "float", "compute_dtype": "float16", "offload": True}
-        | {"devices": 2, "for_tp": 4, "gguf": GgufChoices("q6_k", Path("i.gguf"), True, ("a=q8_0", "b=q5_k"), "q8_0", "q6_k", True, True, "gpt-2")},
+        | {"devices": 2, "for_tp": 4}
+        | {"gguf": GgufChoices("q6_k", Path("i.gguf"), True, ("a=q8_0", "b=q5_k"), "q8_0", "q6_k", True, True, "gpt-2")},
     ),
     "imatrix": (
         "m o",
