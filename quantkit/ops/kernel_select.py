@@ -151,7 +151,7 @@ def chosen(device: torch.device, form: int, n: int, k: int, tokens: int) -> Conf
 def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Config]:
     """Every configuration that may be the best one for this product; a kernel that has none of its kind answers so and is passed over."""
     yield Config(RULE)
-    if tokens <= 128:
+    if tokens <= 64:
         yield from mma_configs(tokens)
     if gpu.capability[0] == 9 and tokens >= 8:
         yield from wgmma_configs(gpu, n, tokens)
@@ -162,18 +162,19 @@ def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Con
 _MMA_SHAPES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
     8: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)),
     16: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)),
-    32: ((2, 8, 1, 1), (2, 8, 2, 1)),
-    64: ((2, 8, 1, 1),),
+    32: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1)),
 }
 """Rows of x in a block -> 16-row blocks of a warp, warps of a team, teams of a block, blocks to a multiprocessor."""
 
 
 def mma_configs(tokens: int) -> Iterator[Config]:
     """Of ``kernels/decode``: its ``launch.cuh`` reads them. All are launched before the kernel ahead of them has ended."""
-    rows = next((each for each in _MMA_SHAPES if each >= tokens), 64)
-    for blocks, warps, teams, resident in _MMA_SHAPES[rows]:
-        for splits in (1, 2, 4, 8):
-            yield Config(MMA, rows, splits, blocks | warps << 4 | teams << 12 | resident << 20, 1 << 9)
+    for rows, shapes in _MMA_SHAPES.items():
+        if 2 * rows < tokens or rows >= max(16, 2 * tokens):
+            continue
+        for blocks, warps, teams, resident in shapes:
+            for splits in (1, 2, 4, 8):
+                yield Config(MMA, rows, splits, blocks | warps << 4 | teams << 12 | resident << 20, 1 << 9)
 
 
 _WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2))

@@ -107,7 +107,7 @@ def test_what_may_be_measured(gpu: Gpu, tokens: int) -> None:
     assert RULE in families
     assert (WGMMA in families) == (gpu == H100 and tokens >= 8)
     assert (DENSE in families) == (tokens >= 64)
-    assert (MMA in families) == (tokens <= 128)
+    assert (MMA in families) == (tokens <= 64)
 
 
 def test_how_a_configuration_reads() -> None:
