@@ -64,8 +64,7 @@ struct Traits {
   static constexpr bool KEEP = (ZERO || SUMS) && NT > 1;  // the sums of x, after a team's first item
   // What only fp16 can hold is multiplied in fp16; then bf16 x is converted, times a power of two for each row.
   static constexpr bool CONVERT = LOOKUP || F == QK_Q8_0;
-  // Columns between two scalings: few enough that x's fragments of them fit in registers.
-  static constexpr int FLUSH = L::GROUP < (NT == 8 ? 32 : 64) ? L::GROUP : (NT == 8 ? 32 : 64);
+  static constexpr int FLUSH = L::GROUP < 64 ? L::GROUP : 64;  // columns between two scalings
   // A slot of the ring: the item's rows of codes and planes, and all that follows them in the tile.
   static constexpr int CODES = L::CODES / PARTS, PLANE = L::PLANE / PARTS, REST = L::BYTES - L::SCALES_AT, SLOT = CODES + PLANE + REST;
   // An item's sums meet GT 8-row tiles of x at a time, so that a warp's fit its last slot: the floats of them that a thread finishes at a
@@ -240,47 +239,47 @@ __device__ void fill_table(const Args& args, uint8_t* table, int lane) {
   }
 }
 
-// `rows` of x and the block's columns into shared memory, beyond K zeros. What bulk copies bring is there when `barrier` says so.
+// `rows` of x and the block's columns into shared memory. By one warp, which sets the barriers of x's parts: each is there when its barrier
+// says so. What is left to fill_x are what 16 bytes at a time do not reach, and zeros beyond K.
 template <class C>
-__device__ void load_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t row0, int rows, int64_t column0, int columns) {
-  const int stride = C::x_stride(args.slice);
-  const int real = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns);
-  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
-  if (args.vectors) {
+__device__ void fetch_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t row0, int rows, int64_t column0, int columns, int lane) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x < 32) {
-      constexpr int CHUNK = C::WK * C::L::KC;
-      uint64_t policy;
-      asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-      const int whole = real > 0 ? real / 8 * 8 : 0, chunks = C::x_chunks(args.slice);
+  constexpr int CHUNK = C::WK * C::L::KC;
+  const int stride = C::x_stride(args.slice), whole = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns) / 8 * 8;
+  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
 #pragma unroll 1
-      for (int c = 0; c < chunks; ++c) {
-        const int bytes = max(min(whole - c * CHUNK, CHUNK), 0) * 2;
-        if (threadIdx.x == 0) barrier_expect(barrier + c * 8, bytes * rows);
-        if (bytes == 0) continue;
+  for (int c = 0; c < C::x_chunks(args.slice); ++c, barrier += 8) {
+    const int bytes = max(min(whole - c * CHUNK, CHUNK), 0) * 2;
+    if (lane == 0) barrier_expect(barrier, bytes * rows);
+    if (bytes == 0) continue;
 #pragma unroll 1
-        for (int r = threadIdx.x; r < rows; r += 32) {
-          bulk_copy(shared_address(xs + r * stride + c * CHUNK * 2), from + (r * args.ldx + c * CHUNK) * 2, bytes, barrier + c * 8, policy);
-        }
-      }
+    for (int r = lane; r < rows; r += 32) {
+      bulk_copy(shared_address(xs + r * stride + c * CHUNK * 2), from + (r * args.ldx + c * CHUNK) * 2, bytes, barrier, policy);
     }
-#else
-    for (int r = 0; r < rows; ++r) {
-      for (int i = threadIdx.x * 8; i + 8 <= real; i += blockDim.x * 8) {
-        *reinterpret_cast<uint4*>(xs + r * stride + i * 2) = *reinterpret_cast<const uint4*>(from + (r * args.ldx + i) * 2);
-      }
-    }
-#endif
   }
-  // What 16 bytes at a time do not reach, and the zeros.
-  const int start = args.vectors ? (real > 0 ? real / 8 * 8 : 0) : 0;
-  if (start < columns) {
+#endif
+}
+
+template <class C>
+__device__ void fill_x(const Args& args, uint8_t* xs, int64_t row0, int rows, int64_t column0, int columns) {
+  const int stride = C::x_stride(args.slice), real = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns);
+  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
+  int start = args.vectors && real > 0 ? real / 8 * 8 : 0;
+#if __CUDA_ARCH__ < 900
+  for (int r = 0; r < rows; ++r) {
+    for (int i = threadIdx.x * 8; i < start; i += blockDim.x * 8) {
+      *reinterpret_cast<uint4*>(xs + r * stride + i * 2) = *reinterpret_cast<const uint4*>(from + (r * args.ldx + i) * 2);
+    }
+  }
+#endif
+  if (start == columns) return;
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #pragma unroll 1
-      for (int i = start + threadIdx.x; i < columns; i += blockDim.x) {
-        *reinterpret_cast<uint16_t*>(xs + r * stride + i * 2) = i < real ? *reinterpret_cast<const uint16_t*>(from + (r * args.ldx + i) * 2) : 0;
-      }
+    for (int i = start + threadIdx.x; i < columns; i += blockDim.x) {
+      *reinterpret_cast<uint16_t*>(xs + r * stride + i * 2) = i < real ? *reinterpret_cast<const uint16_t*>(from + (r * args.ldx + i) * 2) : 0;
     }
   }
 }
@@ -588,7 +587,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   int* const word = reinterpret_cast<int*>(control + (met - barriers) + (args.teams - team) * 16) + team;
   int* const places = word + (args.teams - team) + team * C::WK;
 
-  // The ring first: memory is busy while the rest is set up.
+  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * (8 * C::NT);
+  const int x_rows = args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows, columns = (tile1 - tile0) * L::KC;
+  const bool fetcher = args.vectors && threadIdx.x >= blockDim.x - 32;  // the last warp brings x
+
+  // The rings first: memory is busy while the rest is set up.
   uint8_t* const ring = memory + C::TABLE + C::CODE + warp * args.stages * C::SLOT;
   const int per_item = (tile1 - tile0 - wk + C::WK - 1) / C::WK;  // tiles of this warp
   uint64_t policy = 0;
@@ -596,11 +599,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   if (lane < args.stages) barrier_init(full + lane * 8, 1);
   if (lane == 0 && wk == 0) barrier_init(met, 1), barrier_init(met + 8, 1);
-  if (warp == 0) {
+  if (fetcher) {
 #pragma unroll 1
     for (int i = lane; i < C::x_chunks(args.slice); i += 32) barrier_init(x_full + i * 8, 1);
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  if (fetcher && !args.dependent) fetch_x<C>(args, xs, x_full, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns, lane);
   if (lane < args.stages && per_item > 0) {  // each lane fills a slot
     const int before = lane / per_item, item = item0 + before * item_step;
     if (item < args.items) {
@@ -639,10 +644,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
     asm volatile("griddepcontrol.wait;" ::: "memory");
   }
 #endif
-  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * (8 * C::NT);
-  const int columns = (tile1 - tile0) * L::KC;
-  load_x<C>(args, xs, x_full, row0, args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows,
-            static_cast<int64_t>(tile0) * L::KC, columns);
+  if (fetcher && args.dependent) fetch_x<C>(args, xs, x_full, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns, lane);
+  fill_x<C>(args, xs, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns);
   __syncthreads();
   if constexpr (C::CONVERT) {
     if (args.bf16) {
