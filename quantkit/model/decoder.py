@@ -290,7 +290,23 @@ class Head:
         logits = self.op(hidden)
         if self.comm.size > 1:
             logits = self.comm.all_gather(logits, self.sizes)
-        logits = logits[:, : self.vocab].to(torch.promote_types(logits.dtype, torch.float32))
+        return self._finished(logits[:, : self.vocab])
+
+    @property
+    def columns(self) -> range:
+        """The tokens whose logits this rank makes; pad rows are none."""
+        first = sum(self.sizes[: self.comm.rank])
+        return range(min(first, self.vocab), min(first + self.sizes[self.comm.rank], self.vocab))
+
+    def local(self, hidden: Tensor) -> Tensor:
+        """This rank's ``columns`` of the logits of ``hidden [T', hidden]``; one of minus infinity where it has none. Exchanges nothing."""
+        width = len(self.columns)
+        if not width:
+            return torch.full((hidden.shape[0], 1), -torch.inf, dtype=torch.float32, device=hidden.device)
+        return self._finished(self.op(hidden)[:, :width])
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

@@ -59,6 +59,8 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
     """"stop", "length", or None while there is more to come."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With the first token, if asked for: those of the prompt's tokens from the second on."""
 
 
 OnDelta = Callable[[Delta | QuantkitError], None]
@@ -98,6 +100,8 @@ class _Request:
     """Tokens to generate at most."""
     stream: StreamDecoder
     stop: StopText
+    prompt: tuple[int, ...]
+    """The prompt's tokens, where sampling needs them."""
     generated: int = 0
 
 
@@ -159,7 +163,9 @@ class Engine:
         most = min(params.max_tokens, self.max_model_len - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
-        request = _Request(len(prompt), params, seed, on_delta, ends, most, StreamDecoder(self.tokenizer, prompt), StopText(params.stop))
+        read = tuple(prompt) if params.reads_prompt else ()
+        stream, stop = StreamDecoder(self.tokenizer, prompt), StopText(params.stop)
+        request = _Request(len(prompt), params, seed, on_delta, ends, most, stream, stop, read)
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -170,7 +176,8 @@ class Engine:
                     "engine", f"{self._scheduler.waiting} requests wait", f"at most {self._limits.max_queue}", "try again later"
                 )
             number = next(self._numbers)
-            self._scheduler.add(number, prompt, len(prompt) + most - 1, cache_salt)  # the last token's keys are never needed
+            room = len(prompt) + most - 1  # the last token's keys are never needed
+            self._scheduler.add(number, prompt, room, cache_salt, reuse=params.prompt_logprobs is None)
             self._requests[number] = request
             self._changed.notify()
         return number
@@ -183,8 +190,9 @@ class Engine:
             raise InputError("prompt", f"has {len(prompt)} tokens", f"fewer than {self.max_model_len}, the longest text of this engine")
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InputError("prompt", "has a token that the model does not have", f"0 to {vocab - 1}")
-        if any(token >= vocab for token in params.stop_ids):
-            raise InputError("stop_ids", "has a token that the model does not have", f"0 to {vocab - 1}")
+        for name, tokens in (("stop_ids", params.stop_ids), ("logit_bias", [token for token, _ in params.logit_bias])):
+            if any(token >= vocab for token in tokens):
+                raise InputError(name, "has a token that the model does not have", f"0 to {vocab - 1}")
 
     def cancel(self, request: int) -> None:
         """Forget a request: nothing more is computed for it, nor said. One that is done or unknown is ignored."""
@@ -276,7 +284,8 @@ class Engine:
         for number in schedule.admitted:
             request = self._requests[number]
             self._counts.prompt_tokens += request.prompt_tokens
-            begin.append(Begin(number, request.params, request.seed))
+            ends = tuple(sorted(request.ends)) if request.params.min_tokens else ()
+            begin.append(Begin(number, request.params, request.seed, ends, request.prompt))
         return Step(schedule.freed, schedule.preempted, tuple(begin), schedule.chunks)
 
     def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:
@@ -308,19 +317,19 @@ class Engine:
 def _advance(request: _Request, got: Sampled) -> Delta:
     """What ``got`` adds to its request's text, and whether it was the last token."""
     request.generated += 1
-    logprobs = () if got.logprob is None else (got.logprob,)
+    heed = request.generated > request.params.min_tokens  # a stop string that min_tokens holds off is text
+
+    def delta(text: str, reason: str | None) -> Delta:
+        return Delta(text, (got.token,), () if got.logprob is None else (got.logprob,), reason, got.prompt)
+
     if got.token in request.ends:
-        text, _ = request.stop.push(request.stream.finish())
-        return Delta(text + request.stop.finish(), (got.token,), logprobs, "stop")
-    text, stopped = request.stop.push(request.stream.push(got.token))
-    if stopped:
-        return Delta(text, (got.token,), logprobs, "stop")
-    if request.generated < request.most:
-        return Delta(text, (got.token,), logprobs, None)
-    rest, stopped = request.stop.push(request.stream.finish())
-    if stopped:
-        return Delta(text + rest, (got.token,), logprobs, "stop")
-    return Delta(text + rest + request.stop.finish(), (got.token,), logprobs, "length")
+        text, _ = request.stop.push(request.stream.finish(), heed=heed)
+        return delta(text + request.stop.finish(), "stop")
+    text, stopped = request.stop.push(request.stream.push(got.token), heed=heed)
+    if stopped or request.generated < request.most:
+        return delta(text, "stop" if stopped else None)
+    rest, stopped = request.stop.push(request.stream.finish(), heed=heed)
+    return delta(text + rest, "stop") if stopped else delta(text + rest + request.stop.finish(), "length")
 
 
 def start_engine(

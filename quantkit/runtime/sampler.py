@@ -1,187 +1,309 @@
-"""From the logits of one position to the next token: penalties, temperature, top-k, top-p, min-p, and a random number.
+"""From the logits of a batch to its next tokens: bias, penalties, temperature, top-k, top-p, min-p, and a random number per token.
 
-Pure functions: what comes out depends on the logits, the request's own parameters and its own history, never on which
-other requests share the batch. This module knows no text and no batch.
+Each rank holds some columns of the logits. What is exchanged is small: the greatest values, masses and winners; whole rows only
+when a top-p takes more tokens than were exchanged. Every rank gets the same tokens, and they do not depend on how the columns are
+cut, nor on which other requests share the batch: masses are whole numbers, and randomness is a hash of seed, position and token.
+This module knows no text and no model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from quantkit.errors import InputError
+from quantkit.comm import Comm
+from quantkit.runtime.params import INVALID, Sampled, SamplingParams, TokenLogprob
 
-MAX_LOGPROBS = 20
-MAX_STOPS = 64
-INVALID = -1
-"""The token of logits that are not numbers."""
+__all__ = ["INVALID", "Sampled", "Sampler", "SamplingParams", "TokenLogprob"]
+
+CANDIDATES = 1024
+"""The likeliest tokens that a top-p is looked for among before whole rows are sorted."""
+CELLS = 1 << 22
+"""Logits that are drawn from at a time: it bounds memory beside the logits themselves to some 40 bytes each."""
+MASS_BITS = 40
+"""Weights of tokens are counted in units of 2^-40 of the likeliest's, so that sums are exact in any order."""
+_GOLDEN, _MIX = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+"""splitmix64's constants (Steele, Lea, Flood 2014) as signed numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request is sampled and when it ends. Raises InputError for a value out of range.
+def random_key(seed: int, index: int) -> int:
+    """64 bits, signed, for position ``index`` of a request with ``seed``: a hash, so there is no state to lose or to share."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "little", signed=True)
 
-    ``temperature`` 0 takes the likeliest token. ``top_k`` 0 means all. ``seed`` None draws a new one per request.
-    ``logprobs`` None asks for none, n for the chosen token's and those of the n likeliest. Generation ends at a ``stop``
-    string or a ``stop_ids`` token (neither becomes text), at the model's end token unless ``ignore_eos``, or at ``max_tokens``.
+
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise of ``tokens`` under ``keys`` (both int64, of one shape): splitmix64's numbers of each key's stream, as float64.
+
+    The token with the greatest sum of logit and noise is drawn with the probability that softmax gives it.
+    """
+    x = tokens * _GOLDEN + keys
+    for shift, factor in _MIX:
+        x = (x ^ _shifted(x, shift)) * factor
+    x = x ^ _shifted(x, 31)
+    uniform = (_shifted(x, 12).double() + 0.5) * 2.0**-52  # strictly between 0 and 1
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """``x`` as unsigned, shifted right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(slots=True)
+class _State:
+    """What sampling remembers of a sequence. ``slot``: its row in the table of what it holds, if that is penalized."""
+
+    params: SamplingParams
+    seed: int
+    ends: tuple[int, ...]
+    prompt: tuple[int, ...]
+    slot: int | None
+    index: int = 0
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)
+    """Position -> the log-probabilities of the prompt's token there."""
+
+
+class _History:
+    """Which tokens each slot's prompt has and how often its answer has each, over ``width`` columns that begin at ``first``."""
+
+    def __init__(self, first: int, width: int, device: torch.device) -> None:
+        self._first, self._device = first, device
+        self.prompt = torch.zeros(0, width, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(0, width, dtype=torch.int32, device=device)
+        self._free: list[int] = []
+
+    def take(self, prompt: Sequence[int]) -> int:
+        """A slot for a sequence that begins with ``prompt``."""
+        if not self._free:
+            rows = self.prompt.shape[0]
+            more = max(1, rows)
+            self.prompt = torch.cat([self.prompt, self.prompt.new_zeros(more, self.prompt.shape[1])])
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(more, self.counts.shape[1])])
+            self._free = list(range(rows, rows + more))
+        slot = self._free.pop()
+        self.prompt[slot], self.counts[slot] = False, 0
+        columns = torch.tensor(prompt, dtype=torch.int64, device=self._device) - self._first
+        self.prompt[slot, columns[(columns >= 0) & (columns < self.prompt.shape[1])]] = True
+        return slot
+
+    def give(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def add(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Count one more of ``tokens``, each in its slot; the slots differ."""
+        inside = [(slot, token - self._first) for slot, token in zip(slots, tokens, strict=True)]
+        inside = [(slot, column) for slot, column in inside if 0 <= column < self.counts.shape[1]]
+        if inside:
+            rows, columns = torch.tensor(inside, device=self._device).unbind(1)
+            self.counts[rows, columns] += 1
+
+
+class Sampler:
+    """One rank's part of sampling, and what the running sequences' sampling remembers.
+
+    ``columns``: the tokens whose logits this rank brings; ``vocab``: of all of them; every rank of ``comm`` calls the same with the same.
+    A rank without a column brings one of minus infinity.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    def __init__(self, columns: range, vocab: int, comm: Comm, device: torch.device) -> None:
+        self._vocab, self._comm, self._device = vocab, comm, device
+        self._first, self._width = (columns.start, len(columns)) if columns else (vocab, 1)
+        self._states: dict[int, _State] = {}
+        self._history = _History(self._first, self._width, device)
 
-    def __post_init__(self) -> None:
-        _integer("max_tokens", self.max_tokens, 1, 1 << 31)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise InputError("top_p", "is 0", "more than 0, up to 1", "temperature 0 takes the likeliest token")
-        _integer("top_k", self.top_k, 0, 1 << 31)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if len(self.stop) > MAX_STOPS or not all(self.stop):
-            raise InputError(
-                "stop", f"has {len(self.stop)} strings, {self.stop.count('')} of them empty", f"at most {MAX_STOPS}, none empty"
-            )
-        for token in self.stop_ids:
-            _integer("stop_ids", token, 0, (1 << 31) - 1)
+    def begin(self, sequence: int, params: SamplingParams, seed: int, ends: tuple[int, ...], prompt: tuple[int, ...]) -> None:
+        """Remember a sequence. ``ends``: what it must not sample before ``min_tokens``; ``prompt`` where ``params.reads_prompt``."""
+        slot = self._history.take(prompt) if params.penalized else None
+        self._states[sequence] = _State(params, seed, ends, prompt, slot)
 
-    @property
-    def penalized(self) -> bool:
-        return self.presence_penalty != 0 or self.frequency_penalty != 0
+    def forget(self, sequence: int) -> None:
+        slot = self._states.pop(sequence).slot
+        if slot is not None:
+            self._history.give(slot)
+
+    # the next tokens
+
+    def sample(self, sequences: Sequence[int], logits: Tensor) -> list[Sampled]:
+        """The next token of each of ``sequences``, from this rank's columns of its ``logits [B, W]``, which are left as they are.
+
+        In this order: bias, repetition penalty, presence and frequency penalties, no end before ``min_tokens``; temperature; top-k,
+        top-p (of what top-k left), min-p (relative to the likeliest). Tokens as likely as the last that a cut leaves are left too.
+        """
+        states = [self._states[sequence] for sequence in sequences]
+        shaped = self._shaped(states, logits)
+        values, best = self._winners(shaped)
+        random = [row for row, state in enumerate(states) if not state.params.greedy]
+        rows_at_once = max(1, CELLS // self._vocab)
+        for at in range(0, len(random), rows_at_once):
+            rows = random[at : at + rows_at_once]
+            best[rows] = self._draw(shaped[rows], [states[row] for row in rows])
+        tokens = [token if math.isfinite(value) else INVALID for value, token in zip(values.tolist(), best.tolist(), strict=True)]
+        scores = self._scored(states, logits, tokens)
+        penalized = [(state.slot, token) for state, token in zip(states, tokens, strict=True) if state.slot is not None]
+        if penalized:
+            self._history.add(*zip(*penalized, strict=True))
+        out = []
+        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
+            prompt = tuple(state.scores[position] for position in sorted(state.scores))
+            state.index, state.scores = state.index + 1, {}
+            out.append(Sampled(token, scores.get(row), prompt))
+        return out
+
+    def _shaped(self, states: Sequence[_State], logits: Tensor) -> Tensor:
+        """``logits`` with bias, penalties and masked ends: the same tensor where nobody asks for any."""
+        biases = [(row, token, amount) for row, state in enumerate(states) for token, amount in state.params.logit_bias]
+        masked = [(row, token, 0.0) for row, s in enumerate(states) if s.index < s.params.min_tokens for token in s.ends]
+        penalized = [(row, state) for row, state in enumerate(states) if state.slot is not None]
+        if not (biases or masked or penalized):
+            return logits
+        shaped = logits.clone()
+        rows, columns, amounts = self._cells(biases)
+        shaped.index_put_((rows, columns), amounts.to(shaped.dtype), accumulate=True)
+        if penalized:
+            where = torch.tensor([row for row, _ in penalized], device=self._device)
+            shaped[where] = self._penalize(shaped[where], [state for _, state in penalized])
+        rows, columns, _ = self._cells(masked)
+        shaped[rows, columns] = -math.inf
+        return shaped
+
+    def _cells(self, cells: Sequence[tuple[int, int, float]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and numbers of those of (row, token, number) that are in this rank's columns."""
+        inside = [(row, token - self._first, number) for row, token, number in cells if 0 <= token - self._first < self._width]
+        rows, columns, numbers = zip(*inside, strict=True) if inside else ((), (), ())
+        places = torch.tensor([rows, columns], dtype=torch.int64, device=self._device)
+        return places[0], places[1], torch.tensor(numbers, dtype=torch.float64, device=self._device)
+
+    def _penalize(self, logits: Tensor, states: Sequence[_State]) -> Tensor:
+        """Repetition (Keskar et al. 2019: divides what is positive, multiplies what is not), then presence and frequency (OpenAI's)."""
+        slots = torch.tensor([state.slot for state in states], device=self._device)
+        counts = self._history.counts[slots]  # [B, W]
+        given = counts > 0
+        repetition, presence, frequency = self._per_row(
+            [(s.params.repetition_penalty, s.params.presence_penalty, s.params.frequency_penalty) for s in states], logits.dtype
+        )
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(given | self._history.prompt[slots], repeated, logits)
+        return logits - presence * given - frequency * counts
+
+    def _per_row(self, numbers: Sequence[Sequence[float]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Each column of ``numbers`` (one list per row of a batch) as ``[B, 1]``."""
+        return torch.tensor(numbers, dtype=dtype, device=self._device).unsqueeze(1).unbind(2)
+
+    def _winners(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The greatest of each row of ``values [B, W]`` over all ranks, and its token, the lowest of equals: two ``[B]``."""
+        best = values.max(-1)
+        found = self._gather(torch.stack([best.values.double(), (best.indices + self._first).double()], -1))  # [B, 2R]
+        first = found[:, ::2].max(-1)
+        return first.values, found[:, 1::2].gather(1, first.indices.unsqueeze(1)).squeeze(1).long()
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """The ranks' ``x``, of one shape, side by side."""
+        return self._comm.all_gather(x, [x.shape[-1]] * self._comm.size)
+
+    def _draw(self, logits: Tensor, states: Sequence[_State]) -> Tensor:
+        """A token ``[B]`` for each row of ``logits [B, W]``, none of which is greedy."""
+        (temperature,) = self._per_row([(state.params.temperature,) for state in states], torch.float64)
+        scaled = logits.double() / temperature
+        floor = self._floor(scaled, [state.params for state in states])
+        keys = torch.tensor([random_key(state.seed, state.index) for state in states], device=self._device)
+        rows, columns = (scaled >= floor.unsqueeze(1)).nonzero(as_tuple=True)
+        raced = torch.full_like(scaled, -math.inf)
+        raced[rows, columns] = scaled[rows, columns] + gumbel(keys[rows], columns + self._first)
+        return self._winners(raced)[1]
+
+    def _floor(self, scaled: Tensor, params: Sequence[SamplingParams], candidates: int = CANDIDATES) -> Tensor:
+        """The least value ``[B]`` of ``scaled [B, W]`` that the cuts leave in each row."""
+        floor = torch.full(scaled.shape[:1], -math.inf, dtype=torch.float64, device=self._device)
+        kept = [min(p.top_k, self._vocab) if p.top_k > 0 else self._vocab for p in params]
+        nucleus = [p.top_p < 1 for p in params]
+        if not any(p.top_k > 0 or p.top_p < 1 or p.min_p for p in params):
+            return floor
+        count = max(k if p.top_k > 0 else candidates if p.top_p < 1 else 1 for p, k in zip(params, kept, strict=True))
+        best = self._best(scaled, min(count, self._vocab))  # [B, C], greatest first
+        last = torch.tensor(kept, device=self._device)
+        places = torch.arange(best.shape[1], device=self._device)
+        cut = last < self._vocab
+        floor = torch.where(cut, best.gather(1, (last - 1).clamp(max=best.shape[1] - 1).unsqueeze(1)).squeeze(1), floor)
+        if any(nucleus):
+            total = self._gather(_mass(scaled, best[:, :1]).sum(-1, keepdim=True)).sum(-1)
+            masses = _mass(best, best[:, :1]).masked_fill_(places >= last.unsqueeze(1), 0)
+            total = torch.where(cut, masses.sum(-1), total)
+            (share,) = self._per_row([(p.top_p,) for p in params], torch.float64)
+            sums, wanted = masses.cumsum(-1).double(), share.squeeze(1) * total.double()
+            ends = (sums < wanted.unsqueeze(1)).sum(-1)  # the place of the token that completes the share
+            inside = torch.tensor(nucleus, device=self._device)
+            found = best.gather(1, ends.clamp(max=best.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            floor = torch.where(inside, torch.maximum(floor, found), floor)
+            beyond = (inside & (ends >= best.shape[1])).nonzero().squeeze(1).tolist()
+            if beyond and best.shape[1] < self._vocab:
+                floor[beyond] = self._floor(scaled[beyond], [params[row] for row in beyond], self._vocab)
+        (least,) = self._per_row([(math.log(p.min_p) if p.min_p else -math.inf,) for p in params], torch.float64)
+        return torch.maximum(floor, best[:, 0] + least.squeeze(1))
+
+    def _best(self, values: Tensor, count: int) -> Tensor:
+        """The ``count`` greatest of each row over all ranks, greatest first."""
+        mine = values.topk(min(count, values.shape[1])).values
+        if self._comm.size == 1:
+            return mine
+        missing = count - mine.shape[1]
+        return self._gather(torch.nn.functional.pad(mine, (0, missing), value=-math.inf)).topk(count).values
+
+    # log-probabilities
+
+    def _scored(self, states: Sequence[_State], logits: Tensor, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+        """Row -> what was asked for."""
+        asked = [(row, s.params.logprobs) for row, s in enumerate(states) if s.params.logprobs is not None and tokens[row] != INVALID]
+        if not asked:
+            return {}
+        rows = [row for row, _ in asked]
+        scores = self.score(logits[rows], [tokens[row] for row in rows], max(count for _, count in asked))
+        return {row: TokenLogprob(one.token, one.logprob, one.top[:count]) for (row, count), one in zip(asked, scores, strict=True)}
+
+    def score(self, logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+        """Log-probabilities of ``tokens``, one per row of ``logits [B, W]``, and of the ``count`` likeliest tokens."""
+        columns = torch.tensor(tokens, device=self._device) - self._first
+        inside = (columns >= 0) & (columns < self._width)
+        chosen = logits.gather(1, columns.clamp(0, self._width - 1).unsqueeze(1)).squeeze(1).masked_fill(~inside, -math.inf)
+        own = torch.stack([logits.logsumexp(-1), chosen], -1).double()
+        every = self._gather(own)  # [B, 2R]
+        total = every[:, ::2].logsumexp(-1, keepdim=True)
+        values = every[:, 1::2].max(-1, keepdim=True).values - total
+        count = min(count, self._vocab)
+        top = logits.topk(min(count, self._width))
+        missing = count - top.values.shape[1]
+        pairs = torch.cat(
+            [
+                torch.nn.functional.pad(top.values.double(), (0, missing), value=-math.inf),
+                torch.nn.functional.pad((top.indices + self._first).double(), (0, missing)),
+            ],
+            -1,
+        )
+        found = self._gather(pairs).view(len(tokens), self._comm.size, 2, count)
+        best = found[:, :, 0].flatten(1).sort(descending=True, stable=True)
+        likely = best.values[:, :count] - total
+        ids = found[:, :, 1].flatten(1).gather(1, best.indices[:, :count])
+        return [
+            TokenLogprob(token, value[0], tuple((int(other), logprob) for other, logprob in zip(row, logprobs, strict=True)))
+            for token, value, row, logprobs in zip(tokens, values.tolist(), ids.tolist(), likely.tolist(), strict=True)
+        ]
+
+    def unscored(self, sequence: int, start: int, length: int) -> tuple[int, ...]:
+        """The prompt's tokens behind each of positions ``start`` to ``start + length - 1`` that are to be scored."""
+        state = self._states[sequence]
+        return () if state.params.prompt_logprobs is None or state.index else state.prompt[start + 1 : start + length + 1]
+
+    def score_prompt(self, sequence: int, start: int, logits: Tensor, tokens: Sequence[int]) -> None:
+        """Keep the log-probabilities of the prompt's ``tokens`` behind position ``start`` and on; the first sampled token brings them."""
+        state = self._states[sequence]
+        assert state.params.prompt_logprobs is not None
+        state.scores.update(enumerate(self.score(logits, tokens, state.params.prompt_logprobs), start))
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(name, f"is {value!r:.100}", f"a number from {low:g} to {high:g}")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(name, f"is {value!r:.100}", f"a whole number from {low} to {high}")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probabilities (natural) of one position in the model's own distribution: before penalties, temperature and cuts.
-
-    ``top`` are the likeliest tokens with theirs, likeliest first; the chosen ``token`` need not be among them.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The token of one position, INVALID when its logits are not numbers, and its log-probabilities if they were asked for."""
-
-    token: int
-    logprob: TokenLogprob | None = None
-
-
-def uniform(seed: int, index: int) -> float:
-    """The random number in [0, 1) of position ``index`` of a request with ``seed``: a hash, so it has no state to lose or to share."""
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 12) * 2.0**-52  # 52 bits: times any positive total it stays below the total
-
-
-def greedy(logits: Tensor) -> list[Sampled]:
-    """The likeliest token of each row of ``logits [B, V]``, the lowest id where several are equal."""
-    best = logits.max(-1)
-    return [
-        Sampled(token if math.isfinite(value) else INVALID)
-        for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def sample(logits: Tensor, params: SamplingParams, *, seed: int, index: int, counts: Mapping[int, int]) -> Sampled:
-    """The next token from ``logits [V]`` float32.
-
-    In this order: presence and frequency penalties over ``counts`` (how often each token was generated), temperature,
-    top-k, top-p (over what top-k left), min-p (relative to the likeliest); then the token at ``uniform(seed, index)`` of
-    the distribution that is left.
-    """
-    shaped = penalized(logits, params, counts)
-    if params.temperature == 0:
-        token = greedy(shaped.unsqueeze(0))[0].token
-    else:
-        token = _draw(shaped, params, uniform(seed, index))
-    if token == INVALID or params.logprobs is None:
-        return Sampled(token)
-    return Sampled(token, token_logprob(logits, token, params.logprobs))
-
-
-def penalized(logits: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
-    """``logits`` less ``presence + frequency * count`` for every generated token (OpenAI's definition)."""
-    if not params.penalized or not counts:
-        return logits
-    tokens = torch.tensor(list(counts), device=logits.device)
-    amounts = torch.tensor([params.presence_penalty + params.frequency_penalty * count for count in counts.values()])
-    return logits.index_add(0, tokens, -amounts.to(logits.device, logits.dtype))
-
-
-def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """Log-probabilities of ``token`` and of the ``count`` likeliest tokens under ``softmax(logits [V])``."""
-    logprobs = torch.log_softmax(logits, -1)
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        best = logprobs.topk(min(count, logprobs.numel()))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
-
-
-def _draw(logits: Tensor, params: SamplingParams, point: float) -> int:
-    """The token at ``point`` of the cut distribution of ``logits [V]`` at the request's temperature."""
-    peak = logits.max()
-    if not math.isfinite(float(peak)):
-        return INVALID
-    weights = ((logits - peak) / params.temperature).exp()  # [V], the likeliest is 1: a tiny temperature cannot overflow
-    if params.top_k or params.top_p < 1:
-        tokens, weights = _cut(weights, params)
-    else:
-        tokens = None
-    if params.min_p:
-        weights = torch.where(weights >= params.min_p, weights, 0)
-    below = weights.cumsum(0, dtype=torch.float64)
-    place = int(torch.searchsorted(below, below[-1] * point, right=True))
-    return place if tokens is None else int(tokens[place])
-
-
-def _cut(weights: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens, likeliest first, that top-k and then top-p leave, and their weights; the likeliest always stays."""
-    vocab = weights.numel()
-    if params.top_k:
-        best = weights.topk(min(params.top_k, vocab))
-        tokens, values = best.indices, best.values
-        total = values.sum(dtype=torch.float64)
-    else:
-        # Tokens below this share of the mass hold less than 1 - top_p of it all together: they need not be sorted.
-        total = weights.sum(dtype=torch.float64)
-        tokens = (weights >= (1 - params.top_p) * total / vocab).nonzero().squeeze(1)
-        values, order = weights[tokens].sort(descending=True, stable=True)
-        tokens = tokens[order]
-    if params.top_p == 1:
-        return tokens, values
-    kept = int((values.cumsum(0, dtype=torch.float64) < params.top_p * total).sum()) + 1  # up to the first that reaches the mass
-    return tokens[:kept], values[:kept]
+def _mass(values: Tensor, peak: Tensor) -> Tensor:
+    """``exp(values - peak)`` in whole units of 2^-MASS_BITS."""
+    return ((values - peak).exp() * (1 << MASS_BITS)).nan_to_num_(0.0, 0.0, 0.0).long()

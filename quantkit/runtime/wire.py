@@ -44,11 +44,16 @@ class RankJob:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A sequence that enters: how it is sampled, and the seed of its random numbers."""
+    """A sequence that enters: how it is sampled, and the seed of its random numbers.
+
+    ``ends``: tokens that it must not sample before ``params.min_tokens``; ``prompt``: its tokens, where ``params.reads_prompt``.
+    """
 
     sequence: int
     params: SamplingParams
     seed: int
+    ends: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,33 +80,43 @@ def step_to_json(step: Step) -> Message:
     return {
         "free": list(step.free),
         "preempted": list(step.preempted),
-        "begin": [[b.sequence, asdict(b.params), b.seed] for b in step.begin],
+        "begin": [[b.sequence, asdict(b.params), b.seed, b.ends, b.prompt] for b in step.begin],
         "chunks": [[c.sequence, c.start, list(c.tokens), c.sample, list(c.blocks)] for c in step.chunks],
     }
 
 
 def step_from_json(data: Message) -> Step:
-    def params(fields: Message) -> SamplingParams:
-        return SamplingParams(**{**fields, "stop": tuple(fields["stop"]), "stop_ids": tuple(fields["stop_ids"])})
-
     return Step(
         tuple(data["free"]),
         tuple(data["preempted"]),
-        tuple(Begin(sequence, params(fields), seed) for sequence, fields, seed in data["begin"]),
+        tuple(
+            Begin(sequence, SamplingParams(**fields), seed, tuple(ends), tuple(prompt))
+            for sequence, fields, seed, ends, prompt in data["begin"]
+        ),
         tuple(Chunk(sequence, start, tuple(tokens), sample, tuple(blocks)) for sequence, start, tokens, sample, blocks in data["chunks"]),
     )
 
 
 def sampled_to_json(sampled: list[Sampled]) -> list[Any]:
-    return [s.token if s.logprob is None else [s.token, s.logprob.logprob, [list(pair) for pair in s.logprob.top]] for s in sampled]
+    def scores(one: TokenLogprob) -> list[Any]:
+        return [one.token, one.logprob, [list(pair) for pair in one.top]]
+
+    return [
+        s.token if s.logprob is None and not s.prompt else [s.token, s.logprob and scores(s.logprob), [scores(one) for one in s.prompt]]
+        for s in sampled
+    ]
 
 
 def sampled_from_json(data: list[Any]) -> list[Sampled]:
+    def scores(item: list[Any]) -> TokenLogprob:
+        token, logprob, top = item
+        return TokenLogprob(token, logprob, tuple((t, p) for t, p in top))
+
     def one(item: Any) -> Sampled:
         if isinstance(item, int):
             return Sampled(item)
-        token, logprob, top = item
-        return Sampled(token, TokenLogprob(token, logprob, tuple((t, p) for t, p in top)))
+        token, logprob, prompt = item
+        return Sampled(token, logprob and scores(logprob), tuple(scores(each) for each in prompt))
 
     return [one(item) for item in data]
 

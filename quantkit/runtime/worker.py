@@ -12,8 +12,8 @@ import signal
 import socket
 import sys
 import threading
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from quantkit.plan import make_plan, pass_bytes
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
-from quantkit.runtime.sampler import Sampled, SamplingParams, greedy, sample
+from quantkit.runtime.sampler import Sampled, Sampler
 from quantkit.runtime.scheduler import Chunk
 from quantkit.runtime.wire import (
     Frames,
@@ -47,29 +47,17 @@ from quantkit.runtime.wire import (
 from quantkit.shard import open_rank
 
 BEAT_SECONDS = 1.0
+SCORE_ROWS = 256
+"""Positions of a prompt that are scored at a time: it bounds the memory of their logits."""
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(slots=True)
-class _Request:
-    """What sampling remembers of a sequence: the position of its next random number, and what it generated if that is penalized."""
-
-    params: SamplingParams
-    seed: int
-    index: int = 0
-    counts: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def plain(self) -> bool:
-        return self.params.temperature == 0 and self.params.logprobs is None and not self.params.penalized
-
-
 class Runner:
-    """A rank's model, its cache and its requests. Every rank runs the same steps; rank 0 samples, the others return nothing."""
+    """A rank's model, its cache and its part of sampling. Every rank runs the same steps; rank 0 returns the tokens, the others nothing."""
 
     def __init__(self, decoder: Decoder, *, kv_fp8: bool = False) -> None:
         self.decoder, self.cache, self._kv_fp8 = decoder, cache_for(decoder, 0), kv_fp8
-        self._requests: dict[int, _Request] = {}
+        self._sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
 
     def open_cache(self, blocks: int) -> None:
         """Take memory for ``blocks`` blocks of keys and values. Raises torch's OutOfMemoryError."""
@@ -80,16 +68,17 @@ class Runner:
         """The tokens of the chunks of ``step`` that sample, in order."""
         for sequence in step.free:
             self.cache.free(sequence)
-            del self._requests[sequence]
+            self._sampler.forget(sequence)
         for sequence in step.preempted:
             self.cache.free(sequence)
         for begin in step.begin:
-            self._requests[begin.sequence] = _Request(begin.params, begin.seed)
+            self._sampler.begin(begin.sequence, begin.params, begin.seed, begin.ends, begin.prompt)
         if not step.chunks:
             return []
         for chunk in step.chunks:
             self.cache.extend(chunk.sequence, chunk.blocks, chunk.start)
         hidden = self._forward(step.chunks)
+        self._score_prompts(step.chunks, hidden)
         ends, last = [], -1
         for chunk in step.chunks:
             last += len(chunk.tokens)
@@ -97,10 +86,9 @@ class Runner:
                 ends.append(last)
         if not ends:
             return []
-        logits = self.decoder.logits(hidden if len(ends) == hidden.shape[0] else hidden[ends])  # a collective: every rank
-        if self.decoder.comm.rank != 0:
-            return []
-        return self._sample([self._requests[chunk.sequence] for chunk in step.chunks if chunk.sample], logits)
+        logits = self.decoder.head.local(hidden if len(ends) == hidden.shape[0] else hidden[ends])
+        sampled = self._sampler.sample([chunk.sequence for chunk in step.chunks if chunk.sample], logits)  # a collective: every rank
+        return sampled if self.decoder.comm.rank == 0 else []
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Hidden states ``[T, hidden]`` of all chunks, one after the other."""
@@ -110,18 +98,16 @@ class Runner:
         batch = Batch(both[1], tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks))
         return self.decoder.forward(both[0], batch, self.cache)
 
-    def _sample(self, requests: list[_Request], logits: Tensor) -> list[Sampled]:
-        """One token for each of ``requests`` from its row of ``logits [B, V]``."""
-        if all(request.plain for request in requests):
-            return greedy(logits)
-        out = []
-        for request, row in zip(requests, logits, strict=True):
-            found = sample(row, request.params, seed=request.seed, index=request.index, counts=request.counts)
-            request.index += 1
-            if request.params.penalized:
-                request.counts[found.token] += 1
-            out.append(found)
-        return out
+    def _score_prompts(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """Log-probabilities of the prompts that asked for them, from ``hidden [T, hidden]`` of ``chunks``."""
+        first = 0
+        for chunk in chunks:
+            tokens = self._sampler.unscored(chunk.sequence, chunk.start, len(chunk.tokens))
+            for at in range(0, len(tokens), SCORE_ROWS):
+                part = tokens[at : at + SCORE_ROWS]
+                logits = self.decoder.head.local(hidden[first + at : first + at + len(part)])
+                self._sampler.score_prompt(chunk.sequence, chunk.start + at, logits, part)
+            first += len(chunk.tokens)
 
 
 def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:

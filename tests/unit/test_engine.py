@@ -253,6 +253,50 @@ def test_logprobs_are_those_of_the_model(engine: Engine, llama: Checkpoint) -> N
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_prompt_logprobs_are_those_of_the_model(llama: Checkpoint, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps of 5 tokens scored three at a time, twice, though the second could use the blocks of the first."""
+    monkeypatch.setattr(worker, "SCORE_ROWS", 3)
+    engine = engine_on(GroupExecutor(llama, tp), MODELS / "llama", llama, step_tokens=5, max_num_seqs=2)
+    prompt = [*engine.tokenizer.encode("The city of the king was large and old", special=True), *range(40, 60)]
+    decoder = load_decoder(llama, dtype=torch.float32)
+    with torch.inference_mode():
+        want = decoder.logits(decoder.forward(torch.tensor(prompt), batch_of([(0, len(prompt))]))).log_softmax(-1)
+    try:
+        for _ in range(2):
+            said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            engine.submit(prompt, SamplingParams(2, temperature=0, ignore_eos=True, prompt_logprobs=2), said.put)
+            first, second = said.get(timeout=60), said.get(timeout=60)
+            assert [one.token for one in first.prompt_logprobs] == prompt[1:] and second.prompt_logprobs == ()
+            for row, one in zip(want, first.prompt_logprobs, strict=False):
+                assert one.logprob == pytest.approx(float(row[one.token]), abs=1e-4)
+                assert [value for _, value in one.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+            assert first.logprobs == ()
+    finally:
+        engine.close()
+
+
+def test_sampled_text_is_the_same_on_any_ranks(llama: Checkpoint) -> None:
+    """Everything that shapes a distribution, drawn from columns of 1, 2 and 3 ranks."""
+    asks = [
+        SamplingParams(24, seed=1, ignore_eos=True),
+        SamplingParams(24, seed=2, top_k=20, repetition_penalty=1.3, ignore_eos=True),
+        SamplingParams(24, seed=3, top_p=0.8, frequency_penalty=0.5, ignore_eos=True),
+        SamplingParams(24, seed=4, min_p=0.1, logit_bias=((5, 3.0), (900, 4.0)), ignore_eos=True),
+        SamplingParams(24, temperature=0, repetition_penalty=1.2, min_tokens=20),
+    ]
+    texts = []
+    for tp in (1, 2, 3):
+        engine = engine_on(GroupExecutor(llama, tp), MODELS / "llama", llama)
+        prompt = engine.tokenizer.encode("In the beginning", special=True)
+        try:
+            texts.append([client.answer().tokens for client in [Client(engine, prompt, params) for params in asks]])
+        finally:
+            engine.close()
+    assert texts[0] == texts[1] == texts[2]
+    assert len({tuple(tokens) for tokens in texts[0]}) == len(asks)
+
+
 # the same text, whatever becomes of the blocks
 
 
@@ -432,22 +476,42 @@ def test_a_stop_string_across_tokens_never_shows(engine: Engine) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 5), max_size=30))
-def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 5), max_size=30),
+    st.integers(0, 4),
+)
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str], cuts: list[int], deaf: int) -> None:
+    """The first that ends behind the ``deaf`` first pieces, wherever it began."""
+    pieces = [*cuts, len(text)]
     want, ended = text, False
-    for end in range(len(text) + 1):
+    for end in range(sum(pieces[:deaf]) + 1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
             want, ended = text[: min(starts)], True
             break
     watch, got, stopped, at = StopText(stops), "", False, 0
-    for size in [*cuts, len(text)]:
-        piece, stopped = watch.push(text[at : at + size])
+    for number, size in enumerate(pieces):
+        piece, stopped = watch.push(text[at : at + size], heed=number >= deaf)
         got, at = got + piece, at + size
         assert want.startswith(got)
         if stopped:
             break
     assert (got + watch.finish(), stopped) == (want, ended)
+
+
+def test_nothing_ends_a_text_before_min_tokens(engine: Engine) -> None:
+    """Neither a stop id, which is not sampled then, nor a stop string, which is text then."""
+    prompt = engine.tokenizer.encode("The capital", special=True)
+    free = Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True)).answer()
+    ids = Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True, stop_ids=(free.tokens[2],), min_tokens=6)).answer()
+    assert free.tokens[2] not in ids.tokens[:6] and len(ids.tokens) >= 6 and ids.tokens[:2] == free.tokens[:2]
+    stop = engine.tokenizer.decode(free.tokens[:3])[-2:]
+    early = Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True, stop=(stop,))).answer()
+    late = Client(engine, prompt, SamplingParams(12, temperature=0, ignore_eos=True, stop=(stop,), min_tokens=4)).answer()
+    assert early.reason == "stop" and len(early.tokens) <= 3
+    assert late.tokens == free.tokens[: len(late.tokens)] and len(late.tokens) > 4 and late.text.startswith(early.text + stop)
 
 
 # cancellation and refusal
@@ -654,8 +718,10 @@ def test_plan_predicts_the_blocks(name: str, tp: int, monkeypatch: pytest.Monkey
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(7, 0.3, seed=1 << 63, stop=("a", "é\n"), stop_ids=(4,), logprobs=2)
     chunks = (Chunk(5, 0, (1, 2, 3), True, (9, 8)), Chunk(2, 9, (7,), False))
-    step = Step((3, 4), (6,), (Begin(5, params, -(1 << 62)),), chunks)
+    full = SamplingParams(9, logit_bias=((7, -1.5), (8, 2)), min_tokens=3, repetition_penalty=1.5, prompt_logprobs=0)
+    step = Step((3, 4), (6,), (Begin(5, params, -(1 << 62)), Begin(6, full, 1, (2, 3), (9, 9))), chunks)
     answers = [Sampled(5), Sampled(7, TokenLogprob(7, -1.25, ((7, -1.25), (9, float("-inf"))))), Sampled(0, TokenLogprob(0, -0.5, ()))]
+    answers += [Sampled(4, None, (TokenLogprob(1, -2.0, ((1, -2.0),)), TokenLogprob(3, -1.0, ())))]
     error = MachineError("disk", "is full", None, "free some")
     data = frame({"step": step_to_json(step)}) + frame({"sampled": sampled_to_json(answers)}) + frame({"error": error_to_json(error)})
     for size in (1, 3, 1000):
