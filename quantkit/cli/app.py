@@ -757,6 +757,31 @@ def serve(
         typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-num-batched-tokens", min=1, metavar="TOKENS", help="Tokens of one pass: longer prompts are computed in pieces."
+        ),
+    ] = 1024,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            "--gpu-memory-utilization", metavar="SHARE", help="What the runtime may take of a GPU's memory, or of a CPU's free memory."
+        ),
+    ] = 0.9,
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            "--kv-cache-dtype",
+            metavar="DTYPE",
+            autocompletion=_one_of("auto", "fp8"),
+            help="How keys and values are stored: auto (as computed) or fp8 (a byte each).",
+        ),
+    ] = "auto",
+    prefix_caching: Annotated[
+        bool,
+        typer.Option("--enable-prefix-caching/--disable-prefix-caching", help="Compute what prompts begin with alike once."),
+    ] = True,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
@@ -782,6 +807,10 @@ def serve(
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_dtype=kv_cache_dtype,
+            prefix_caching=prefix_caching,
             max_queue=max_queue,
             timeout=timeout,
         )

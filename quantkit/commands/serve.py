@@ -53,6 +53,10 @@ class ServeOptions:
     dtype: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 8
+    max_num_batched_tokens: int = 1024
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
     max_queue: int = 64
     timeout: float = 60.0
 
@@ -221,6 +225,10 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            memory_share=options.gpu_memory_utilization,
+            kv_cache_dtype=options.kv_cache_dtype,
+            prefix_caching=options.prefix_caching,
             max_queue=options.max_queue,
             timeout=options.timeout,
             progress=progress,

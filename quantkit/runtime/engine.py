@@ -290,7 +290,7 @@ class Engine:
 
     def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:
         """Give each sampled token to its request, unless that was cancelled while the step ran."""
-        self._counts.steps += 1
+        self._counts.steps += bool(schedule.chunks)
         wanted = [chunk.sequence for chunk in schedule.chunks if chunk.sample]
         for number, got in zip(wanted, sampled, strict=True):
             request = self._requests.get(number)

@@ -1,4 +1,4 @@
-"""The HTTP face of an engine: OpenAI's endpoints, health and version.
+"""The HTTP face of an engine: OpenAI's endpoints, health, metrics and version.
 
 One engine, one model, one event loop; deltas come from the engine's thread through ``call_soon_threadsafe``. What a client
 may ask for is ``protocol.py``'s business; how processes start and end is the serve command's.
@@ -26,6 +26,7 @@ from quantkit import __version__
 from quantkit.errors import QuantkitError
 from quantkit.runtime.engine import Delta, Engine
 from quantkit.runtime.sampler import SamplingParams, TokenLogprob
+from quantkit.server import metrics
 from quantkit.server.dialect import CHAT, COMPLETION, Choice, Dialect, Json, Offsets, TokenTexts
 from quantkit.server.edge import CLIENT_GONE, add_error_handlers, api_error, key_check, read_body, until_gone
 from quantkit.server.protocol import (
@@ -338,6 +339,10 @@ def create_app(engine: Engine, *, served_model_name: str, api_key: str | None) -
     @app.get("/health")
     async def health() -> JSONResponse:
         return _health(engine)
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(metrics.exposition(engine.stats()), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/version")
     async def version() -> JSONResponse:

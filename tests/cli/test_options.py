@@ -85,10 +85,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"path": "m"},
         (
             "--host ::1 --port 0 --api-key k --served-model-name n --tp 2 --device cuda --dtype float32 --max-model-len 9 --max-num-seqs 3 "
+            "--max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 --disable-prefix-caching "
             "--max-queue 0 --timeout 1.5"
         ),
         {"host": "::1", "port": 0, "api_key": "k", "served_model_name": "n", "tp": 2, "device": "cuda", "dtype": "float32"}
-        | {"max_model_len": 9, "max_num_seqs": 3, "max_queue": 0, "timeout": 1.5},
+        | {"max_model_len": 9, "max_num_seqs": 3, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
+        | {"kv_cache_dtype": "fp8", "prefix_caching": False, "max_queue": 0, "timeout": 1.5},
     ),
     "report": (
         "m a",

@@ -325,6 +325,34 @@ def test_health_and_version(url: str, engine: Engine) -> None:
     assert httpx.get(f"{url}/version").json() == {"version": __version__}
 
 
+def test_metrics_are_the_engine_s(url: str, engine: Engine, wait_for: Callable[..., None]) -> None:
+    """Counters move as requests do; a prompt that comes again is found."""
+
+    def figures() -> dict[str, int]:
+        response = httpx.get(f"{url}/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = response.text.splitlines()
+        assert lines.count("# TYPE quantkit_kv_cache_tokens gauge") == 1 and lines.count("# TYPE quantkit_steps_total counter") == 1
+        return {line.split()[0].removeprefix("quantkit_"): int(line.split()[1]) for line in lines if not line.startswith("#")}
+
+    ids = [7, 9] * 20
+    direct(engine, ids)
+    wait_for(lambda: engine.stats().running == 0)
+    before = figures()
+    direct(engine, ids, max_tokens=3, ignore_eos=True)
+    wait_for(lambda: engine.stats().running == 0)
+    after = figures()
+    moved = {name: after[name] - before[name] for name in after if after[name] != before[name] and name != "kv_cache_tokens_kept"}
+    assert moved == {
+        "prompt_tokens_total": 40,
+        "generated_tokens_total": 3,
+        "steps_total": 3,
+        "prefix_cache_queries_total": 40,
+        "prefix_cache_hits_total": 32,
+    }
+    assert after["kv_cache_tokens"] == engine.stats().kv_tokens_total and after["kv_cache_tokens_kept"] >= 32
+
+
 # Over a scripted engine.
 
 

@@ -664,6 +664,10 @@ def test_start_on_one_rank_of_this_process() -> None:
         ({"max_model_len": 1 << 20}, InputError, "which the model was made for"),
         ({"tp": 0}, InputError, "--tp"),
         ({"max_num_seqs": 0}, InputError, "max_num_seqs 0"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, InputError, "--max-num-batched-tokens"),
+        ({"memory_share": 0.0}, InputError, "--gpu-memory-utilization"),
+        ({"memory_share": 1.1}, InputError, "--gpu-memory-utilization"),
+        ({"kv_cache_dtype": "int4"}, InputError, "--kv-cache-dtype"),
         ({"device": "cuda", "tp": 64}, MachineError, "0 of 64 GPUs"),
     ],
 )
