@@ -230,6 +230,7 @@ def timed(launch: Callable[[int], Any], copies: int, launches: int, replays: int
 
 def candidates(m: int, full: bool) -> Iterator[dict[str, Any]]:
     """Configurations worth a try for ``m`` rows."""
+    yield {}  # the rule of the library
     for columns in (8, 16, 32):
         if columns < m <= 64 and columns * 2 < m or columns >= 2 * m and columns > 8:
             continue
@@ -239,15 +240,15 @@ def candidates(m: int, full: bool) -> Iterator[dict[str, Any]]:
 def shapes_of(columns: int, full: bool) -> Iterator[dict[str, Any]]:
     """(16-row blocks of a warp, warps of a team, teams, blocks of a multiprocessor), and splits of K."""
     shapes = {
-        8: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)],
-        16: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)],
-        32: [(2, 8, 1, 1), (2, 8, 1, 2)],
+        8: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (4, 8, 1, 1), (4, 8, 1, 2), (4, 8, 2, 1)],
+        16: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (4, 8, 1, 1), (4, 8, 1, 2), (4, 8, 2, 1)],
+        32: [(2, 8, 1, 1), (4, 8, 1, 1)],
     }[columns]
     if full:
         shapes += {
-            8: [(4, 4, 2, 1), (2, 16, 1, 1), (1, 8, 1, 1), (1, 8, 1, 2), (1, 8, 2, 1)],
-            16: [(4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 2, 1), (4, 4, 2, 2)],
-            32: [(4, 8, 1, 1), (4, 4, 2, 1), (4, 4, 1, 2)],
+            8: [(4, 4, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (2, 4, 2, 2), (2, 4, 4, 1), (2, 16, 1, 1)],
+            16: [(4, 4, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (2, 4, 2, 2), (2, 4, 4, 1)],
+            32: [(4, 4, 2, 1), (4, 4, 1, 2)],
         }[columns]
     for (rb, wk, teams, per_sm), splits in itertools.product(shapes, (1, 2, 4, 8)):
         yield {"columns": columns, "splits": splits, "rb": rb, "wk": wk, "teams": teams, "per_sm": per_sm}
@@ -268,6 +269,7 @@ def sweep(run: Library, args: argparse.Namespace) -> list[dict[str, Any]]:
         launches = copies * max(1, 64 // copies) if copies <= 64 else 64
         read = timed(lambda i, data=data: run.read(data[i]), copies, launches, 9)
         for m in args.m:
+            torch.cuda.synchronize()
             x = inputs(m, k, dtype)
             ref = x.float() @ full.T
             y = torch.empty(m, n, dtype=dtype, device="cuda")
@@ -292,9 +294,13 @@ def sweep(run: Library, args: argparse.Namespace) -> list[dict[str, Any]]:
                     found.append((timed(one, copies, min(launches, max(copies, 24)), args.replays), e, tried))
             found.sort(key=lambda f: f[0])
             for us, e, tried in found[: args.keep]:
-                rows.append({"format": form, "shape": name, "n": n, "k": k, "m": m, "us": us, "read": read, "error": e, "config": tried})
+                row = {"format": form, "shape": name, "n": n, "k": k, "m": m, "us": us, "read": read, "error": e, "config": tried}
+                rows.append(row)
+                with (args.out / f"decode_{os.getpid()}.jsonl").open("a") as f:
+                    f.write(json.dumps(row) + "\n")
             print(f"{form} {name:11} m={m:3} read {read:6.2f} " + "  ".join(
-                f"{us:.2f}({us / read:.2f}) " + ",".join(f"{k[:2]}{int(v)}" for k, v in t.items() if k != "columns") for us, _, t in found[: args.show]
+                f"{us:.2f}({us / read:.2f}) " + (",".join(f"{k[:2]}{int(v)}" for k, v in t.items()) or "rule")
+                for us, _, t in found[: args.show] + [f for f in found[args.show :] if "columns" not in f[2]]
             ), flush=True)  # fmt: skip
     return rows
 
@@ -345,8 +351,6 @@ def main() -> int:
         print(f"{time.time() - start:.0f} s")
         return int(bad > 0)
     rows = sweep(run, args)
-    with open(args.out / f"decode_{'_'.join(args.formats)}_{os.getpid()}.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
     table(rows, args.peers)
     print(f"{time.time() - start:.0f} s on {torch.cuda.get_device_name()}")
     return 0

@@ -45,7 +45,7 @@ struct Plan {
 
 template <class C>
 int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  constexpr int WARPS = C::RB * C::NT <= 4 || C::WK == 16 ? 16 : 8;  // 128 registers a thread, or 255
+  constexpr int WARPS = C::NT <= 2 ? 16 : 8;  // 128 registers a thread, or 255
   const int warps = plan.teams * C::WK;
   if (warps > WARPS || plan.teams > 15) return QK_UNSUPPORTED;
   args.splits = plan.splits;

@@ -64,7 +64,9 @@ struct Traits {
   static constexpr bool KEEP = (ZERO || SUMS) && NT > 1;  // the sums of x, after a team's first item
   // What only fp16 can hold is multiplied in fp16; then bf16 x is converted, times a power of two for each row.
   static constexpr bool CONVERT = LOOKUP || F == QK_Q8_0;
-  static constexpr int FLUSH = L::GROUP < 64 ? L::GROUP : 64;  // columns between two scalings
+  // Columns between two scalings: few enough that x's fragments of them fit in registers.
+  static constexpr int FLUSH = L::GROUP < 64 ? L::GROUP : L::GROUP == 128 && NT <= 2 ? 128 : 64;
+  static constexpr int SPAN = FLUSH == 128 ? 2 : 1;  // halves of codes loaded together
   // A slot of the ring: the item's rows of codes and planes, and all that follows them in the tile.
   static constexpr int CODES = L::CODES / PARTS, PLANE = L::PLANE / PARTS, REST = L::BYTES - L::SCALES_AT, SLOT = CODES + PLANE + REST;
   // An item's sums meet GT 8-row tiles of x at a time, so that a warp's fit its last slot: the floats of them that a thread finishes at a
@@ -362,19 +364,21 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
   }
   const float none[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int h = 0; h < L::HALVES; ++h) {
-    uint4 words[C::RB];
+  for (int span = 0; span < L::HALVES; span += C::SPAN) {
+    uint4 words[C::RB][C::SPAN];
     if constexpr (C::F != QK_Q8_0) {
 #pragma unroll
-      for (int w = 0; w < C::RB; ++w) words[w] = *reinterpret_cast<const uint4*>(slot + codes_at<L::KC>(w, h, lane));
+      for (int w = 0; w < C::RB; ++w)
+#pragma unroll
+        for (int h = 0; h < C::SPAN; ++h) words[w][h] = *reinterpret_cast<const uint4*>(slot + codes_at<L::KC>(w, span + h, lane));
     }
 #pragma unroll
-    for (int piece = 0; piece < 64 / PIECE; ++piece) {
+    for (int piece = 0; piece < 64 * C::SPAN / PIECE; ++piece) {
       uint4 b[PIECE / 32][C::NT];
 #pragma unroll
       for (int q = 0; q < PIECE / 32; ++q)
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) b[q][t] = load_matrices(x[t] + x_at + (h * 64 + piece * PIECE + q * 32) * 2);
+        for (int t = 0; t < C::NT; ++t) b[q][t] = load_matrices(x[t] + x_at + (span * 64 + piece * PIECE + q * 32) * 2);
       const auto fragment = [&](int step_of_piece, int t, uint32_t& b0, uint32_t& b1) {
         const uint4 v = b[step_of_piece >> 1][t];
         b0 = step_of_piece & 1 ? v.z : v.x;
@@ -382,11 +386,11 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
       };
 #pragma unroll
       for (int part = 0; part < PIECE / C::FLUSH; ++part) {
-        const int group = (h * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
+        const int group = (span * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
         float sum[C::NT][4];
         if constexpr (C::ZERO || C::SUMS) {
           // The same warp has the same tiles in every item: it makes their sums once.
-          float* const kept = sums + ((h * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
+          float* const kept = sums + ((span * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
           if (!C::KEEP || first) {
 #pragma unroll
             for (int t = 0; t < C::NT; ++t) {
@@ -425,12 +429,13 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
           }
 #pragma unroll
           for (int s = 0; s < STEPS; ++s) {
-            const int step = (piece * PIECE + part * C::FLUSH) / 16 + s;
+            const int in_span = (piece * PIECE + part * C::FLUSH) / 16 + s, step = in_span & 3, h = span + (in_span >> 2);
             uint32_t a[4];
             if constexpr (C::F == QK_Q8_0) {
               bytes_to_fragment(*reinterpret_cast<const uint2*>(slot + bytes_at(w, h, step >> 1, lane) + (step & 1) * 8), a);
             } else {
-              const uint32_t word = step == 0 ? words[w].x : step == 1 ? words[w].y : step == 2 ? words[w].z : words[w].w;
+              const uint4& four = words[w][in_span >> 2];
+              const uint32_t word = step == 0 ? four.x : step == 1 ? four.y : step == 2 ? four.z : four.w;
               if constexpr (C::LOOKUP) {
                 look_up(word, table, lane * 4, a);
               } else {
@@ -578,7 +583,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
   const int wk = warp % C::WK, team = warp / C::WK;
   const int split = blockIdx.x;
-  const int item_step = gridDim.y * args.teams, item0 = blockIdx.y * args.teams + team;
+  const int item_step = gridDim.y * args.teams, item0 = team * gridDim.y + blockIdx.y;  // so that all blocks have as many, give or take one
   const int tile0 = split * args.k_tiles / args.splits, tile1 = (split + 1) * args.k_tiles / args.splits;
   const uint32_t full = barriers + warp * args.stages * 8;
   const uint32_t x_full = barriers + args.teams * C::WK * args.stages * 8;
