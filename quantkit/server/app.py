@@ -27,13 +27,15 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.engine import Delta, Engine
 from quantkit.runtime.sampler import SamplingParams, TokenLogprob
 from quantkit.server import metrics
-from quantkit.server.dialect import CHAT, COMPLETION, Choice, Dialect, Json, Offsets, TokenTexts
+from quantkit.server.dialect import CHAT, COMPLETION, Choice, Dialect, Json, Offsets, TokenTexts, prompt_offsets, prompt_scores
 from quantkit.server.edge import CLIENT_GONE, add_error_handlers, api_error, key_check, read_body, until_gone
 from quantkit.server.protocol import (
     ChatRequest,
     CompletionRequest,
     chat_turns,
     check_length,
+    check_tokens,
+    echo_logprobs,
     invalid,
     parse_chat,
     parse_completion,
@@ -126,6 +128,10 @@ class Answer:
     generation: Generation
     prompt_tokens: int
     scored: bool
+    echo_scores: int | None
+    """How many of the likeliest tokens go with each of an echoed prompt's; None when those have no scores."""
+    prompt_scores: int | None
+    """The same, for the prompt's scores beside the text."""
     tokenizer: Tokenizer
     served: Served
     id: str
@@ -147,16 +153,31 @@ class Answer:
     def _scores(self, choice: Choice, scored: Sequence[TokenLogprob], offsets: Offsets, texts: TokenTexts) -> Json | None:
         return self.dialect.scores(scored, offsets.of(scored), texts) if self.scored else None
 
+    def _echoed(self, choice: Choice, texts: TokenTexts) -> Json | None:
+        """The scores of the prompt that ``choice`` echoes."""
+        if self.echo_scores is None:
+            return None
+        return self.dialect.scores(choice.echoed(self.echo_scores), prompt_offsets(self.tokenizer, choice, texts), texts)
+
     async def whole(self) -> Json:
         """The answer in one piece. Raises the engine's error."""
         async for index, delta in self.generation.deltas():
             self._take(index, delta)
         texts = TokenTexts(self.tokenizer)
         items = []
+        beside: Json = {}
         for choice in self.choices:
-            scores = self._scores(choice, choice.logprobs, Offsets(self.tokenizer, choice), texts)
+            scores, echoed = self._scores(choice, choice.logprobs, Offsets(self.tokenizer, choice), texts), self._echoed(choice, texts)
+            if scores is not None and echoed is not None:
+                scores = {name: [*before, *scores[name]] for name, before in echoed.items()}  # type: ignore[misc]
             items.append(self.dialect.whole(choice, scores))
-        return {**self._envelope(self.dialect.kind, items), "usage": self._usage()}
+            if self.prompt_scores is not None:
+                of_prompt: Json = {"prompt_logprobs": prompt_scores(choice, self.prompt_scores, texts)}
+                if self.dialect is COMPLETION:
+                    items[-1] |= of_prompt
+                else:
+                    beside = of_prompt  # of all choices alike
+        return {**self._envelope(self.dialect.kind, items), **beside, "usage": self._usage()}
 
     async def stream(self, include_usage: bool) -> AsyncIterator[str]:
         """The data of server-sent events; an engine error is the last one, in place of ``[DONE]``."""
@@ -168,12 +189,17 @@ class Answer:
             return json.dumps({**body, "usage": usage} if include_usage else body, ensure_ascii=False)
 
         try:
-            for choice in self.choices:
-                first = self.dialect.first(choice)
+            late = self.echo_scores is not None  # the scores of an echo come with the first token
+            firsts = [] if late else [self.dialect.first(choice, None) for choice in self.choices]
+            for first in firsts:
                 if first is not None:
                     yield chunk([first])
             async for index, delta in self.generation.deltas():
                 choice = self._take(index, delta)
+                if late and choice.tokens == len(delta.tokens):
+                    first = self.dialect.first(choice, self._echoed(choice, texts))
+                    if first is not None:
+                        yield chunk([first])
                 if not (delta.text or delta.finish_reason or (self.scored and delta.logprobs)):
                     continue
                 scores = self._scores(choice, delta.logprobs, offsets[index], texts) if delta.logprobs else None
@@ -256,6 +282,7 @@ class _Endpoints:
         scored: bool,
     ) -> Response:
         """Run ``asked`` for ``prompts`` and send what comes, whole or as a stream; stop when the client leaves."""
+        check_tokens(asked, self._engine.spec.dims["vocab"].elements)
         jobs: list[Job] = []
         choices: list[Choice] = []
         for prompt in prompts:
@@ -273,6 +300,8 @@ class _Endpoints:
             generation=Generation(self._engine, jobs),
             prompt_tokens=prompt_tokens,
             scored=scored,
+            echo_scores=echo_logprobs(asked),
+            prompt_scores=asked.prompt_logprobs,
             tokenizer=self._engine.tokenizer,
             served=self._served,
             id=dialect.prefix + uuid.uuid4().hex,

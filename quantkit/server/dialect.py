@@ -5,6 +5,7 @@ Plain dictionaries, ready for JSON. Knows no HTTP and runs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -52,12 +53,20 @@ class Choice:
     """Text before the first token: the prompt, when it is echoed."""
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Those of the prompt's tokens from the second on."""
     tokens: int = 0
     finish_reason: str | None = None
+
+    def echoed(self, count: int) -> list[TokenLogprob]:
+        """The prompt's tokens with the ``count`` likeliest beside each; of the first, that nothing is known."""
+        rest = [TokenLogprob(one.token, one.logprob, one.top[:count]) for one in self.prompt_logprobs]
+        return [TokenLogprob(self.prompt[0], math.nan, ()), *rest]
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.logprobs.extend(delta.logprobs)
+        self.prompt_logprobs += delta.prompt_logprobs
         self.tokens += len(delta.tokens)
         self.finish_reason = delta.finish_reason
 
@@ -70,7 +79,8 @@ class Dialect:
     chunk_kind: str
     prefix: str
     whole: Callable[[Choice, Json | None], Json]
-    first: Callable[[Choice], Json | None]
+    first: Callable[[Choice, Json | None], Json | None]
+    """What a stream begins with, and the logprobs of an echoed prompt."""
     piece: Callable[[Choice, str, Json | None, str | None], list[Json]]
     scores: Callable[[Sequence[TokenLogprob], Sequence[int], TokenTexts], Json]
     """Logprobs of tokens that start at these offsets of the choice's text."""
@@ -96,8 +106,8 @@ def _ranked(scored: TokenLogprob, texts: TokenTexts) -> dict[str, float]:
 def _completion_scores(scored: Sequence[TokenLogprob], offsets: Sequence[int], texts: TokenTexts) -> Json:
     return {
         "tokens": [texts.label(one.token) for one in scored],
-        "token_logprobs": [_finite(one.logprob) for one in scored],
-        "top_logprobs": [_ranked(one, texts) for one in scored],
+        "token_logprobs": [None if math.isnan(one.logprob) else _finite(one.logprob) for one in scored],
+        "top_logprobs": [None if math.isnan(one.logprob) else _ranked(one, texts) for one in scored],
         "text_offset": list(offsets),
     }
 
@@ -107,7 +117,7 @@ COMPLETION = Dialect(
     chunk_kind="text_completion",
     prefix="cmpl-",
     whole=lambda choice, scores: _completion_item(choice.index, choice.opening + "".join(choice.texts), scores, choice.finish_reason),
-    first=lambda choice: _completion_item(choice.index, choice.opening, None, None) if choice.opening else None,
+    first=lambda choice, scores: _completion_item(choice.index, choice.opening, scores, None) if choice.opening else None,
     piece=lambda choice, text, scores, reason: [_completion_item(choice.index, text, scores, reason)],
     scores=_completion_scores,
 )
@@ -142,7 +152,7 @@ CHAT = Dialect(
     chunk_kind="chat.completion.chunk",
     prefix="chatcmpl-",
     whole=_chat_whole,
-    first=lambda choice: _chat_delta(choice, {"role": "assistant", "content": ""}),
+    first=lambda choice, scores: _chat_delta(choice, {"role": "assistant", "content": ""}),
     piece=_chat_piece,
     scores=_chat_scores,
 )
@@ -161,3 +171,32 @@ class Offsets:
             starts.append(self._length)
             self._length += len(self._decoder.push(one.token))
         return starts
+
+
+def prompt_offsets(tokenizer: Tokenizer, choice: Choice, texts: TokenTexts) -> list[int]:
+    """Where each token of an echoed prompt starts in it; a special token has a place where the echo shows it."""
+    decoder, starts, length = StreamDecoder(tokenizer), list[int](), 0
+    for token in choice.prompt:
+        starts.append(length)
+        piece = decoder.push(token)
+        label = texts.whole(token)
+        length += len(label) if not piece and label and choice.opening.startswith(label, length) else len(piece)
+    return starts
+
+
+def prompt_scores(choice: Choice, count: int, texts: TokenTexts) -> list[Json | None]:
+    """Log-probabilities of the prompt's tokens as vLLM tells them: by token id, the chosen one's and the ``count`` likeliest's."""
+    told: list[Json | None] = []
+    for one in choice.echoed(count):
+        ranked = {token: (logprob, place) for place, (token, logprob) in enumerate(one.top, 1)}
+        entries = {**ranked, one.token: ranked.get(one.token, (one.logprob, None))}
+        known = not math.isnan(one.logprob)
+        told.append(
+            {
+                str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": texts.label(token)}
+                for token, (logprob, rank) in entries.items()
+            }
+            if known
+            else None
+        )
+    return told

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from quantkit.runtime.sampler import SamplingParams
+from quantkit.runtime.params import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY, SamplingParams
 from quantkit.text.chat import PART_SEPARATOR
 
 MAX_CHOICES = 128
@@ -25,6 +25,10 @@ MAX_NAME = 200
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in ``/v1/completions``; fewer when the context has less room."""
 SEED_RANGE = 1 << 63
+TOKEN_DIGITS = 10
+MAX_STOP_TOKENS = 64
+MAX_BIASED = 1024
+"""Tokens that one request may bias."""
 
 
 class ApiError(Exception):
@@ -73,6 +77,30 @@ def _stops(value: object) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise PydanticCustomError("stop", "holds {count} strings, at most {limit} are served", {"count": len(stops), "limit": MAX_STOPS})
     return tuple(stops)
+
+
+def _bias(value: object) -> tuple[tuple[int, float], ...]:
+    """An object of token ids, as JSON has them: in strings, each with a number from -100 to 100."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("bias_type", "is not an object of token ids and numbers")
+    if len(value) > MAX_BIASED:
+        raise PydanticCustomError("bias", "has {count} tokens, at most {limit} are served", {"count": len(value), "limit": MAX_BIASED})
+    for token, amount in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < TOKEN_DIGITS):
+            raise PydanticCustomError("bias", "has the key {key}, expected a token id", {"key": repr(token)[:40]})
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not -MAX_BIAS <= amount <= MAX_BIAS:
+            raise PydanticCustomError("bias", "has {amount}, expected a number from -100 to 100", {"amount": repr(amount)[:40]})
+    return tuple((int(token), float(amount)) for token, amount in value.items())
+
+
+def _stop_tokens(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        raise PydanticCustomError("stop_tokens_type", "is not a list of token ids")
+    if len(value) > MAX_STOP_TOKENS:
+        raise PydanticCustomError(
+            "stop_tokens", "holds {count} tokens, at most {limit} are served", {"count": len(value), "limit": MAX_STOP_TOKENS}
+        )
+    return tuple(value)
 
 
 def _content(value: object) -> str:
@@ -125,12 +153,21 @@ class _Request(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Extension: sample among the k likeliest; 0 is all."""
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    """Extension: sample among the k likeliest; 0 or -1 is all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Extension: leave out what is less likely than this part of the likeliest."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=MAX_PENALTY)] = 1.0
+    """Extension: makes what prompt and answer have already less likely, above 1."""
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_stop_tokens)] = ()
+    """Extension: tokens that end the text, and are none of it."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Extension: nothing ends the text before so many tokens."""
     ignore_eos: bool = False
     """Extension: go on to max_tokens."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Extension: log-probabilities of the prompt's tokens, as vLLM tells them; not in a stream."""
 
     @property
     def include_usage(self) -> bool:
@@ -167,12 +204,11 @@ R = TypeVar("R", CompletionRequest, ChatRequest)
 
 # Fields of OpenAI's schema that are not served, each with the values that ask for nothing and are therefore taken.
 UNSERVED: Mapping[type[BaseModel], Mapping[str, tuple[object, ...]]] = {
-    CompletionRequest: {"suffix": ("",), "logit_bias": ({},)},
+    CompletionRequest: {"suffix": ("",)},
     ChatRequest: {
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
-        "logit_bias": ({},),
         "modalities": (["text"],),
         "moderation": (),
         "parallel_tool_calls": (),
@@ -236,6 +272,8 @@ def _parse(body: bytes, owner: type[R]) -> R:
         raise _refusal(exc) from exc
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "goes with stream: true")
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid("prompt_logprobs", "goes with stream: false", "unsupported_parameter")
     return request
 
 
@@ -244,8 +282,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _parse(body, CompletionRequest)
     if request.best_of not in (None, request.n):
         raise invalid("best_of", f"is {request.best_of}, only n ({request.n}) is served", "unsupported_parameter")
-    if request.echo and request.logprobs is not None:
-        raise invalid("echo", "with logprobs needs those of the prompt, which are not served", "unsupported_parameter")
     if len(request.prompt) * request.n > MAX_CHOICES:
         raise invalid("prompt", f"{len(request.prompt)} prompts times n={request.n} is more than {MAX_CHOICES}")
     return request
@@ -290,16 +326,34 @@ def token_limit(request: CompletionRequest | ChatRequest, prompt: int, context: 
     name = "max_completion_tokens" if isinstance(request, ChatRequest) and request.max_completion_tokens is not None else "max_tokens"
     asked: int | None = getattr(request, name)
     if asked is None:
-        return room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        limit = room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        if request.min_tokens > limit:
+            raise invalid("min_tokens", f"is {request.min_tokens}, and at most {limit} tokens are made", "invalid_value")
+        return limit
     if asked > room:
         what = f"is {asked}, and {prompt} tokens of prompt leave {room} of the model's context of {context}"
         raise invalid(name, what, "context_length_exceeded")
+    if request.min_tokens > asked:
+        raise invalid("min_tokens", f"is {request.min_tokens}, more than {name}, {asked}")
     return asked
+
+
+def check_tokens(request: CompletionRequest | ChatRequest, vocabulary: int) -> None:
+    """Raise ApiError (400) for a token that a vocabulary of so many does not have, in a field that names tokens."""
+    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", [token for token, _ in request.logit_bias])):
+        if any(token >= vocabulary for token in tokens):
+            raise invalid(name, f"has a token that the model does not have, expected 0 to {vocabulary - 1}")
+
+
+def echo_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """How many of the likeliest tokens are told beside each of an echoed prompt's; None when those are not scored."""
+    return request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
 
 
 def sampling(request: CompletionRequest | ChatRequest, max_tokens: int, choice: int) -> SamplingParams:
     """How choice ``choice`` (0-based) of a prompt is sampled: a seed counts up with it, so that ``n`` choices differ and repeat."""
     logprobs = request.logprobs if isinstance(request, CompletionRequest) else (request.top_logprobs or 0) if request.logprobs else None
+    of_prompt = [count for count in (request.prompt_logprobs, echo_logprobs(request)) if count is not None]
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=request.temperature,
@@ -312,4 +366,9 @@ def sampling(request: CompletionRequest | ChatRequest, max_tokens: int, choice: 
         logprobs=logprobs,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+        stop_ids=request.stop_token_ids,
+        min_tokens=request.min_tokens,
+        prompt_logprobs=max(of_prompt, default=None),
     )

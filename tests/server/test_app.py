@@ -140,6 +140,81 @@ def test_logprobs_of_completions(client: openai.OpenAI, engine: Engine) -> None:
     assert [offset for piece in pieces for offset in piece.text_offset or []] == scores.text_offset
 
 
+def test_an_echo_is_scored_from_its_second_token(client: openai.OpenAI, engine: Engine) -> None:
+    ids = engine.tokenizer.encode(PROMPT, special=True)
+    plain = client.completions.create(prompt=PROMPT, logprobs=2, **GREEDY).choices[0]
+    for prompt, shown in ((PROMPT, PROMPT), (ids, engine.tokenizer.decode(ids, special=True))):
+        choice = client.completions.create(prompt=prompt, echo=True, logprobs=2, **GREEDY).choices[0]
+        scores, tail = choice.logprobs, plain.logprobs
+        assert choice.text == shown + plain.text and scores is not None and tail is not None
+        assert scores.tokens and scores.token_logprobs and scores.top_logprobs and scores.text_offset and tail.tokens
+        count = len(ids)
+        assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.top_logprobs) == len(scores.text_offset)
+        assert scores.tokens[count:] == tail.tokens and scores.token_logprobs[count:] == pytest.approx(tail.token_logprobs)
+        assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None and scores.text_offset[0] == 0
+        assert scores.text_offset[count] == len(shown) and sorted(scores.text_offset) == scores.text_offset
+        for token, offset in zip(scores.tokens, scores.text_offset, strict=True):
+            assert token.startswith("token_id:") or choice.text[offset:].startswith((token, token.lstrip())) or not token.strip("<s>")
+        [said] = [delta for delta in direct(engine, ids, prompt_logprobs=2) if delta.prompt_logprobs]
+        assert scores.token_logprobs[1:count] == pytest.approx([one.logprob for one in said.prompt_logprobs])
+        for token, top, logprob in list(zip(scores.tokens, scores.top_logprobs, scores.token_logprobs, strict=True))[1:]:
+            assert 2 <= len(top) <= 3 and logprob in (top.get(token), *(top[name] for name in top if name.startswith("token_id:")))
+        chunks = list(client.completions.create(prompt=prompt, echo=True, logprobs=2, stream=True, **GREEDY))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+        pieces = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs is not None]
+        assert [token for piece in pieces for token in piece.tokens or []] == scores.tokens
+        assert [offset for piece in pieces for offset in piece.text_offset or []] == scores.text_offset
+
+
+def test_prompt_logprobs_as_vllm_tells_them(client: openai.OpenAI, engine: Engine) -> None:
+    ids = engine.tokenizer.encode(PROMPT, special=True)
+    [said] = [delta for delta in direct(engine, ids, prompt_logprobs=1) if delta.prompt_logprobs]
+    more = {"prompt_logprobs": 1}
+    [choice] = client.completions.create(prompt=PROMPT, extra_body=more, **GREEDY).choices
+    first, *told = choice.model_extra["prompt_logprobs"]
+    assert first is None and choice.logprobs is None and len(told) == len(ids) - 1
+    for token, entries, one in zip(ids[1:], told, said.prompt_logprobs, strict=True):
+        assert entries[str(token)]["logprob"] == pytest.approx(one.logprob)
+        best = one.top[0][0]
+        assert set(entries) == {str(token), str(best)} and entries[str(best)]["rank"] == 1
+    answer = client.chat.completions.create(messages=HELLO, extra_body=more, n=2, **GREEDY)
+    assert answer.usage is not None and len(answer.model_extra["prompt_logprobs"]) == answer.usage.prompt_tokens
+
+
+def test_what_shapes_the_text_shapes_it(client: openai.OpenAI, engine: Engine) -> None:
+    """Bias, penalties, stop tokens and min_tokens, each by what it must do to a text that is known without it."""
+    ids = engine.tokenizer.encode(PROMPT, special=True)
+    free = [token for delta in direct(engine, ids, ignore_eos=True) for token in delta.tokens]
+
+    def ask(**fields: Any) -> Any:
+        return client.completions.create(prompt=ids, extra_body={"ignore_eos": True, **fields}, **GREEDY)
+
+    def tokens(params: dict[str, Any]) -> list[int]:
+        return [token for delta in direct(engine, ids, ignore_eos=True, **params) for token in delta.tokens]
+
+    plain = ask().choices[0].text
+    assert ask(stop_token_ids=[free[4]]).usage.completion_tokens == free.index(free[4]) + 1
+    late = ask(stop_token_ids=[free[4]], min_tokens=9)
+    assert late.usage.completion_tokens >= 9 and late.choices[0].text != plain
+    forced = ask(logit_bias={str(ids[1]): 100})
+    assert forced.choices[0].text.count(engine.tokenizer.decode([ids[1]]).strip()) == 12
+    for fields in (
+        {"repetition_penalty": 1.6},
+        {"logit_bias": {str(free[0]): -100}},
+        {"frequency_penalty": 2.0},
+        {"presence_penalty": 2.0},
+    ):
+        params = {
+            name: tuple((int(k), v) for k, v in value.items()) if isinstance(value, dict) else value for name, value in fields.items()
+        }
+        want = tokens(params)
+        assert want != free and ask(**fields).choices[0].text.strip() == engine.tokenizer.decode(want).strip()
+    assert ask(top_k=-1).choices[0].text == plain
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(logit_bias={"1024": 1})
+    assert caught.value.param == "logit_bias" and "0 to 1023" in caught.value.message
+
+
 def test_the_chosen_token_is_scored_even_when_it_is_not_likely(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, temperature=2, seed=4, logprobs=0)
     scores = answer.choices[0].logprobs

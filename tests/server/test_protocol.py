@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, get_type_hints
 
@@ -15,6 +16,7 @@ from quantkit.server.protocol import (
     ChatRequest,
     CompletionRequest,
     chat_turns,
+    check_tokens,
     parse_chat,
     parse_completion,
     sampling,
@@ -63,15 +65,29 @@ FIELDS: dict[str, Any] = {
     "ignore_eos": True,
     "presence_penalty": 1.5,
     "frequency_penalty": -2,
+    "repetition_penalty": 1.25,
+    "min_tokens": 2,
+    "prompt_logprobs": 3,
 }
 
 
 @pytest.mark.parametrize("call", [completion, chat])
 def test_every_sampling_field_arrives(call: Any) -> None:
-    request = call(**FIELDS, stop=["a", "b"], max_tokens=5, user="someone")
+    more = {"stop": ["a", "b"], "stop_token_ids": [4, 7], "logit_bias": {"5": -1.5, "17": 100}}
+    request = call(**FIELDS, **more, max_tokens=5, user="someone")
     params = sampling(request, token_limit(request, 1, 100), 0)
     assert {name: getattr(params, name) for name in FIELDS} == FIELDS
     assert params.stop == ("a", "b") and params.max_tokens == 5
+    assert params.stop_ids == (4, 7) and params.logit_bias == ((5, -1.5), (17, 100.0))
+    arrived = {*FIELDS, "stop", "max_tokens", "stop_ids", "logit_bias", "logprobs"}
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == arrived, "a parameter that no request reaches"
+
+
+def test_an_echo_with_logprobs_scores_the_prompt() -> None:
+    assert sampling(completion(echo=True, logprobs=2), 4, 0).prompt_logprobs == 2
+    assert sampling(completion(echo=True, logprobs=2, prompt_logprobs=4), 4, 0).prompt_logprobs == 4
+    assert sampling(completion(echo=True, logprobs=0), 4, 0).prompt_logprobs == 0
+    assert sampling(completion(echo=True), 4, 0).prompt_logprobs is None is sampling(completion(logprobs=2), 4, 0).prompt_logprobs
 
 
 @pytest.mark.parametrize("call", [completion, chat])
@@ -146,7 +162,6 @@ def test_other_stops_are_refused(stop: Any) -> None:
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
         ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
-        ({"top_k": -1}, "top_k", "invalid_value"),
         ({"min_p": 2}, "min_p", "invalid_value"),
         ({"ignore_eos": 1}, "ignore_eos", "invalid_type"),
         ({"stream": "yes"}, "stream", "invalid_type"),
@@ -155,7 +170,22 @@ def test_other_stops_are_refused(stop: Any) -> None:
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "invalid_value"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "unknown_parameter"),
         ({"user": 5}, "user", "invalid_type"),
-        ({"logit_bias": {"50": 10}}, "logit_bias", "unsupported_parameter"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"logit_bias": {"50": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"50": True}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1e3": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"\u0663": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"repetition_penalty": 101}, "repetition_penalty", "invalid_value"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "invalid_type"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_type"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "unsupported_parameter"),
         ({"temprature": 0.1}, "temprature", "unknown_parameter"),
         ({"temprature": None}, "temprature", "unknown_parameter"),
         ({"model": None}, "model", "missing_required_parameter"),
@@ -178,7 +208,6 @@ def test_a_wrong_field_is_named(call: Any, fields: dict[str, Any], param: str, c
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ({"messages": HELLO}, "messages"),
         ({"max_completion_tokens": 4}, "max_completion_tokens"),
@@ -190,7 +219,7 @@ def test_fields_of_completions_that_are_refused(fields: dict[str, Any], param: s
 
 def test_what_asks_for_nothing_is_taken() -> None:
     assert completion(best_of=2, n=2).n == 2
-    assert completion(suffix="", logit_bias={}) == completion()
+    assert completion(suffix="", logit_bias={}, stop_token_ids=[]) == completion()
     taken = chat(
         tools=[], tool_choice="none", functions=[], function_call="none", logit_bias={}, modalities=["text"], reasoning_effort="none"
     )
@@ -240,6 +269,13 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 )
 def test_fields_of_chat_that_are_refused(fields: dict[str, Any], param: str) -> None:
     assert refused(chat, **fields).param == param
+
+
+@pytest.mark.parametrize("call", [completion, chat])
+def test_tokens_that_the_model_does_not_have_are_refused(call: Any) -> None:
+    for fields in ({"stop_token_ids": [3, 9]}, {"logit_bias": {"9": 1}}):
+        check_tokens(call(**fields), 10)
+        assert refused(check_tokens, request=call(**fields), vocabulary=9).param == next(iter(fields))
 
 
 def test_messages_reach_the_template_as_plain_text() -> None:
@@ -296,6 +332,9 @@ def test_token_limits_say_the_numbers() -> None:
         error = refused(token_limit, request=call(**limit), prompt=10, context=100)
         assert (error.param, error.code) == (param, "context_length_exceeded")
         assert all(number in error.message for number in ("91", "10", "90", "100"))
+    for call, limit in ((completion, {"max_tokens": 5}), (chat, {"max_completion_tokens": 5}), (completion, {})):
+        error = refused(token_limit, request=call(min_tokens=17, **limit), prompt=10, context=100)
+        assert error.param == "min_tokens" and "17" in error.message
     for request, param in ((completion(), "prompt"), (chat(), "messages")):
         error = refused(token_limit, request=request, prompt=100, context=100)
         assert (error.param, error.code) == (param, "context_length_exceeded")
