@@ -30,6 +30,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 DEFAULT_FORMATS = ("int4", "nf4", "q4_k", "q6_k", "q8_0")
 PEERS = {"int4": "int4_g128_best_us", "nf4": "nf4_best_us", "q4_k": "gguf_Q4_K_us", "q6_k": "gguf_Q6_K_us", "q8_0": "gguf_Q8_0_us"}
 """Format -> the column of a file of peers."""
+BARS = {"nf4": 1.4, "q4_k": 1.3, "q6_k": 1.3, "q8_0": 1.1}
+"""Format -> how long one token may take, over a read of the weight at READ_RATE, in bytes a second, the fastest on an H100."""
+READ_RATE = 3063e9
 PEAK_FLOPS = 760e12
 """16-bit floating-point operations a second of a large product on an H100: the other floor beside the read."""
 _MAX_BYTES = 16 << 20
@@ -129,9 +132,10 @@ def _read_peers(path: Path) -> dict[tuple[str, str, int], float]:
 
 
 def goal_us(cell: Mapping[str, Any]) -> float | None:
-    """The bar of a cell of int4 (``kernels/README.md``), in microseconds; None for what has none."""
-    if cell["format"] != "int4" or cell["M"] is None:
-        return None
+    """The bar of a cell, in microseconds: int4 has one in every cell, the others for one token and a large weight; None for the rest."""
+    if cell["format"] != "int4":
+        factor = BARS.get(cell["format"])
+        return None if factor is None or cell["M"] != 1 or cell["bytes"] < 25e6 else factor * cell["bytes"] / READ_RATE * 1e6
     m, large, read, cublas = cell["M"], cell["bytes"] >= 25e6, cell["read_pass_us"], cell["cublas_us"]
     for most, factors in ((1, (1.18, 1.35)), (16, (1.25, 1.60)), (64, (1.40, 2.0))):
         if m <= most:
