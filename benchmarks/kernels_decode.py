@@ -198,7 +198,8 @@ def check(run: Library, forms: list[str], ampere: bool) -> int:
                 if not e < limit:
                     bad += 1
                     if bad < 12:
-                        print(f"BAD {form} n={n} k={k} g={size} {dtype} m={m} splits={splits} ws={workspace} columns={columns} rc={code} {e:.2e}")
+                        case = f"{n}x{k} g={size} {dtype} m={m} splits={splits} workspace={workspace} columns={columns}"
+                        print(f"BAD {form} {case} rc={code} {e:.2e}")
     print(f"checked {tried}, bad {bad}; largest error", {k: f"{v:.1e}" for k, v in worst.items()})
     if int(run.workspace[:65536].count_nonzero()):
         print("BAD counters left")
@@ -232,7 +233,7 @@ def candidates(m: int, full: bool) -> Iterator[dict[str, Any]]:
     """Configurations worth a try for ``m`` rows."""
     yield {}  # the rule of the library
     for columns in (8, 16, 32):
-        if columns < m <= 64 and columns * 2 < m or columns >= 2 * m and columns > 8:
+        if (columns < m <= 64 and columns * 2 < m) or (columns >= 2 * m and columns > 8):
             continue
         yield from shapes_of(columns, full)
 
@@ -254,72 +255,88 @@ def shapes_of(columns: int, full: bool) -> Iterator[dict[str, Any]]:
         yield {"columns": columns, "splits": splits, "rb": rb, "wk": wk, "teams": teams, "per_sm": per_sm}
 
 
+class Problem:
+    """A weight in one format, its copies that pass the L2 cache, and what a read of it takes."""
+
+    def __init__(self, run: Library, form: str, shape: str, group: int) -> None:
+        self.run, self.form, self.shape = run, form, shape
+        n, k = SHAPES[shape]
+        if form in ("q4_k", "q5_k", "q6_k"):
+            k = -(-k // 256) * 256
+        self.packed = weights(form, n, k, 64 if form.startswith("nf4") else group)
+        self.weight = T.dequantize(self.packed)
+        self.copies = int(COLD // self.packed.data.nbytes) + 1
+        self.data = [self.packed.data] + [self.packed.data.clone() for _ in range(self.copies - 1)]
+        self.launches = self.copies * max(1, 64 // self.copies) if self.copies <= 64 else 64
+        self.read = timed(lambda i: run.read(self.data[i]), self.copies, self.launches, 9)
+
+    def best(self, m: int, dtype: torch.dtype, how: list[dict[str, Any]], replays: int) -> list[dict[str, Any]]:
+        """Every configuration that runs, the fastest first."""
+        x = inputs(m, self.packed.k, dtype)
+        ref = x.float() @ self.weight.T
+        y = torch.empty(m, self.packed.n, dtype=dtype, device="cuda")
+        rows = []
+        for tried in how:
+            given = config(**tried)
+            errors = []
+            for copy in (self.data[0], self.data[-1]):
+                y.fill_(float("nan"))
+                if self.run(self.packed, copy, x, y, None, given) == 0:
+                    errors.append(error(y, ref))
+            if not errors:
+                continue
+            if not max(errors) < 3e-3:
+                print(f"WRONG {self.form} {self.shape} m={m} {tried} {errors}")
+                continue
+            us = timed(
+                lambda i, given=given: self.run(self.packed, self.data[i], x, y, None, given),
+                self.copies, min(self.launches, max(self.copies, 24)), replays,
+            )  # fmt: skip
+            rows.append(
+                {"format": self.form, "shape": self.shape, "n": self.packed.n, "k": self.packed.k, "m": m, "dtype": str(dtype)[6:],
+                 "us": us, "read": self.read, "error": max(errors), "config": tried}
+            )  # fmt: skip
+        return sorted(rows, key=lambda row: row["us"])
+
+
+def short(tried: dict[str, Any]) -> str:
+    return ",".join(f"{name[:2]}{int(value)}" for name, value in tried.items()) or "rule"
+
+
 def sweep(run: Library, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    for form, (name, (n, k)) in itertools.product(args.formats, SHAPES.items()):
-        if args.shapes and name not in args.shapes:
-            continue
-        if form in ("q4_k", "q5_k", "q6_k"):
-            k = -(-k // 256) * 256
-        packed = weights(form, n, k, {"nf4": 64, "nf4n": 64}.get(form, args.group))
-        full = T.dequantize(packed)
-        copies = int(COLD // packed.data.nbytes) + 1
-        data = [packed.data] + [packed.data.clone() for _ in range(copies - 1)]
-        launches = copies * max(1, 64 // copies) if copies <= 64 else 64
-        read = timed(lambda i, data=data: run.read(data[i]), copies, launches, 9)
+    for form, shape in itertools.product(args.formats, args.shapes or SHAPES):
+        problem = Problem(run, form, shape, args.group)
         for m in args.m:
-            torch.cuda.synchronize()
-            x = inputs(m, k, dtype)
-            ref = x.float() @ full.T
-            y = torch.empty(m, n, dtype=dtype, device="cuda")
-            found = []
-            for how in candidates(m, args.full):
-                for extra in args.extra:
-                    tried = {**how, **extra}
-                    rc = 0
-                    for copy in (data[0], data[-1]):
-                        y.fill_(float("nan"))
-                        rc = rc or run(packed, copy, x, y, None, config(**tried))
-                    if rc:
-                        continue
-                    e = error(y, ref)
-                    if not e < 3e-3:
-                        print(f"WRONG {form} {name} m={m} {tried} {e}")
-                        continue
-
-                    def one(i: int, tried: dict[str, Any] = tried, x: Tensor = x, y: Tensor = y) -> None:
-                        run(packed, data[i], x, y, None, config(**tried))
-
-                    found.append((timed(one, copies, min(launches, max(copies, 24)), args.replays), e, tried))
-            found.sort(key=lambda f: f[0])
-            for us, e, tried in found[: args.keep]:
-                row = {"format": form, "shape": name, "n": n, "k": k, "m": m, "us": us, "read": read, "error": e, "config": tried}
-                rows.append(row)
-                with (args.out / f"decode_{os.getpid()}.jsonl").open("a") as f:
-                    f.write(json.dumps(row) + "\n")
-            print(f"{form} {name:11} m={m:3} read {read:6.2f} " + "  ".join(
-                f"{us:.2f}({us / read:.2f}) " + (",".join(f"{k[:2]}{int(v)}" for k, v in t.items()) or "rule")
-                for us, _, t in found[: args.show] + [f for f in found[args.show :] if "columns" not in f[2]]
-            ), flush=True)  # fmt: skip
+            tries = list(candidates(m, args.full)) if not args.rule else [{}]
+            found = problem.best(m, dtype, [{**how, **extra} for how in tries for extra in args.extra], args.replays)
+            shown = found[: args.show] + [row for row in found[args.show :] if "columns" not in row["config"]]
+            text = "  ".join(f"{row['us']:.2f}({row['us'] / row['read']:.2f}) {short(row['config'])}" for row in shown)
+            print(f"{form} {shape:11} m={m:3} read {problem.read:6.2f} {text}", flush=True)
+            rows += found[: args.keep]
+            with (args.out / f"decode_{os.getpid()}.jsonl").open("a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in found[: args.keep])
     return rows
 
 
-def table(rows: list[dict[str, Any]], peers: str | None) -> None:
-    """The best of each cell beside the read pass and the best peer."""
-    known: dict[tuple[str, int], dict[str, float]] = {}
-    if peers and os.path.exists(peers):
-        known = {(c["shape"], c["M"]): c for c in json.loads(Path(peers).read_text())["cells"]}
-    column = {"int4": "int4_g128_best_us", "nf4": "nf4_best_us", "nf4n": "nf4_best_us", "q4_k": "gguf_Q4_K_us", "q6_k": "gguf_Q6_K_us", "q8_0": "gguf_Q8_0_us"}
-    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+PEERS = {"int4": "int4_g128_best_us", "nf4": "nf4_best_us", "nf4n": "nf4_best_us", "q4_k": "gguf_Q4_K_us", "q6_k": "gguf_Q6_K_us",
+         "q8_0": "gguf_Q8_0_us"}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], peers: Path | None) -> None:
+    """The best of each cell, with dependent launch and without, beside the read pass and the best peer."""
+    known = {(c["shape"], c["M"]): c for c in json.loads(peers.read_text())["cells"]} if peers else {}
+    best: dict[tuple[str, str, int, bool], dict[str, Any]] = {}
     for row in rows:
-        key = (row["format"], row["shape"], row["m"])
+        key = (row["format"], row["shape"], row["m"], bool(row["config"].get("dependent")))
         if key not in best or row["us"] < best[key]["us"]:
             best[key] = row
-    print("format shape m: us, over read pass, peer us, peer/ours")
-    for (form, shape, m), row in best.items():
-        peer = known.get((shape, m), {}).get(column.get(form, ""), float("nan"))
-        print(f"{form} {shape:11} {m:3} {row['us']:7.2f} {row['us'] / row['read']:5.2f}x  peer {peer:7.2f} {peer / row['us']:5.2f}  {row['config']}")
+    print("format shape m: us (dependent launch: *), over the read pass, best peer, peer / ours, configuration")
+    for (form, shape, m, dependent), row in best.items():
+        peer = known.get((shape, m), {}).get(PEERS.get(form, ""), float("nan"))
+        us, over, mark = row["us"], row["us"] / row["read"], "*" if dependent else " "
+        print(f"{form:5} {shape:10} {m:3} {us:7.2f}{mark} {over:5.2f} {peer:7.2f} {peer / us:5.2f} {short(row['config'])}")
 
 
 def main() -> int:
@@ -334,9 +351,10 @@ def main() -> int:
     parser.add_argument("--keep", type=int, default=3)
     parser.add_argument("--show", type=int, default=4)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--rule", action="store_true")
     parser.add_argument("--extra", type=json.loads, nargs="+", default=[{}])
     parser.add_argument("--ampere", action="store_true")
-    parser.add_argument("--peers")
+    parser.add_argument("--peers", type=Path)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
     if args.what == "table":
