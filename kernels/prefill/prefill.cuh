@@ -25,8 +25,7 @@ struct Shape {
   static constexpr int ROWS_BLOCK = WGS * 64;
   static constexpr int BK = MT >= 128 ? 64 : 128;  // columns in a stage of x
   static constexpr int BUFFERS = WGS * OCC == 2 ? 4 : 2;  // fragments, all but one of which are being multiplied
-  static constexpr int AHEAD = BUFFERS == 4 ? 2 : 4;         // the second slab of a step is loaded before its 16 columns of this number
-  static constexpr int LOADS = WGS * OCC == 2 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
+  static constexpr int LOADS = WGS * OCC == 2 && MT < 192 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
   static constexpr int STEP = MT < 32 ? MT : 32;   // rows of y staged at a time
 };
 
@@ -122,9 +121,6 @@ __device__ __forceinline__ void place(const Work& work, int tile, int& tile_m, i
   tile_n = r / height;
   tile_m = g * work.group_m + r - tile_n * height;
 }
-
-// The same for all lanes: so says redux, whose result is in a uniform register, as wgmma wants a descriptor.
-__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 struct Ring {
   uint32_t full, empty;  // addresses of the barriers of stage 0
@@ -288,14 +284,11 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
         barrier_wait(second.full_bar(), second.phase);
       }
       const uint8_t* tile = shared + R::A_AT + ring_a.stage * R::A + group * R::TILE;
-      const uint32_t x_at[2] = {uniform(base + R::B_AT + ring_b.stage * R::B),
-                                BOXES == 1 ? uniform(base + R::B_AT + second.stage * R::B) : 0};
       const int half = L::KC == 128 ? 0 : 2 * (step % (L::KC / 128));
-      Slab<T, F, G> slabs[2];
-      slabs[0].load(context, tile, w, lane, half, 0);
+      Slab<T, F, G> slab;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {  // 16 columns at a time: a wgmma holds up its own warps' next, so what makes the fragments goes between
-        if (i == S::AHEAD) slabs[1].load(context, tile, w, lane, half + 1, 1);
+        if (i % 4 == 0) slab.load(context, tile, w, lane, half + i / 4, i / 4);
         wgmma_wait<BUFFERS - 1>();  // the wgmma BUFFERS ago is done: its fragment is free, and so is x when it was a stage's last
         if (i == BUFFERS - 1) free_x(step > 0);
         if (BOXES == 1 && i == BUFFERS + 3) free_x(true);
@@ -305,8 +298,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
           ring_a.advance(R::SA, ends);
         }
         uint32_t(&fragment)[4] = fragments[i % BUFFERS];
-        slabs[i / 4].values(context, i % 4, fragment);
-        const uint64_t b = b_descriptor(BOXES == 1 ? x_at[i / 4] : x_at[0] + i / 4 * MT * 128) + 2 * (i % 4);
+        slab.values(context, i % 4, fragment);
+        const int stage = i < 4 ? ring_b.stage : second.stage;
+        const uint64_t b = b_descriptor(base + R::B_AT + stage * R::B + (i / 4 % BOXES) * MT * 128) + 2 * (i % 4);
 #pragma unroll
         for (int p = 0; p < 4; ++p) asm volatile("" : "+r"(fragment[p])::"memory");  // made before the fence, not after it
         wgmma_fence();
@@ -344,33 +338,13 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
                ((static_cast<int64_t>(worker * work.pair + rank) * 2 + second) * WGS + group) * (16 * MT) + thread;
       };
       const uint32_t others = last - first;
-      constexpr int CHUNK = MT / 8 < S::LOADS ? MT / 8 : S::LOADS;
-      auto write = [&] {
-        float4* mine = slot(me);
-#pragma unroll
-        for (int j = 0; j < MT / 8; ++j) __stcg(mine + j * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
-      };
-      auto add = [&](const float4* from, bool fresh) {
-#pragma unroll
-        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
-          float4 v[CHUNK];
-#pragma unroll
-          for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + (j0 + i) * 128);
-#pragma unroll
-          for (int i = 0; i < CHUNK; ++i) {
-            float* a = acc + 4 * (j0 + i);
-            a[0] = (fresh ? 0.0f : a[0]) + v[i].x;
-            a[1] = (fresh ? 0.0f : a[1]) + v[i].y;
-            a[2] = (fresh ? 0.0f : a[2]) + v[i].z;
-            a[3] = (fresh ? 0.0f : a[3]) + v[i].w;
-          }
-        }
-      };
       if (thread == 0) told[group] = *reinterpret_cast<volatile uint32_t*>(counter);
       named_sync(1 + group, 128);
       bool finish = told[group] == others;
-      if (!finish || others > 1) write();
       if (!finish) {
+        float4* mine = slot(me);
+#pragma unroll
+        for (int j = 0; j < MT / 8; ++j) __stcg(mine + j * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
         __threadfence();
         named_sync(1 + group, 128);
         if (thread == 0) told[group] = atomicAdd(counter, 1);
@@ -382,9 +356,53 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
       __threadfence();
       if (thread == 0) *counter = 0;
       if (others == 1) {
-        add(slot(me == first ? last : first), false);
-      } else {  // in the order of K, whoever finishes: its own part too comes back from the workspace
-        for (int c = first; c <= last; ++c) add(slot(c), c == first);
+        constexpr int CHUNK = MT / 8 < S::LOADS ? MT / 8 : S::LOADS;
+        const float4* from = slot(me == first ? last : first);
+#pragma unroll
+        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
+          float4 v[CHUNK];
+#pragma unroll
+          for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + (j0 + i) * 128);
+#pragma unroll
+          for (int i = 0; i < CHUNK; ++i) {
+            float* a = acc + 4 * (j0 + i);
+            a[0] += v[i].x;
+            a[1] += v[i].y;
+            a[2] += v[i].z;
+            a[3] += v[i].w;
+          }
+        }
+      } else {
+        constexpr int CHUNK = MT / 8 < S::LOADS / 2 ? MT / 8 : S::LOADS / 2;
+#pragma unroll
+        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
+          float sum[4 * CHUNK];
+#pragma unroll
+          for (int i = 0; i < 4 * CHUNK; ++i) sum[i] = 0.0f;
+          for (int c = first; c <= last; ++c) {
+            float4 v[CHUNK];
+            if (c != me) {
+              const float4* from = slot(c) + j0 * 128;
+#pragma unroll
+              for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + i * 128);
+            } else {
+#pragma unroll
+              for (int i = 0; i < CHUNK; ++i) {
+                const float* a = acc + 4 * (j0 + i);
+                v[i] = make_float4(a[0], a[1], a[2], a[3]);
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+              sum[4 * i] += v[i].x;
+              sum[4 * i + 1] += v[i].y;
+              sum[4 * i + 2] += v[i].z;
+              sum[4 * i + 3] += v[i].w;
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 4 * CHUNK; ++i) acc[4 * j0 + i] = sum[i];
+        }
       }
     }
 

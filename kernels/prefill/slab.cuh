@@ -89,7 +89,7 @@ struct Context<T, QK_NF4> : TableContext<T> {
 };
 template <class T>
 struct Context<T, QK_NF4N> : TableContext<T> {
-  int first[2];       // block of column 0 of the lane's two rows
+  int64_t first[2];   // block of column 0 of the lane's two rows
   float outer[2][2];  // second-level scale, of each slab's each row
   const float* code;
   float offset;
@@ -99,8 +99,8 @@ struct Context<T, QK_NF4N> : TableContext<T> {
     return __fadd_rn(__fmul_rn(__ldg(code + c), outer[slab][row]), offset);
   }
   __device__ __forceinline__ void rows(const QkWeight& weight, int64_t row) {
-    first[0] = static_cast<int>(weight.block0 + row * weight.block_row_stride);
-    first[1] = first[0] + 8 * static_cast<int>(weight.block_row_stride);
+    first[0] = weight.block0 + row * weight.block_row_stride;
+    first[1] = first[0] + 8 * weight.block_row_stride;
   }
   __device__ __forceinline__ void columns(const QkWeight& weight, int block) {
 #pragma unroll
