@@ -15,7 +15,6 @@ import torch
 
 from quantkit import fs
 from quantkit.errors import InputError
-from quantkit.ops.cuda_library import library_name
 from quantkit.ops.kernel_bench import FORMATS, Bench, Weights, columns_of
 from quantkit.ops.kernel_select import Config, family, merged, read_tables, user_table, write_tables
 from quantkit.progress import Progress, silent
@@ -150,6 +149,11 @@ def floor_us(cell: Mapping[str, Any]) -> float:
     return float(max(cell["read_pass_us"], 2 * cell["N"] * cell["K"] * cell["M"] / PEAK_FLOPS * 1e6))
 
 
+def _short(value: Any) -> Any:
+    """A figure as a file keeps it: four digits say more than a run repeats."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def _ratio(over: float | None, under: float | None) -> str | None:
     return None if over is None or under is None else f"{over / under:.2f}"
 
@@ -164,13 +168,14 @@ def _report(options: BenchKernelsOptions, bench: Bench, cells: Sequence[dict[str
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-        "kernels": library_name(),
+        "kernels": bench.kernels.name,
+        "kernels_sha256": fs.sha256_file(bench.kernels),
         "dtype": options.dtype,
         "empty_us": bench.empty_us(),
         "cells": list(cells),
     }
     if options.out is not None:
-        lines = ",\n".join(f"  {json.dumps(cell)}" for cell in cells)
+        lines = ",\n".join(f"  {json.dumps({key: _short(value) for key, value in cell.items()})}" for cell in cells)
         head = json.dumps({key: value for key, value in data.items() if key != "cells"}, indent=1)[:-2]
         fs.write_bytes(options.out, f'{head},\n "cells": [\n{lines}\n ]\n}}\n'.encode())
     products = [cell for cell in cells if cell["M"] is not None]

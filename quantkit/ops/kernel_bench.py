@@ -22,7 +22,7 @@ from torch.nn import functional
 from quantkit.errors import MachineError
 from quantkit.ops import cuda_tiles, tiles
 from quantkit.ops.codebook import CODEBOOKS, NESTED_MAP
-from quantkit.ops.cuda_library import HINT, load_library
+from quantkit.ops.cuda_library import HINT, find_library, load_library
 from quantkit.ops.kernel_select import DENSE, RULE, Config, Gpu, choose, configs, gpu_of
 from quantkit.ops.tiles import Tiles
 
@@ -66,6 +66,9 @@ class Bench:
         if self.gpu.capability < (8, 0):
             raise MachineError(self.gpu.name, "is too old", "a GPU of compute capability 8.0 or later")
         self._library = load_library()
+        found = find_library()
+        assert found is not None, "what was loaded was found"
+        self.kernels = found
         try:
             self._read, self._multiply = self._library.quantkit_bench_read, self._library.quantkit_matmul
             self._empty, self._dequantize = self._library.quantkit_bench_empty, self._library.quantkit_dequantize

@@ -27,6 +27,7 @@ class MadeUp:
     """Times that follow from the sizes alone."""
 
     gpu = GPU
+    kernels = Path(__file__)
     wrong: tuple[int, ...] = ()
     exact = True
 
@@ -96,8 +97,11 @@ def test_figures_are_written(made_up: None, tmp_path: Path) -> None:
     options = BenchKernelsOptions(formats=("nf4",), shapes=("128x256",), tokens=(1, 32), dtype="bfloat16", out=out)
     report = bench_kernels.run(options)
     written = json.loads(out.read_text())
-    assert written == json.loads(json.dumps(report.data))
-    assert {"gpu", "driver", "torch", "commit", "kernels", "dtype", "empty_us", "cells"} == set(written)
+    data = json.loads(json.dumps(report.data))
+    assert {"gpu", "driver", "torch", "commit", "kernels", "kernels_sha256", "dtype", "empty_us", "cells"} == set(written) == set(data)
+    assert (written["kernels"], len(written["kernels_sha256"])) == (Path(__file__).name, 64)
+    for cell, kept in zip(data["cells"], written["cells"], strict=True):
+        assert kept == {key: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value for key, value in cell.items()}
     assert written["dtype"] == "bfloat16"
     assert [cell["M"] for cell in written["cells"]] == [None, 1, 32]
     assert report.next_steps == ("quantkit bench kernels --tune",)
