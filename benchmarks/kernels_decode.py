@@ -241,15 +241,15 @@ def candidates(m: int, full: bool) -> Iterator[dict[str, Any]]:
 def shapes_of(columns: int, full: bool) -> Iterator[dict[str, Any]]:
     """(16-row blocks of a warp, warps of a team, teams, blocks of a multiprocessor), and splits of K."""
     shapes = {
-        8: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (4, 8, 1, 1), (4, 8, 1, 2), (4, 8, 2, 1)],
-        16: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (4, 8, 1, 1), (4, 8, 1, 2), (4, 8, 2, 1)],
-        32: [(2, 8, 1, 1), (4, 8, 1, 1)],
+        8: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)],
+        16: [(2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)],
+        32: [(2, 8, 1, 1), (2, 8, 1, 2)],
     }[columns]
-    if full:
+    if full:  # compiled with QK_DECODE_ALL
         shapes += {
-            8: [(4, 4, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (2, 4, 2, 2), (2, 4, 4, 1), (2, 16, 1, 1)],
-            16: [(4, 4, 2, 1), (4, 4, 4, 1), (4, 4, 2, 2), (2, 4, 2, 2), (2, 4, 4, 1)],
-            32: [(4, 4, 2, 1), (4, 4, 1, 2)],
+            8: [(4, 4, 2, 1), (2, 16, 1, 1), (1, 8, 1, 1), (1, 8, 1, 2), (1, 8, 2, 1)],
+            16: [(4, 8, 1, 1), (4, 8, 1, 2), (4, 4, 2, 1), (4, 4, 2, 2)],
+            32: [(4, 8, 1, 1), (4, 4, 2, 1), (4, 4, 1, 2)],
         }[columns]
     for (rb, wk, teams, per_sm), splits in itertools.product(shapes, (1, 2, 4, 8)):
         yield {"columns": columns, "splits": splits, "rb": rb, "wk": wk, "teams": teams, "per_sm": per_sm}
