@@ -197,6 +197,8 @@ class TiledLinear:
         self._arguments = (tiles.data, tiles.table, tiles.code, tiles.absmax2, tiles.offset, facts(tiles))
         if tiles.data.is_cuda:
             workspace(tiles.data.device)
+            # Kernels read weights before the one ahead of them has ended: whatever made these has to have.
+            torch.cuda.current_stream(tiles.data.device).synchronize()
 
     @property
     def nbytes(self) -> int:
