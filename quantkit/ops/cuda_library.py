@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,11 +62,19 @@ def source_files() -> tuple[str, ...]:
 
 def library_name() -> str:
     """The file name of the library that the sources of now give: they, and the options in CMakeLists.txt, are hashed into it."""
-    folder, digest = source_folder(), hashlib.sha256()
-    for name in source_files():
+    folder, names = source_folder(), source_files()
+    found = (os.stat(folder / name) for name in names)
+    return f"libquantkit-{_digest(folder, names, tuple((each.st_mtime_ns, each.st_size) for each in found))}.so"
+
+
+@lru_cache(maxsize=4)
+def _digest(folder: Path, names: tuple[str, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    """Of names and bytes. ``stamps``, the files' times and sizes, say whether they must be read anew: each linear asks for the name."""
+    digest = hashlib.sha256()
+    for name in names:
         data = fs.read_bytes(folder / name, MAX_BYTES)
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    return f"libquantkit-{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
 
 
 def find_library() -> Path | None:
