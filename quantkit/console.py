@@ -151,6 +151,35 @@ def _tell(text: str) -> None:
         sys.stderr.flush()
 
 
+class Conversation:
+    """A conversation at the terminal: what is typed comes from stdin, answers go to stdout as they come, all else to stderr.
+
+    What a model says is shown, never obeyed: control characters other than line breaks and tabs are escaped.
+    """
+
+    def ask(self) -> str | None:
+        """A line; None at the end of the input, and for Ctrl-C."""
+        if not sys.stdin.isatty():
+            line = sys.stdin.readline()
+            return line.rstrip("\n") if line else None
+        with suppress(ImportError):
+            import readline  # noqa: F401  its import gives input() editing and history
+        from rich.text import Text
+
+        try:
+            return _console(sys.stdout).input(Text("> ", "bold cyan"))
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return None
+
+    def say(self, text: str) -> None:
+        sys.stdout.write("".join(c if c in "\n\t" else printable(c) for c in text))
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        note(text)
+
+
 @contextmanager
 def progress(output: Output) -> Iterator[Progress]:
     """A Progress for the length of a command: bars on a terminal, terse lines with ``--verbose`` elsewhere, else nothing."""

@@ -159,7 +159,7 @@ class Engine:
         or is the error. Raises InputError for a prompt that is empty, too long or no tokens of the model, QueueFull, and the
         failure of an engine that died.
         """
-        self._check_prompt(prompt, params)
+        self.check(prompt, params)
         most = min(params.max_tokens, self.max_model_len - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
@@ -182,7 +182,8 @@ class Engine:
             self._changed.notify()
         return number
 
-    def _check_prompt(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise InputError for a prompt that is empty, too long or no tokens of the model, and for parameters that name such tokens."""
         vocab = self.spec.dims["vocab"].elements
         if not prompt:
             raise InputError("prompt", "is empty", "at least one token")

@@ -21,19 +21,8 @@ from quantkit.cli.app import app
 Run = Callable[..., Any]
 
 COMMANDS = (
-    "inspect",
-    "plan",
-    "convert",
-    "quantize",
-    "imatrix",
-    "pad",
-    "shard",
-    "unshard",
-    "verify",
-    "serve",
-    "report",
-    "doctor",
-    "version",
+    *("inspect", "plan", "convert", "quantize", "imatrix", "pad", "shard", "unshard", "verify", "serve", "report", "doctor", "version"),
+    *("generate", "chat"),
 )
 GROUPS = {"recipe": ("show", "validate", "init"), "bench": ("kernels",)}
 PAGES = ("", *COMMANDS, *GROUPS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names))

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from quantkit.commands.generate import EngineOptions
 from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.report import Report
+from quantkit.runtime.params import SamplingParams
 
 Run = Callable[..., Any]
 
@@ -92,6 +94,32 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         | {"max_model_len": 9, "max_num_seqs": 3, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
         | {"kv_cache_dtype": "fp8", "prefix_caching": False, "max_queue": 0, "timeout": 1.5},
     ),
+    "generate": (
+        "m",
+        {"path": "m"},
+        (
+            "p --prompts f.jsonl --out o.jsonl --overwrite --chat --system s --max-tokens 9 --min-tokens 2 --temperature 0.5 --top-p 0.9 "
+            "--top-k 7 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.3 --seed 4 --stop a --stop b "
+            "--stop-token-id 5 --stop-token-id 6 --ignore-eos --logprobs 3 --prompt-logprobs 0 --tp 2 --device cuda --dtype float32 "
+            "--max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 "
+            "--disable-prefix-caching --timeout 1.5"
+        ),
+        {"prompt": "p", "prompts": Path("f.jsonl"), "out": Path("o.jsonl"), "overwrite": True, "chat": True, "system": "s"}
+        | {"sampling": SamplingParams(9, 0.5, 0.9, 7, 0.1, 4, ("a", "b"), (5, 6), True, 3, 0.2, -0.3, 1.1, (), 2, 0)}
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5)},
+    ),
+    "chat": (
+        "m",
+        {"path": "m"},
+        (
+            "--system s --max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
+            "--frequency-penalty -0.3 --seed 4 --stop a --tp 2 --device cuda --dtype float32 --max-model-len 99 "
+            "--gpu-memory-utilization 0.5 --kv-cache-dtype fp8 --timeout 1.5"
+        ),
+        {"system": "s", "max_tokens": 9}
+        | {"sampling": SamplingParams(16, 0.5, 0.9, 7, 0.1, 4, ("a",), (), False, None, 0.2, -0.3, 1.1)}
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 1, 1024, 0.5, "fp8", True, 1.5)},
+    ),
     "report": (
         "m a",
         {"base": "m", "artifacts": ("a",)},
@@ -114,7 +142,7 @@ def caught(quantkit: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     def call(name: str, *arguments: str) -> Any:
         got: list[Any] = []
 
-        def run(options: Any, progress: Any) -> Report:
+        def run(options: Any, *terminal_and_progress: Any) -> Report:
             got.append(options)
             return Report(name, {})
 
