@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from quantkit.cli import offline  # noqa: F401  it gives its commands to app
+from quantkit.cli import bench, offline  # noqa: F401  they give their commands to app
 from quantkit.cli.app import app
 from quantkit.cli.exits import machine_error, report_bug, usage_error
 from quantkit.console import note, show_error

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from quantkit.commands.bench_load import Load
 from quantkit.commands.generate import EngineOptions
 from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.report import Report
@@ -72,6 +73,38 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         ),
         {"formats": ("int4", "nf4"), "shapes": ("l3_o", "128x256"), "tokens": (1, 9), "dtype": "bfloat16", "peers": Path("p.json")}
         | {"out": Path("o.json"), "tune": True, "table": Path("t.json")},
+    ),
+    "bench throughput": (
+        "m",
+        {"path": "m"},
+        (
+            "--num-prompts 3 --input-len 4 --output-len 5 --spread 0.5 --seed 6 --prompts p.txt --out o.json --tp 2 --device cuda "
+            "--dtype float32 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 "
+            "--kv-cache-dtype fp8 --disable-prefix-caching --timeout 1.5"
+        ),
+        {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt")), "out": Path("o.json")}
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5)},
+    ),
+    "bench latency": (
+        "m",
+        {"path": "m"},
+        (
+            "--batch-size 3 --input-len 4 --output-len 5 --seed 6 --rounds 7 --warmup 0 --out o.json --tp 2 --device cuda --dtype float32 "
+            "--max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 "
+            "--timeout 1.5"
+        ),
+        {"load": Load(3, 4, 5, 0.0, 6), "rounds": 7, "warmup": 0, "out": Path("o.json")}
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", True, 1.5)},
+    ),
+    "bench serve": (
+        "",
+        {},
+        (
+            "--url http://h:1 --model m --api-key k --concurrency 2 --request-rate 0.5 --num-prompts 3 --input-len 4 --output-len 5 "
+            "--spread 0.5 --seed 6 --prompts p.txt --timeout 1.5 --out o.json"
+        ),
+        {"url": "http://h:1", "model": "m", "api_key": "k", "concurrency": 2, "request_rate": 0.5, "timeout": 1.5, "out": Path("o.json")}
+        | {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt"))},
     ),
     "pad": (
         "m o --tp 2",

@@ -1,0 +1,147 @@
+"""What the benchmarks of a whole model ask for, and how their times are told. Knows no engine and no server."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import fs
+from quantkit.errors import InputError
+
+TOKENS = range(100, 1000)
+"""Of which random prompts are made: ordinary ones in every vocabulary of a useful size."""
+MAX_FILE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """``num_prompts`` prompts of ``input_len`` random tokens, answered by ``output_len`` tokens; both uniform within ``spread`` of that.
+
+    With ``prompts`` the lines of a file instead: a text each, or in a ``.jsonl`` file objects with prompt and perhaps max_tokens.
+    """
+
+    num_prompts: int = 128
+    input_len: int = 512
+    output_len: int = 128
+    spread: float = 0.0
+    seed: int = 0
+    prompts: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt and the most tokens of its answer; ``whole``: so many exactly, whatever the model says."""
+
+    prompt: str | list[int]
+    output: int
+    whole: bool
+
+
+def asks(load: Load) -> list[Ask]:
+    """The requests, the same for the same seed. Raises InputError for a bad option or file."""
+    if not 0 <= load.spread < 1:
+        raise InputError("--spread", f"is {load.spread:g}", "0 to below 1")
+    if load.prompts is not None:
+        return _from_file(load, load.prompts)[: load.num_prompts]
+    draw = random.Random(load.seed)
+
+    def length(mean: int) -> int:
+        return max(1, draw.randint(round(mean * (1 - load.spread)), round(mean * (1 + load.spread))))
+
+    sizes = [(length(load.input_len), length(load.output_len)) for _ in range(load.num_prompts)]
+    return [Ask(draw.choices(TOKENS, k=size), output, True) for size, output in sizes]
+
+
+def _from_file(load: Load, path: Path) -> list[Ask]:
+    found = []
+    rows = fs.read_bytes(path, MAX_FILE).decode("utf-8", "replace").splitlines()
+    for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        fields: Any = {"prompt": row}
+        if path.suffix == ".jsonl":
+            try:
+                fields = json.loads(row)
+            except (ValueError, RecursionError) as exc:
+                raise InputError(f"{path}: line {number}", "is not JSON", "an object with a prompt") from exc
+        prompt = fields.get("prompt") if isinstance(fields, dict) else None
+        output = fields.get("max_tokens", load.output_len) if isinstance(fields, dict) else None
+        if not isinstance(prompt, str) or not prompt or type(output) is not int or output < 1:
+            raise InputError(f"{path}: line {number}", "has no prompt or a bad max_tokens", "a text, and a number from 1")
+        found.append(Ask(prompt, output, False))
+    if not found:
+        raise InputError(str(path), "holds no prompt", "a prompt per line")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One answered request, in seconds since the run began: when it was sent and when each piece came; and its tokens."""
+
+    sent: float
+    came: tuple[float, ...]
+    prompt_tokens: int
+    tokens: int
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first piece."""
+        return self.came[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between pieces."""
+        return [after - before for before, after in zip(self.came, self.came[1:], strict=False)]
+
+
+def figures(answers: Sequence[Timed], seconds: float) -> dict[str, Any]:
+    """Rates over ``seconds``, and the spread of times in milliseconds: to the first token, between tokens, of whole requests."""
+    tokens, prompt = sum(one.tokens for one in answers), sum(one.prompt_tokens for one in answers)
+    return {
+        "requests": len(answers),
+        "seconds": seconds,
+        "prompt_tokens": prompt,
+        "completion_tokens": tokens,
+        "requests_per_second": len(answers) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "total_tokens_per_second": (tokens + prompt) / seconds,
+        "ttft_ms": _spread([one.first for one in answers]),
+        "itl_ms": _spread([gap for one in answers for gap in one.gaps]),
+        "e2e_ms": _spread([one.came[-1] - one.sent for one in answers]),
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Mean, median and the 90th and 99th percentile, in milliseconds; None of nothing."""
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+
+    def at(share: float) -> float:
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return {"mean": 1000 * statistics.fmean(ordered), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+
+
+def facts_of(data: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """``figures`` for a person."""
+    shown = [
+        ("requests", f"{data['requests']} in {data['seconds']:.2f} s, {data['requests_per_second']:.2f} per second"),
+        ("generated", f"{data['completion_tokens']} tokens, {data['tokens_per_second']:.1f} per second"),
+        ("with prompts", f"{data['completion_tokens'] + data['prompt_tokens']} tokens, {data['total_tokens_per_second']:.1f} per second"),
+    ]
+    for name, label in (("ttft_ms", "first token"), ("itl_ms", "between tokens"), ("e2e_ms", "whole request")):
+        if (times := data[name]) is not None:
+            shown.append((label, ", ".join(f"{key} {value:.1f}" for key, value in times.items()) + " ms"))
+    return tuple(shown)
+
+
+def write_figures(out: Path | None, data: Mapping[str, Any]) -> None:
+    """``data`` as a JSON file, where one is asked for."""
+    if out is not None:
+        fs.write_bytes(out, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,83 @@
+"""``quantkit bench throughput``: how many tokens a second a model makes for many requests at once; ``bench latency`` shares its loop."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.commands.bench_load import TOKENS, Ask, Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.generate import ENGINE, EngineOptions
+from quantkit.errors import InputError, QuantkitError
+from quantkit.progress import Progress, silent
+from quantkit.report import Report
+from quantkit.runtime.params import SamplingParams
+
+if TYPE_CHECKING:
+    from quantkit.runtime.engine import Delta
+    from quantkit.runtime.llm import LLM
+
+LOAD, WARMUP = Load(), Ask(list(TOKENS[:32]), 2, True)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchThroughputOptions:
+    """``out``: a JSON file for all figures."""
+
+    path: str
+    load: Load = LOAD
+    out: Path | None = None
+    engine: EngineOptions = ENGINE
+
+
+def run(options: BenchThroughputOptions, progress: Progress = silent) -> Report:
+    """All requests at once. Raises InputError for a request that does not fit the model, MachineError, RuntimeDied."""
+    wanted = asks(options.load)
+    with options.engine.start(options.path, progress) as llm:
+        timed(llm, [WARMUP], silent)  # what is built or tuned on first use is not timed
+        answers, seconds = timed(llm, wanted, progress)
+        data = {"model": options.path, "tp": llm.engine.tp, "dtype": llm.engine.dtype, "max_num_seqs": options.engine.max_num_seqs}
+        data |= figures(answers, seconds)
+    write_figures(options.out, data)
+    return Report("bench throughput", data, facts=(("model", _named(data)), *facts_of(data)))
+
+
+def _named(data: dict[str, Any]) -> str:
+    return f"{data['model']}, tp {data['tp']}, {data['dtype']}, {data['max_num_seqs']} at once"
+
+
+def timed(llm: LLM, wanted: Sequence[Ask], progress: Progress) -> tuple[list[Timed], float]:
+    """Run ``wanted``, as many under way as the engine takes, and say when what came; and the seconds of it all."""
+    jobs = []
+    for ask in wanted:
+        params = SamplingParams(ask.output, temperature=0.0, ignore_eos=ask.whole)
+        ids = llm.tokens(ask.prompt)
+        if len(ids) + ask.output > llm.engine.max_model_len:
+            what = f"a request has {len(ids)} tokens and {ask.output} of answer"
+            raise InputError("load", what, f"at most {llm.engine.max_model_len} together", "--input-len, --output-len, --max-model-len")
+        llm.engine.check(ids, params)
+        jobs.append((ids, params))
+    said: queue.SimpleQueue[tuple[int, float, Delta | QuantkitError]] = queue.SimpleQueue()
+    sent, came, made = dict[int, float](), dict[int, list[float]](), dict[int, int]()
+    left, running, done = iter(enumerate(jobs)), 0, 0
+    progress("measure", 0, len(jobs))
+    start = time.perf_counter()
+    while done < len(jobs):
+        while running < llm.engine.capacity and (job := next(left, None)) is not None:
+            number, (ids, params) = job
+            sent[number], came[number], made[number] = time.perf_counter() - start, [], 0
+            llm.engine.submit(ids, params, lambda event, number=number: said.put((number, time.perf_counter() - start, event)))  # type: ignore[misc]
+            running += 1
+        number, when, event = said.get()
+        if isinstance(event, QuantkitError):
+            raise event
+        came[number].append(when)
+        made[number] += len(event.tokens)
+        if event.finish_reason is not None:
+            running, done = running - 1, done + 1
+            progress("measure", done, len(jobs))
+    seconds = time.perf_counter() - start
+    return [Timed(sent[n], tuple(came[n]), len(jobs[n][0]), made[n]) for n in range(len(jobs))], seconds
