@@ -96,6 +96,11 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def cut(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether sampling needs the prompt's tokens."""
         return self.repetition_penalty != 1 or self.prompt_logprobs is not None

@@ -37,7 +37,7 @@ def random_key(seed: int, index: int) -> int:
 
 
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Gumbel noise of ``tokens`` under ``keys`` (both int64, of one shape): splitmix64's numbers of each key's stream, as float64.
+    """Gumbel noise of ``tokens`` under ``keys`` (int64, whose shapes go together): splitmix64's numbers of each key's stream, as float64.
 
     The token with the greatest sum of logit and noise is drawn with the probability that softmax gives it.
     """
@@ -142,7 +142,8 @@ class Sampler:
         for at in range(0, len(random), rows_at_once):
             rows = random[at : at + rows_at_once]
             best[rows] = self._draw(shaped[rows], [states[row] for row in rows])
-        tokens = [token if math.isfinite(value) else INVALID for value, token in zip(values.tolist(), best.tolist(), strict=True)]
+        found = torch.stack([values, best.double()], 1).tolist()  # all that a device has to send back
+        tokens = [int(token) if math.isfinite(value) else INVALID for value, token in found]
         scores = self._scored(states, logits, tokens)
         penalized = [(state.slot, token) for state, token in zip(states, tokens, strict=True) if state.slot is not None]
         if penalized:
@@ -209,11 +210,14 @@ class Sampler:
         """A token ``[B]`` for each row of ``logits [B, W]``, none of which is greedy."""
         (temperature,) = self._per_row([(state.params.temperature,) for state in states], torch.float64)
         scaled = logits.double() / temperature
-        floor = self._floor(scaled, [state.params for state in states])
         keys = torch.tensor([random_key(state.seed, state.index) for state in states], device=self._device)
-        rows, columns = (scaled >= floor.unsqueeze(1)).nonzero(as_tuple=True)
-        raced = torch.full_like(scaled, -math.inf)
-        raced[rows, columns] = scaled[rows, columns] + gumbel(keys[rows], columns + self._first)
+        if any(state.params.cut for state in states):
+            floor = self._floor(scaled, [state.params for state in states])
+            rows, columns = (scaled >= floor.unsqueeze(1)).nonzero(as_tuple=True)
+            raced = torch.full_like(scaled, -math.inf)
+            raced[rows, columns] = scaled[rows, columns] + gumbel(keys[rows], columns + self._first)
+        else:
+            raced = scaled + gumbel(keys.unsqueeze(1), torch.arange(self._first, self._first + self._width, device=self._device))
         return self._winners(raced)[1]
 
     def _floor(self, scaled: Tensor, params: Sequence[SamplingParams], candidates: int = CANDIDATES) -> Tensor:
@@ -221,8 +225,6 @@ class Sampler:
         floor = torch.full(scaled.shape[:1], -math.inf, dtype=torch.float64, device=self._device)
         kept = [min(p.top_k, self._vocab) if p.top_k > 0 else self._vocab for p in params]
         nucleus = [p.top_p < 1 for p in params]
-        if not any(p.top_k > 0 or p.top_p < 1 or p.min_p for p in params):
-            return floor
         count = max(k if p.top_k > 0 else candidates if p.top_p < 1 else 1 for p, k in zip(params, kept, strict=True))
         best = self._best(scaled, min(count, self._vocab))  # [B, C], greatest first
         last = torch.tensor(kept, device=self._device)
