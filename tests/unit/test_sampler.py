@@ -213,11 +213,11 @@ def test_presence_and_frequency_penalties_are_of_the_answer_alone() -> None:
 
 def test_what_a_sequence_leaves_behind_does_not_penalize_the_next() -> None:
     params = SamplingParams(64, temperature=0, repetition_penalty=50.0, frequency_penalty=2.0)
-    logits = torch.tensor([[3.0, 2.5, 1.0]])
+    logits = torch.tensor([[3.0, 2.5, 2.0]])
     made = sampler(range(3), 3, Solo(), [params], [[0]])
     assert made.sample([0], logits)[0].token == 1
     made.forget(0)
-    made.begin(9, params, 0, (), (2,))
+    made.begin(9, params, 0, (), ())
     assert made.sample([9], logits)[0].token == 0
 
 
