@@ -6,7 +6,7 @@ tokens and S key tokens of one sequence. This module knows no weights and no ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, runtime_checkable
@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from quantkit.ops.paged_attention import Pages, attend, usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,28 +32,31 @@ class Batch:
 
 
 class KVCache(Protocol):
-    """Keys and values of earlier tokens. Every block of every rank calls it once per sequence and pass, in order."""
+    """Keys and values of earlier tokens. Every block of every rank writes those of a pass once, then reads."""
 
-    def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``k``, ``v [t, KV, D]`` (KV of this rank, may be 0); return all of the sequence so far: two ``[S, KV, D]``.
+    def write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
+        """Append ``k``, ``v [T, KV, D]`` of the sequences of ``batch`` (KV of this rank, may be 0)."""
 
-        A cache of a sliding layer may leave out tokens that no query of this call can see.
-        """
+    def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a sequence of the pass, its own tokens included: two ``[S, KV, D]``."""
 
 
 @runtime_checkable
-class InPlaceCache(KVCache, Protocol):
-    """A cache in whose memory a kernel can write the tokens of a pass itself, while ``in_place`` holds."""
+class BlockCache(KVCache, Protocol):
+    """A cache in blocks, which kernels may write and read where they lie."""
 
     @property
     def in_place(self) -> bool:
         """Whether it stores the dtype that is computed with."""
 
-    def reserve(self, layer: int, sequence: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Append ``tokens`` tokens that the caller writes at once: their places, keys and values ``[t, KV, D]`` contiguous."""
+    def places(self, layer: int, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """In place of ``write``, for a caller that writes at once: where keys and values go, run by run, ``[t, KV, D]`` contiguous."""
 
-    def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """All of the sequence, once what was reserved is written: two ``[S, KV, D]``."""
+    def pages(self, batch: Batch, group: int) -> Pages:
+        """Where everything is that a pass with ``group`` query heads a key head reads."""
+
+    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values, ``[blocks, tokens of a block, KV, D]``, as stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +74,23 @@ class Attention:
         if cache is None:
             parts = [self._heads(*run) for run in _runs(q, k, v, batch.lengths)]
         else:
-            assert batch.sequences is not None
-            parts = []
-            for start, length, sequence in spans(batch):
-                rows = slice(start, start + length)
-                parts.append(self._over(q[rows], *cache.update(layer, sequence, k[rows], v[rows])))
+            cache.write(layer, batch, k, v)
+            return self.over_held(q, batch, cache, layer)
         return self._joined(parts, q)
 
-    def over_held(self, q: Tensor, batch: Batch, held: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``q [T, H, D]`` over ``held``, of each of ``spans(batch)`` all its keys and values, ``[S, KV, D]`` -> ``[T, H * D]``."""
-        parts = [self._over(q[start : start + length], *each) for (start, length, _), each in zip(spans(batch), held, strict=True)]
+    def over_held(self, q: Tensor, batch: Batch, cache: KVCache, layer: int) -> Tensor:
+        """``q [T, H, D]`` of the sequences of ``batch`` over all that ``cache`` holds of them -> ``[T, H * D]``."""
+        if isinstance(cache, BlockCache) and self.pages_usable(q):
+            keys, values = cache.blocks(layer)
+            if q.shape[1] and q.shape[0]:
+                pages = cache.pages(batch, q.shape[1] // keys.shape[2])
+                return attend(q, keys, values, pages, scale=self.scale, window=self.window, softcap=self.softcap)
+        parts = [self._over(q[start : start + length], *cache.held(layer, sequence)) for start, length, sequence in spans(batch)]
         return self._joined(parts, q)
+
+    def pages_usable(self, q: Tensor) -> bool:
+        """Whether queries like ``q`` are read against the blocks where they lie."""
+        return self.kv_index is None and usable(q)
 
     def _joined(self, parts: list[Tensor], q: Tensor) -> Tensor:
         if len(parts) == 1:

@@ -18,7 +18,7 @@ from quantkit.arch.spec import ModelSpec, Moe
 from quantkit.comm import Comm
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.table import PackedTable
-from quantkit.model.attention import Attention, Batch, InPlaceCache, KVCache, spans
+from quantkit.model.attention import Attention, Batch, BlockCache, KVCache
 from quantkit.model.moe import Steps, mix
 from quantkit.model.rope import Rotary
 from quantkit.ops import fused
@@ -30,6 +30,7 @@ Tap = Callable[[str, Tensor], None]
 """Called with a linear's role and its input ``x [T, K]`` just before each linear of a block. Of an expert T are the tokens that
 reach it, and it is not called when there are none."""
 
+FEW_SEQUENCES = 8
 ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "silu": functional.silu,
@@ -178,7 +179,7 @@ class Block:
         k = self._heads((yield "k", h))
         v = self._heads((yield "v", h))
         q, k = self._norm("q_norm", q, fuse), self._norm("k_norm", k, fuse)
-        if fuse and angles is not None and isinstance(cache, InPlaceCache) and cache.in_place:
+        if fuse and angles is not None and isinstance(cache, BlockCache) and self._writes(q, batch, cache):
             h = self._attend_in_place(q, k, v, batch, angles, cache)
         else:
             if angles is not None:
@@ -201,11 +202,15 @@ class Block:
         x = x + h
         return x, x if norm is None else norm(x)
 
-    def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: InPlaceCache) -> Tensor:
+    def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: BlockCache) -> Tensor:
         """Attention of ``q``, ``k``, ``v`` not yet rotated, where one kernel rotates them and writes the cache."""
-        new = [places for _, length, sequence in spans(batch) for places in cache.reserve(self.layer, sequence, length)]
+        new = cache.places(self.layer, batch)
         q = fused.rotary_write(q, k, v, *angles, [keys for keys, _ in new], [values for _, values in new])
-        return self.attention.over_held(q, batch, [cache.held(self.layer, sequence) for _, _, sequence in spans(batch)])
+        return self.attention.over_held(q, batch, cache, self.layer)
+
+    def _writes(self, q: Tensor, batch: Batch, cache: BlockCache) -> bool:
+        """Whether the rotating kernel writes the cache too. Naming it every place of many sequences takes longer than writing apart."""
+        return cache.in_place and (len(batch.lengths) <= FEW_SEQUENCES or not self.attention.pages_usable(q))
 
     def _mlp(self, h: Tensor, fuse: bool) -> Steps:
         """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""

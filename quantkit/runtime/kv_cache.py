@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.model.attention import Batch, spans
 from quantkit.model.decoder import Decoder
+from quantkit.ops.paged_attention import Pages, make_pages
 from quantkit.runtime.blocks import BLOCK, blocks_for
 
 KV_DTYPES = ("auto", "fp8")
 _E4M3_MAX = 448.0
+_FEW_RUNS = 8
+"""From here on a GPU writes all of a pass at once rather than run by run."""
 
 Slots = tuple[tuple[int, int], ...]
 """Runs of neighbouring places in the pool, each (first, one past the last); place ``BLOCK * b + i`` is token i of block b."""
@@ -24,17 +28,14 @@ Slots = tuple[tuple[int, int], ...]
 
 @dataclass(slots=True)
 class _Table:
-    """One sequence: its blocks, the tokens that each layer holds, and, of the pass that runs, what all layers share."""
+    """One sequence: its blocks, the tokens that it had before the pass that runs and has with it, and where they are."""
 
     blocks: list[int]
-    held: list[int]
-    span: tuple[int, int] = (0, 0)
-    new: Slots = ()
-    """Where the tokens of ``span`` go."""
+    start: int
+    stop: int
     all: Slots = ()
-    """Where the tokens up to the end of ``span`` are."""
     index: Tensor | None = None
-    """The blocks of ``all`` when those are not side by side."""
+    """The blocks when those are not side by side, once they were needed."""
 
 
 def _runs(blocks: Sequence[int], start: int, stop: int) -> Slots:
@@ -58,11 +59,15 @@ class PagedCache:
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, blocks: int, *, fp8: bool = False
     ) -> None:
-        self.blocks, self._dtype, self._layers = blocks, dtype, layers
+        self._dtype = dtype
         stored = torch.float8_e4m3fn if fp8 else dtype
         self.pool = torch.empty(layers, 2, blocks, BLOCK, kv_heads, head_dim, dtype=stored, device=device)
         self._places = [(k, v) for k, v in (layer.flatten(1, 2).unbind(0) for layer in self.pool.unbind(0))]  # [blocks * BLOCK, KV, D]
         self._tables: dict[int, _Table] = {}
+        self._batch: Batch | None = None
+        self._new: Slots = ()  # where the tokens of the batch go, one sequence after the other
+        self._slots: Tensor | None = None  # the same, once it was needed
+        self._pages: Pages | None = None
 
     @property
     def in_place(self) -> bool:
@@ -79,14 +84,14 @@ class PagedCache:
         return tuple(self._tables)
 
     def tokens(self, sequence: int) -> int:
-        """How many tokens of ``sequence`` every layer holds."""
-        return min(self._tables[sequence].held)
+        """How many tokens of ``sequence`` are held."""
+        return self._tables[sequence].stop
 
     def extend(self, sequence: int, blocks: Sequence[int], held: int) -> None:
         """Give ``sequence`` more blocks; a new one begins with ``held`` tokens, whose keys and values its first blocks hold already."""
         table = self._tables.get(sequence)
         if table is None:
-            self._tables[sequence] = _Table(list(blocks), [held] * self._layers)
+            self._tables[sequence] = _Table(list(blocks), held, held)
         else:
             table.blocks += blocks
 
@@ -94,51 +99,77 @@ class PagedCache:
         """Forget the table of ``sequence``, if it has one."""
         self._tables.pop(sequence, None)
 
-    def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``k``, ``v [t, KV, D]``; return all of the sequence so far: two ``[S, KV, D]``, views of the pool where that can be."""
+    def _begin(self, batch: Batch) -> None:
+        """Find the places of a pass, once for all layers."""
+        if batch is self._batch:
+            return
+        new: list[tuple[int, int]] = []
+        for _, length, sequence in spans(batch):
+            table = self._tables[sequence]
+            table.start, table.stop, table.index = table.stop, table.stop + length, None
+            assert table.stop <= BLOCK * len(table.blocks), (table.stop, table.blocks)
+            table.all = _runs(table.blocks, 0, table.stop)
+            new += _runs(table.blocks, table.start, table.stop)
+        self._batch, self._new, self._slots, self._pages = batch, tuple(new), None, None
+
+    def write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
+        """Append ``k``, ``v [T, KV, D]`` of the sequences of ``batch``."""
         if not self.in_place:
-            k, v = (x.clamp(-_E4M3_MAX, _E4M3_MAX) for x in (k, v))  # the cast alone makes NaN of what is larger
-        start = 0
-        for keys, values in self.reserve(layer, sequence, k.shape[0]):
-            stop = start + keys.shape[0]
-            keys.copy_(k[start:stop])
-            values.copy_(v[start:stop])
-            start = stop
-        return self.held(layer, sequence)
+            k, v = (x.clamp(-_E4M3_MAX, _E4M3_MAX).to(self.pool.dtype) for x in (k, v))  # the cast alone makes NaN of what is larger
+        places = self.places(layer, batch)
+        if len(places) <= _FEW_RUNS or k.device.type == "cpu":
+            start = 0
+            for keys, values in places:
+                stop = start + keys.shape[0]
+                keys.copy_(k[start:stop])
+                values.copy_(v[start:stop])
+                start = stop
+            return
+        if self._slots is None:
+            self._slots = torch.tensor([at for first, end in self._new for at in range(first, end)]).to(self.pool.device)
+        for half, x in zip(self._places[layer], (k, v), strict=True):
+            half.view(self._moved).index_copy_(0, self._slots, x.contiguous().view(self._moved))
 
-    def reserve(self, layer: int, sequence: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Append ``tokens`` tokens, which the caller writes at once: their places as keys and values ``[t, KV, D]`` run by run."""
-        table = self._tables[sequence]
-        start = table.held[layer]
-        table.held[layer] = start + tokens
-        if table.span != (start, start + tokens):
-            self._look(table, start, start + tokens)
+    def places(self, layer: int, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Where the tokens of ``batch`` go, for a caller that writes them at once: keys and values ``[t, KV, D]``, run by run."""
+        self._begin(batch)
         keys, values = self._places[layer]
-        return [(keys[first:end], values[first:end]) for first, end in table.new]
-
-    def _look(self, table: _Table, start: int, stop: int) -> None:
-        """Find the places of a pass once for all layers."""
-        assert stop <= BLOCK * len(table.blocks), (stop, table.blocks)
-        table.span, table.new, table.all = (start, stop), _runs(table.blocks, start, stop), _runs(table.blocks, 0, stop)
-        table.index = None
-        if len(table.all) > 1:
-            table.index = torch.tensor(table.blocks[: blocks_for(stop)], device=self.pool.device)
+        return [(keys[first:end], values[first:end]) for first, end in self._new]
 
     def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of ``sequence`` in ``layer``, two ``[S, KV, D]``; the pass that runs has reserved its own."""
+        """All keys and values of ``sequence`` in ``layer``, two ``[S, KV, D]``, views of the pool where its blocks are side by side."""
         table = self._tables[sequence]
-        if table.index is None:
+        if len(table.all) == 1:
             ((first, end),) = table.all
             keys, values = (x[first:end] for x in self._places[layer])
         else:
-            keys, values = (self._gather(half, table.index)[: table.span[1]] for half in self.pool[layer])
+            if table.index is None:
+                table.index = torch.tensor(table.blocks[: blocks_for(table.stop)], device=self.pool.device)
+            keys, values = (self._gather(half, table.index)[: table.stop] for half in self.pool[layer])
         return (keys, values) if self.in_place else (keys.to(self._dtype), values.to(self._dtype))
 
+    @property
+    def _moved(self) -> torch.dtype:
+        """What is moved as: float8 is moved as bytes."""
+        return self._dtype if self.in_place else torch.uint8
+
     def _gather(self, half: Tensor, index: Tensor) -> Tensor:
-        """``half [blocks, BLOCK, KV, D]`` at ``index`` -> ``[S, KV, D]``; float8 is moved as bytes."""
-        if self.in_place:
-            return half.index_select(0, index).flatten(0, 1)
-        return half.view(torch.uint8).index_select(0, index).view(half.dtype).flatten(0, 1)
+        """``half [blocks, BLOCK, KV, D]`` at ``index`` -> ``[S, KV, D]``."""
+        return half.view(self._moved).index_select(0, index).view(half.dtype).flatten(0, 1)
+
+    def pages(self, batch: Batch, group: int) -> Pages:
+        """Where everything is that a pass with ``group`` query heads a key head reads and writes."""
+        self._begin(batch)
+        if self._pages is None or self._pages.group != group:
+            tables = [self._tables[sequence] for _, _, sequence in spans(batch)]
+            some = [table.blocks[: blocks_for(table.stop)] for table in tables]
+            self._pages = make_pages(some, [(table.start, table.stop) for table in tables], group, self.pool.device)
+        return self._pages
+
+    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values of ``layer``, ``[blocks, BLOCK, KV, D]``, as stored."""
+        keys, values = self.pool[layer]
+        return keys, values
 
 
 def kv_block_bytes(decoder: Decoder, fp8: bool) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.table import spec_for
+from quantkit.model.attention import spans
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.ops.dtypes import DTYPE_NAMES
 from quantkit.plan import ParallelPlan, make_plan
@@ -213,18 +214,20 @@ class GrowingCache:
     def __init__(self) -> None:
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def update(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if (layer, sequence) in self._held:
-            old_k, old_v = self._held[layer, sequence]
-            k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
-        self._held[layer, sequence] = k, v
-        return k, v
+    def write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
+        for start, length, sequence in spans(batch):
+            new = [x[start : start + length] for x in (k, v)]
+            old = self._held.get((layer, sequence), (new[0][:0], new[1][:0]))
+            self._held[layer, sequence] = torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]])
+
+    def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        return self._held[layer, sequence]
 
 
-def batch_of(spans: list[tuple[int, int]], sequences: tuple[int, ...] | None = None) -> Batch:
+def batch_of(stretches: list[tuple[int, int]], sequences: tuple[int, ...] | None = None) -> Batch:
     """A batch of sequences, each given as (first position, one past the last)."""
-    positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
-    return Batch(positions, tuple(stop - start for start, stop in spans), sequences)
+    positions = torch.cat([torch.arange(start, stop) for start, stop in stretches])
+    return Batch(positions, tuple(stop - start for start, stop in stretches), sequences)
 
 
 def logits_of(decoder: Decoder, texts: list[Tensor]) -> list[Tensor]:

@@ -31,19 +31,28 @@ def small(blocks: int, kv_heads: int = 3, *, fp8: bool = False) -> PagedCache:
     st.booleans(),
 )
 def test_it_returns_all_that_was_put_in(passes: list[tuple[int, int]], kv_heads: int, blocks: list[int], fp8: bool) -> None:
-    """Any mix of passes over three sequences, in blocks that come one after the other or in any order."""
+    """Any mix of passes over three sequences, alone or two at once, in blocks that come one after the other or in any order."""
     ours, plain, left = small(60, kv_heads, fp8=fp8), GrowingCache(), list(blocks)
     lengths = [0, 0, 0]
-    for number, (sequence, count) in enumerate(passes):
-        need = blocks_for(lengths[sequence] + count) - blocks_for(lengths[sequence])
-        ours.extend(sequence, left[:need], 0)
-        del left[:need]
-        lengths[sequence] += count
+    while passes:
+        now = passes[: 1 + (len(passes) > 1 and passes[0][0] < passes[1][0])]
+        passes = passes[len(now) :]
+        stretches = []
+        for sequence, count in now:
+            need = blocks_for(lengths[sequence] + count) - blocks_for(lengths[sequence])
+            ours.extend(sequence, left[:need], 0)
+            del left[:need]
+            stretches.append((lengths[sequence], lengths[sequence] + count))
+            lengths[sequence] += count
+        batch = batch_of(stretches, tuple(sequence for sequence, _ in now))
         for layer in range(2):
-            k = torch.randn(count, kv_heads, 4, generator=torch.Generator().manual_seed(100 * number + layer))
+            k = torch.randn(len(batch.positions), kv_heads, 4, generator=torch.Generator().manual_seed(sum(lengths) + layer))
             stored = k.to(torch.float8_e4m3fn).float() if fp8 else k
-            got, want = ours.update(layer, sequence, k, -k), plain.update(layer, sequence, stored, -stored)
-            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+            ours.write(layer, batch, k, -k)
+            plain.write(layer, batch, stored, -stored)
+            for sequence, _ in now:
+                for got, want in zip(ours.held(layer, sequence), plain.held(layer, sequence), strict=True):
+                    assert torch.equal(got, want)
     for sequence in ours.sequences:
         assert ours.tokens(sequence) == lengths[sequence]
 
@@ -51,23 +60,29 @@ def test_it_returns_all_that_was_put_in(passes: list[tuple[int, int]], kv_heads:
 def test_neighbouring_blocks_are_not_copied() -> None:
     cache = small(8)
     cache.extend(0, [2, 3, 4], 0)
-    keys, values = cache.update(0, 0, torch.ones(40, 3, 4), torch.ones(40, 3, 4))
+    batch = batch_of([(0, 40)], (0,))
+    cache.write(0, batch, torch.ones(40, 3, 4), torch.ones(40, 3, 4))
+    keys, values = cache.held(0, 0)
     assert keys.data_ptr() == cache.pool[0, 0, 2].data_ptr() and values.data_ptr() == cache.pool[0, 1, 2].data_ptr()
+    ((there, _),) = cache.places(1, batch)
+    assert there.data_ptr() == cache.pool[1, 0, 2].data_ptr() and there.shape == (40, 3, 4)
     with pytest.raises(AssertionError):
-        cache.update(0, 0, torch.ones(9, 3, 4), torch.ones(9, 3, 4))
+        cache.write(0, batch_of([(40, 49)], (0,)), torch.ones(9, 3, 4), torch.ones(9, 3, 4))
 
 
 def test_a_second_sequence_sees_the_blocks_of_the_first() -> None:
     cache = small(8)
     cache.extend(0, [5, 1], 0)
-    k = torch.randn(20, 3, 4)
+    k, more = torch.randn(20, 3, 4), torch.randn(3, 3, 4)
+    batch = batch_of([(0, 20)], (0,))
     for layer in range(2):
-        cache.update(layer, 0, k, -k)
+        cache.write(layer, batch, k, -k)
     cache.free(0)
     cache.extend(1, [5, 6], BLOCK)
-    more = torch.randn(3, 3, 4)
+    batch = batch_of([(BLOCK, BLOCK + 3)], (1,))
     for layer in range(2):
-        keys, values = cache.update(layer, 1, more, -more)
+        cache.write(layer, batch, more, -more)
+        keys, values = cache.held(layer, 1)
         assert torch.equal(keys, torch.cat((k[:BLOCK], more))) and torch.equal(values, -keys)
     assert cache.sequences == (1,) and cache.tokens(1) == BLOCK + 3
     cache.free(7)
@@ -77,7 +92,8 @@ def test_float8_takes_half_of_16_bits_and_large_values_stay_numbers() -> None:
     cache = PagedCache(2, 3, 4, torch.bfloat16, CPU, 5, fp8=True)
     assert cache.nbytes * 2 == PagedCache(2, 3, 4, torch.bfloat16, CPU, 5).nbytes == 2 * 2 * 5 * BLOCK * 3 * 4 * 2
     cache.extend(0, [4], 0)
-    keys, values = cache.update(1, 0, torch.full((1, 3, 4), 1e4), torch.full((1, 3, 4), -1e4))
+    cache.write(1, batch_of([(0, 1)], (0,)), torch.full((1, 3, 4), 1e4), torch.full((1, 3, 4), -1e4))
+    keys, values = cache.held(1, 0)
     assert set(keys.flatten().tolist()) == {448} and set(values.flatten().tolist()) == {-448} and keys.dtype == torch.bfloat16
 
 

@@ -1,0 +1,143 @@
+"""Attention over keys and values in blocks, on a GPU: one Triton kernel for prompts in pieces and for decoding, split over the keys.
+
+Triton comes with torch on CUDA and is optional: ``usable`` says whether it is there. Letters as in ARCHITECTURE.md; B sequences.
+
+A program takes ``ROWS`` rows, which are the query heads of one key head for a few neighbouring tokens of one sequence, and walks
+over tiles of keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022). Where there are too few programs to
+fill a GPU, the keys are split among several, and a second kernel joins what they found (Dao et al. 2023, "Flash-Decoding").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ROWS = 64
+"""Rows of a program where there are pieces of prompts; decoding makes do with as many as the matrix units take."""
+_TILE = 64
+_SPLIT_KEYS = 512
+"""A split is of no fewer keys."""
+_MOST_SPLITS = 32
+
+
+def usable(q: Tensor) -> bool:
+    """Whether the kernel takes queries like ``q``: 16-bit floats on a GPU with Triton; in Triton's interpreter, any on a CPU."""
+    return _TRITON and ((q.is_cuda and q.dtype in _DTYPES) or (_INTERPRETED and not q.is_cuda))
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Of a pass: where each sequence's keys are, and which rows each program takes; int32 on the device.
+
+    ``tables [B, N]`` block numbers; ``lengths [B]`` keys per sequence, those of the pass included; ``starts [B + 1]`` first query rows;
+    ``tasks [P, 2]`` (sequence, first token of its queries).
+    """
+
+    tables: Tensor
+    lengths: Tensor
+    starts: Tensor
+    tasks: Tensor
+    longest: int
+    """Keys of the longest sequence."""
+    rows: int
+    """Rows of a program, which hold the ``group`` query heads of a key head for some tokens."""
+    group: int
+
+
+def make_pages(tables: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], group: int, device: torch.device) -> Pages:
+    """The ``Pages`` of sequences with block ``tables``, whose tokens from ``span[0]`` to ``span[1]`` are this pass's."""
+    rows = max(16 if all(stop - start == 1 for start, stop in spans) else _ROWS, 1 << (group - 1).bit_length())
+    tokens, width = rows // group, max(map(len, tables))
+    starts, tasks = [0], []
+    for number, (start, stop) in enumerate(spans):
+        starts.append(starts[-1] + stop - start)
+        tasks += [(number, first) for first in range(0, stop - start, tokens)]
+    lengths = [stop for _, stop in spans]
+    flat = [
+        *(b for table in tables for b in (*table, *[0] * (width - len(table)))),
+        *lengths,
+        *starts,
+        *(x for task in tasks for x in task),
+    ]
+    sizes = [len(tables) * width, len(tables), len(starts), 2 * len(tasks)]
+    packed = torch.tensor(flat, dtype=torch.int32, device="cpu")
+    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)  # one transfer
+    table, length, first, task = torch.split(packed, sizes)
+    return Pages(table.view(len(tables), width), length, first, task.view(-1, 2), max(lengths), rows, group)
+
+
+@cache
+def _kernels() -> Any:
+    """``paged_kernel``, once it is needed: importing Triton takes a while."""
+    return importlib.import_module("quantkit.ops.paged_kernel")
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """``q [T, H, D]`` over ``keys``, ``values [blocks, block, KV, D]`` (of q's dtype or float8 e4m3), causally -> ``[T, H * D]``.
+
+    ``window``: keys that a query sees at most, its own among them. ``softcap`` c: scores pass through ``c * tanh(s / c)``.
+    """
+    total, heads, dim = q.shape
+    block, kv_heads = keys.shape[1:3]
+    group = heads // kv_heads
+    assert group == pages.group
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    programs = pages.tasks.shape[0] * kv_heads
+    seen = pages.longest if window is None else min(pages.longest, window + pages.rows)
+    splits = max(1, min(_MOST_SPLITS, 2 * _processors(q.device) // programs, -(-seen // _SPLIT_KEYS)))
+    splits = 1 << (splits.bit_length() - 1)
+    part, peaks, sums = out, out, out
+    if splits > 1:
+        part = torch.empty(splits, total, heads, dim, dtype=torch.float32, device=q.device)
+        peaks, sums = torch.empty(2, splits, total, heads, dtype=torch.float32, device=q.device)
+    padded = max(16, 1 << (dim - 1).bit_length())
+    _kernels().attend[(pages.tasks.shape[0], kv_heads, splits)](
+        q,
+        keys,
+        values,
+        part,
+        peaks,
+        sums,
+        pages.tables,
+        pages.lengths,
+        pages.starts,
+        pages.tasks,
+        scale,
+        0.0 if softcap is None else softcap,
+        0 if window is None else window,
+        total,
+        pages.tables.shape[1],
+        H=heads,
+        KV=kv_heads,
+        G=group,
+        D=dim,
+        DP=padded,
+        BLOCK=block,
+        TILE=_TILE if padded <= 128 else _TILE // 2,
+        ROWS=pages.rows,
+        SPLITS=splits,
+        CAPPED=softcap is not None,
+        WINDOWED=window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2,
+    )
+    if splits > 1:
+        _kernels().join[(total, heads)](part, peaks, sums, out, total, H=heads, D=dim, DP=padded, SPLITS=splits, num_warps=1)
+    return out.view(total, heads * dim)
