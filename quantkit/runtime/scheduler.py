@@ -191,7 +191,8 @@ class Scheduler:
         while self._waiting and self._seats and left > 0:
             sequence, state = self._waiting[0]
             found: list[int] = []
-            if self.limits.prefix_caching and state.reuse:  # at least one token is computed: the next comes from its logits
+            look = self.limits.prefix_caching and state.reuse
+            if look:  # at least one token is computed: the next comes from its logits
                 found = self._pool.find(state.names_of((len(state.tokens) - 1) // BLOCK))
             need = blocks_for(len(state.tokens)) - len(found)
             if need + self._pool.free_among(found) + len(self._running) > self._pool.available:
@@ -207,7 +208,7 @@ class Scheduler:
             if not state.begun:
                 state.begun = True
                 admitted.append(sequence)
-                self.counts.looked_up += len(state.tokens)
+                self.counts.looked_up += len(state.tokens) if look else 0
                 self.counts.found += state.computed
         return tuple(admitted)
 

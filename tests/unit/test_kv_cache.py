@@ -97,6 +97,17 @@ def test_float8_takes_half_of_16_bits_and_large_values_stay_numbers() -> None:
     assert set(keys.flatten().tolist()) == {448} and set(values.flatten().tolist()) == {-448} and keys.dtype == torch.bfloat16
 
 
+def test_every_float8_is_read_as_what_it_is() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)
+    cache = PagedCache(1, 1, 254, torch.float32, CPU, 1, fp8=True)
+    cache.extend(0, [0], 0)
+    k = numbers.float().view(1, 1, 254)
+    cache.write(0, batch_of([(0, 1)], (0,)), k, -k)
+    keys, values = cache.held(0, 0)
+    assert torch.equal(keys, k) and torch.equal(values, -k)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_cached_is_uncached(family: str) -> None:
     """Sliding and full layers, a prompt in two pieces and then token by token: the logits of the whole text in one pass."""

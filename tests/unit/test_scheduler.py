@@ -198,6 +198,7 @@ def test_what_a_text_begins_with_is_computed_once() -> None:
     scheduler.add(5, text, 40, reuse=False)
     (chunk,) = scheduler.schedule().chunks
     assert (chunk.sequence, chunk.start, len(chunk.tokens)) == (5, 0, 40)
+    assert (scheduler.counts.found, scheduler.counts.looked_up) == (48, 133)
 
 
 def test_who_waits_leaves_without_a_trace() -> None:
