@@ -80,17 +80,17 @@ class Attention:
 
     def over_held(self, q: Tensor, batch: Batch, cache: KVCache, layer: int) -> Tensor:
         """``q [T, H, D]`` of the sequences of ``batch`` over all that ``cache`` holds of them -> ``[T, H * D]``."""
-        if isinstance(cache, BlockCache) and self.pages_usable(q):
+        if isinstance(cache, BlockCache) and q.shape[0] and q.shape[1]:
             keys, values = cache.blocks(layer)
-            if q.shape[1] and q.shape[0]:
+            if self.reads_blocks(q, keys.dtype):
                 pages = cache.pages(batch, q.shape[1] // keys.shape[2])
                 return attend(q, keys, values, pages, scale=self.scale, window=self.window, softcap=self.softcap)
         parts = [self._over(q[start : start + length], *cache.held(layer, sequence)) for start, length, sequence in spans(batch)]
         return self._joined(parts, q)
 
-    def pages_usable(self, q: Tensor) -> bool:
-        """Whether queries like ``q`` are read against the blocks where they lie."""
-        return self.kv_index is None and usable(q)
+    def reads_blocks(self, q: Tensor, stored: torch.dtype) -> bool:
+        """Whether keys and values for queries like ``q``, stored as ``stored``, are read where they lie."""
+        return self.kv_index is None and usable(q, stored)
 
     def _joined(self, parts: list[Tensor], q: Tensor) -> Tensor:
         if len(parts) == 1:

@@ -210,7 +210,7 @@ class Block:
 
     def _writes(self, q: Tensor, batch: Batch, cache: BlockCache) -> bool:
         """Whether the rotating kernel writes the cache too. Naming it every place of many sequences takes longer than writing apart."""
-        return cache.in_place and (len(batch.lengths) <= FEW_SEQUENCES or not self.attention.pages_usable(q))
+        return cache.in_place and (len(batch.lengths) <= FEW_SEQUENCES or not self.attention.reads_blocks(q, q.dtype))
 
     def _mlp(self, h: Tensor, fuse: bool) -> Steps:
         """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""

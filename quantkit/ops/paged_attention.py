@@ -10,6 +10,7 @@ fill a GPU, the keys are split among several, and a second kernel joins what the
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.plan import KV_BLOCK
+
+_LOG = logging.getLogger("quantkit")
 _DTYPES = (torch.float16, torch.bfloat16)
 _TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,9 +34,51 @@ _SPLIT_KEYS = 512
 _MOST_SPLITS = 32
 
 
-def usable(q: Tensor) -> bool:
-    """Whether the kernel takes queries like ``q``: 16-bit floats on a GPU with Triton; in Triton's interpreter, any on a CPU."""
-    return _TRITON and ((q.is_cuda and q.dtype in _DTYPES) or (_INTERPRETED and not q.is_cuda))
+def usable(q: Tensor, stored: torch.dtype) -> bool:
+    """Whether the kernel takes queries like ``q [T, H, D]``: 16-bit floats on a GPU on which it has shown that it works.
+
+    ``stored``: the dtype of keys and values, q's or float8. In Triton's interpreter, any on a CPU.
+    """
+    if not q.is_cuda:
+        return _TRITON and _INTERPRETED
+    return _TRITON and q.dtype in _DTYPES and _works(q.device, q.dtype, stored, q.shape[-1])
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim: int) -> bool:
+    """Whether the kernel compiles here and says what torch says; if not, a warning. Triton wants a C compiler and a GPU that it knows."""
+    try:
+        error = self_test(device, dtype, stored, dim)
+    except Exception as exc:  # noqa: BLE001  whatever a compiler raises
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+    else:
+        if error < 3e-2:
+            return True
+        reason = f"its error is {error:.3g}"
+    _LOG.warning("warning: the Triton attention of heads of %d does not work on %s (%s): torch's is used", dim, device, reason)
+    return False
+
+
+def self_test(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim: int) -> float:
+    """The largest error of the kernel, as a part of the largest value of a sequence, on a small pass.
+
+    That is a piece of a prompt, and a token behind keys enough to be split.
+    """
+    spans, kv_heads, group = [(10, 40), (1099, 1100)], 2, 4
+    tables = [[70, 3, 71], list(range(4, 73 - 4))[::-1] + list(range(72, 77))]
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2, 80, KV_BLOCK, kv_heads, dim, generator=generator).to(device, stored)
+    q = torch.randn(31, kv_heads * group, dim, generator=generator).to(device, dtype)
+    got = attend(q, pool[0], pool[1], make_pages(tables, spans, group, device), scale=dim**-0.5, window=None, softcap=None).float()
+    error, row = 0.0, 0
+    for table, (start, stop) in zip(tables, spans, strict=True):
+        keys, values = (x.float()[table].flatten(0, 1)[:stop].repeat_interleave(group, 1) for x in pool)  # [S, H, D]
+        scores = torch.einsum("thd,shd->hts", q[row : row + stop - start].float(), keys) * dim**-0.5
+        unseen = torch.ones(stop - start, stop, dtype=torch.bool, device=device).triu(start + 1)
+        want = torch.einsum("hts,shd->thd", scores.masked_fill(unseen, float("-inf")).softmax(-1), values).flatten(1)
+        error = max(error, float((got[row : row + stop - start] - want).abs().max() / want.abs().max()))
+        row += stop - start
+    return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ DTYPES = (torch.float32,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16
 BLOCK = 16
 
 pytestmark = pytest.mark.skipif(
-    not paged_attention.usable(torch.empty(0, dtype=DTYPES[0], device=DEVICE)), reason="needs Triton, and a GPU or TRITON_INTERPRET=1"
+    not paged_attention.usable(torch.empty(0, 1, 64, dtype=DTYPES[0], device=DEVICE), DTYPES[0]),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
 )
 
 
@@ -35,6 +36,16 @@ def scattered(lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: to
         for at in range(length):
             pool[:, table[at // BLOCK], at % BLOCK] = torch.randn(2, kv_heads, dim, generator=generator).to(dtype)
     return tables, pool[0].to(DEVICE), pool[1].to(DEVICE)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("stored", [DTYPES[0], torch.float8_e4m3fn])
+def test_the_self_test_passes_and_would_not_let_an_error_pass(dim: int, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    assert paged_attention.self_test(device, DTYPES[0], stored, dim) < (1e-5 if DEVICE == "cpu" else 1e-2)
+    before = paged_attention.attend
+    monkeypatch.setattr(paged_attention, "attend", lambda *given, **options: before(*given, **{**options, "window": 1090}))
+    assert paged_attention.self_test(device, DTYPES[0], stored, dim) > 5e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,7 +90,7 @@ def test_a_model_over_its_blocks(family: str, fp8: bool, monkeypatch: pytest.Mon
     found = []
     for kernel in (True, False):
         calls: list[int] = []
-        monkeypatch.setattr(attention, "usable", lambda q, kernel=kernel, calls=calls: calls.append(1) or kernel)
+        monkeypatch.setattr(attention, "usable", lambda *given, kernel=kernel, calls=calls: calls.append(1) or kernel)
         cache = cache_for(decoder, 7, fp8=fp8)
         cache.extend(0, [5, 1, 3], 0)
         cache.extend(1, [0, 6], 0)
