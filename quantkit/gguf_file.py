@@ -159,7 +159,7 @@ def model_of_checkpoint(checkpoint: Checkpoint, pre_tokenizer: str | None, name:
 
 
 def _harmless_name(name: str, vocabulary: Mapping[str, Value]) -> str:
-    """A name that llama.cpp loads: by "phi-3" or "phi3" in it, in any case, it looks four tokens up, and fails where one is missing."""
+    """A name that llama.cpp loads: by Phi-3 in it, hyphen and case aside, it looks four tokens up, and fails where one is missing."""
     tokens = vocabulary.get("tokenizer.ggml.tokens")
     if tokens is not None and set(tokens.value) >= _PHI3_TOKENS:
         return name
