@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.commands.bench_load import TOKENS, Ask, Load, Timed, asks, facts_of, figures, write_figures
 from quantkit.commands.generate import ENGINE, EngineOptions
-from quantkit.errors import InputError, QuantkitError
+from quantkit.errors import InputError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report
 from quantkit.runtime.params import SamplingParams
 
 if TYPE_CHECKING:
-    from quantkit.runtime.engine import Delta
     from quantkit.runtime.llm import LLM
 
 LOAD, WARMUP = Load(), Ask(list(TOKENS[:32]), 2, True)
@@ -60,24 +59,22 @@ def timed(llm: LLM, wanted: Sequence[Ask], progress: Progress) -> tuple[list[Tim
             raise InputError("load", what, f"at most {llm.engine.max_model_len} together", "--input-len, --output-len, --max-model-len")
         llm.engine.check(ids, params)
         jobs.append((ids, params))
-    said: queue.SimpleQueue[tuple[int, float, Delta | QuantkitError]] = queue.SimpleQueue()
-    sent, came, made = dict[int, float](), dict[int, list[float]](), dict[int, int]()
-    left, running, done = iter(enumerate(jobs)), 0, 0
+    sent, came, made = list[float](), [list[float]() for _ in jobs], [0] * len(jobs)
+    done = 0
+
+    def leaving() -> Iterator[tuple[list[int], SamplingParams]]:
+        for job in jobs:
+            sent.append(time.perf_counter() - start)
+            yield job
+
     progress("measure", 0, len(jobs))
     start = time.perf_counter()
-    while done < len(jobs):
-        while running < llm.engine.capacity and (job := next(left, None)) is not None:
-            number, (ids, params) = job
-            sent[number], came[number], made[number] = time.perf_counter() - start, [], 0
-            llm.engine.submit(ids, params, lambda event, number=number: said.put((number, time.perf_counter() - start, event)))  # type: ignore[misc]
-            running += 1
-        number, when, event = said.get()
-        if isinstance(event, QuantkitError):
-            raise event
-        came[number].append(when)
-        made[number] += len(event.tokens)
-        if event.finish_reason is not None:
-            running, done = running - 1, done + 1
-            progress("measure", done, len(jobs))
+    with closing(llm.deltas(leaving())) as deltas:
+        for number, when, delta in deltas:
+            came[number].append(when - start)
+            made[number] += len(delta.tokens)
+            if delta.finish_reason is not None:
+                done += 1
+                progress("measure", done, len(jobs))
     seconds = time.perf_counter() - start
     return [Timed(sent[n], tuple(came[n]), len(jobs[n][0]), made[n]) for n in range(len(jobs))], seconds

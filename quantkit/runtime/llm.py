@@ -6,14 +6,17 @@ Knows prompts, messages and texts; how they are computed is the engine's affair.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 from quantkit.errors import InputError, QuantkitError
+from quantkit.plan import PASS_TOKENS
 from quantkit.progress import Progress, silent
-from quantkit.runtime.engine import Delta, Engine, start_engine
+from quantkit.runtime.engine import MEMORY_SHARE, Delta, Engine, start_engine
 from quantkit.runtime.params import SamplingParams, TokenLogprob
 from quantkit.text.chat import render_chat
 
@@ -40,9 +43,8 @@ class Generated:
 
 @dataclass(slots=True)
 class _Growing:
-    """A prompt that runs, and what came of it."""
+    """What came of a prompt that runs."""
 
-    number: int
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -72,15 +74,13 @@ class LLM:
         dtype: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = BATCH,
-        max_num_batched_tokens: int | None = None,
-        memory_share: float | None = None,
+        max_num_batched_tokens: int = PASS_TOKENS,
+        memory_share: float = MEMORY_SHARE,
         kv_cache_dtype: str = "auto",
         prefix_caching: bool = True,
         timeout: float = 60.0,
         progress: Progress = silent,
     ) -> None:
-        given = {"max_num_batched_tokens": max_num_batched_tokens, "memory_share": memory_share}
-        more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.engine: Engine = start_engine(
             path,
             tp=tp,
@@ -88,12 +88,13 @@ class LLM:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            memory_share=memory_share,
             kv_cache_dtype=kv_cache_dtype,
             prefix_caching=prefix_caching,
             max_queue=max_num_seqs,
             timeout=timeout,
             progress=progress,
-            **more,
         )
 
     def __enter__(self) -> Self:
@@ -154,42 +155,44 @@ class LLM:
                 self.engine.check(ids, params)
             except InputError as exc:
                 raise InputError(f"{exc.where} {number}" if len(jobs) > 1 else exc.where, exc.what, exc.expected, exc.hint) from exc
-        said: queue.SimpleQueue[tuple[int, Delta | QuantkitError]] = queue.SimpleQueue()
-        running: dict[int, tuple[int, _Growing]] = {}
+        grown = [_Growing() for _ in jobs]
+        with closing(self.deltas(jobs)) as deltas:
+            for number, _, delta in deltas:
+                grown[number].add(delta)
+                if delta.finish_reason is not None:
+                    done(number, _finished(jobs[number][0], grown[number], delta.finish_reason))
+
+    def deltas(self, jobs: Iterable[tuple[Sequence[int], SamplingParams]]) -> Generator[tuple[int, float, Delta], None, None]:
+        """What comes of ``jobs``, as it comes: (number of the job, ``time.perf_counter()`` of that moment, delta).
+
+        As many as the engine takes are under way at a time; the next is asked for when there is room. Nothing runs on when this is closed
+        or raises. Raises InputError for a bad job when its turn comes; RuntimeDied.
+        """
+        said: queue.SimpleQueue[tuple[int, float, Delta | QuantkitError]] = queue.SimpleQueue()
+        running: dict[int, int] = {}
         left = iter(enumerate(jobs))
         try:
             while True:
                 while len(running) < self.engine.capacity and (job := next(left, None)) is not None:
                     number, (ids, params) = job
-                    running[number] = (self.engine.submit(ids, params, _into(said, number)), _Growing(number))
+                    running[number] = self.engine.submit(ids, params, _into(said, number))
                 if not running:
                     return
-                number, event = said.get()
+                number, when, event = said.get()
                 if isinstance(event, QuantkitError):
                     raise event
-                grown = running[number][1]
-                grown.add(event)
                 if event.finish_reason is not None:
                     del running[number]
-                    done(number, _finished(jobs[number][0], grown, event.finish_reason))
+                yield number, when, event
         finally:
-            for request, _ in running.values():
+            for request in running.values():
                 self.engine.cancel(request)
 
     def stream(self, ids: Sequence[int], params: SamplingParams) -> Generator[Delta, None, None]:
         """What comes of ``ids``, as it comes. The request is dropped when the iterator is closed. Raises as ``generate`` does."""
-        said: queue.SimpleQueue[tuple[int, Delta | QuantkitError]] = queue.SimpleQueue()
-        request = self.engine.submit(ids, params, _into(said, 0))
-        try:
-            while True:
-                _, event = said.get()
-                if isinstance(event, QuantkitError):
-                    raise event
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            self.engine.cancel(request)
+        with closing(self.deltas([(ids, params)])) as deltas:
+            for _, _, delta in deltas:
+                yield delta
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -199,8 +202,8 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [given] if given and all(isinstance(item, int) for item in given) else given
 
 
-def _into(said: queue.SimpleQueue[tuple[int, Delta | QuantkitError]], number: int) -> Callable[[Delta | QuantkitError], None]:
-    return lambda event: said.put((number, event))
+def _into(said: queue.SimpleQueue[tuple[int, float, Delta | QuantkitError]], number: int) -> Callable[[Delta | QuantkitError], None]:
+    return lambda event: said.put((number, time.perf_counter(), event))
 
 
 def _finished(prompt: Sequence[int], grown: _Growing, reason: str) -> Generated:
