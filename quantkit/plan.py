@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from quantkit.arch.spec import FFN_DIMS, Dim, ModelSpec
+from quantkit.arch.spec import FFN_DIMS, Dim, ModelSpec, padded_size
 from quantkit.errors import InputError
 from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, ZERO_ROWS, Geometry, geometry_of, plain
 from quantkit.scheme import KEEP, Assignment, LinearScheme
@@ -505,7 +505,7 @@ def _remedy(dim: str, size: int, step: int, tp: int) -> str:
     smaller = f"--group-size {group}, or " if group else ""
     if dim not in FFN_DIMS:
         return f"{smaller}a smaller --tp"
-    return f"{smaller}pad intermediate_size to {math.ceil(size / (tp * step)) * tp * step} with zeros"
+    return f"{smaller}pad intermediate_size to {padded_size(size, tp, step)} with zeros"
 
 
 def widened(spec: ModelSpec, sizes: Mapping[str, int]) -> ModelSpec:

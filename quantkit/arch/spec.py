@@ -191,6 +191,12 @@ FFN_DIMS = ("ffn", "expert_ffn", "shared_ffn")
 """Dims between two linears of a block, which nothing else sees."""
 
 
+def padded_size(size: int, tp: int, granule: int) -> int:
+    """The least size from ``size`` on of which each of ``tp`` ranks gets as many whole granules."""
+    unit = tp * granule
+    return math.ceil(size / unit) * unit
+
+
 def is_sparse(role: str) -> bool:
     """Whether a role belongs to a mixture of experts, not to a dense MLP."""
     return role in ("router", "shared_gate") or role.startswith(("experts.", "shared."))

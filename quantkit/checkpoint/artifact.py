@@ -32,6 +32,8 @@ MANIFEST_SCHEMA = 1
 SUMS_LIMIT = 16 << 20
 MAX_SHARDS = 99_999
 """What the five digits of ``model-0000i-of-0000N.safetensors`` can count."""
+DEFAULT_SHARD_BYTES = 5_000_000_000
+"""Of one file of weights, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

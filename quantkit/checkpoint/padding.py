@@ -15,18 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.arch.spec import ModelSpec
+from quantkit.arch.spec import ModelSpec, padded_size
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint
 
 Places = NDArray[np.int64]
 """Of each place along an axis, where its value lies in the source; -1 is a zero."""
-
-
-def padded_size(size: int, tp: int, granule: int) -> int:
-    """The least size from ``size`` on of which each of ``tp`` ranks gets as many whole granules."""
-    unit = tp * granule
-    return math.ceil(size / unit) * unit
 
 
 def spread(size: int, padded: int) -> Places:
@@ -57,6 +51,10 @@ class Padding:
     def to_json(self) -> dict[str, list[int]]:
         """As a manifest records it: dim -> [channels, channels with zeros]."""
         return {dim: list(both) for dim, both in self.sizes.items()}
+
+    def grows(self, spec: ModelSpec, roles: tuple[str, ...]) -> bool:
+        """Whether the linear that is stored for ``roles`` gets rows or columns of zeros."""
+        return not self.sizes.keys().isdisjoint({spec.linears[roles[0]].inp, *(spec.linears[role].out for role in roles)})
 
     def places(self, spec: ModelSpec, dim: str) -> Places:
         """Along a named dim of the unpadded model."""
@@ -124,7 +122,7 @@ def padded(checkpoint: Checkpoint, padding: Padding, *, without: Collection[str]
     found: dict[str, tuple[Places, ...]] = {}
     for layer in range(spec.layers):
         for path, roles in spec.block_modules(layer).items():
-            if not {spec.linears[roles[0]].inp, *(spec.linears[role].out for role in roles)} & padding.sizes.keys():
+            if not padding.grows(spec, roles):
                 continue
             both = padding.rows(spec, roles), padding.columns(spec, roles)
             found[f"{path}.weight"] = both[::-1] if spec.linears[roles[0]].transposed else both

