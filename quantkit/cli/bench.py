@@ -169,7 +169,7 @@ def throughput(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_throughput
-        from quantkit.commands.bench_load import Load
+        from quantkit.commands.bench_requests import Load
 
         options = bench_throughput.BenchThroughputOptions(
             path=path,
@@ -216,7 +216,7 @@ def latency(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_latency
-        from quantkit.commands.bench_load import Load
+        from quantkit.commands.bench_requests import Load
 
         options = bench_latency.BenchLatencyOptions(
             path=path,
@@ -270,7 +270,7 @@ def serve(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_serve
-        from quantkit.commands.bench_load import Load
+        from quantkit.commands.bench_requests import Load
 
         options = bench_serve.BenchServeOptions(
             url=url,

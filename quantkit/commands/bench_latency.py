@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit.commands.bench_load import Load, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import Load, asks, facts_of, figures, write_figures
 from quantkit.commands.bench_throughput import timed
 from quantkit.commands.generate import ENGINE, EngineOptions
 from quantkit.errors import InputError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.commands.bench_load import Ask, Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import Ask, Load, Timed, asks, facts_of, figures, write_figures
 from quantkit.errors import InputError, MachineError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report

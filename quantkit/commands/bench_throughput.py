@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.commands.bench_load import TOKENS, Ask, Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import TOKENS, Ask, Load, Timed, asks, facts_of, figures, write_figures
 from quantkit.commands.generate import ENGINE, EngineOptions
 from quantkit.errors import InputError
 from quantkit.progress import Progress, silent

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.commands.bench_load import Load
+from quantkit.commands.bench_requests import Load
 from quantkit.commands.generate import EngineOptions
 from quantkit.commands.quantize_gguf import GgufChoices
 from quantkit.report import Report

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from quantkit.commands import bench_serve
-from quantkit.commands.bench_load import Load, asks
+from quantkit.commands.bench_requests import Load, asks
 from quantkit.commands.bench_serve import BenchServeOptions
 from quantkit.errors import InputError, MachineError
 from quantkit.runtime.engine import Engine

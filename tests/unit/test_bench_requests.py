@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from quantkit import LLM
 from quantkit.commands import bench_latency, bench_throughput
 from quantkit.commands.bench_latency import BenchLatencyOptions
-from quantkit.commands.bench_load import TOKENS, Ask, Load, Timed, asks, figures
+from quantkit.commands.bench_requests import TOKENS, Ask, Load, Timed, asks, figures
 from quantkit.commands.bench_throughput import BenchThroughputOptions
 from quantkit.commands.generate import EngineOptions
 from quantkit.errors import InputError
