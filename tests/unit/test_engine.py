@@ -5,31 +5,28 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoder_fixtures import awq_checkpoint, batch_of, config_of
+from engine_fixtures import Client, GroupExecutor, engine_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.comm import Comm, Solo, thread_group
 from quantkit.commands.plan import PlanOptions
 from quantkit.commands.plan import run as run_plan
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Decoder
 from quantkit.model.load import load_decoder
-from quantkit.plan import make_plan, pass_bytes
-from quantkit.quant_config import assignment_from_config
+from quantkit.plan import pass_bytes
 from quantkit.runtime import worker
 from quantkit.runtime.blocks import BLOCK
-from quantkit.runtime.engine import Delta, Engine, EngineLimits, QueueFull, SamplingParams, start_engine
+from quantkit.runtime.engine import Delta, Engine, QueueFull, SamplingParams, start_engine
 from quantkit.runtime.sampler import Sampled, TokenLogprob
 from quantkit.runtime.scheduler import Chunk
 from quantkit.runtime.stops import StopText
@@ -37,7 +34,6 @@ from quantkit.runtime.wire import (
     Begin,
     Frames,
     RankFacts,
-    RankJob,
     Step,
     error_from_json,
     error_to_json,
@@ -47,7 +43,6 @@ from quantkit.runtime.wire import (
     step_from_json,
     step_to_json,
 )
-from quantkit.runtime.worker import Runner, rank_facts
 from quantkit.text.tokenizer import load_tokenizer
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
@@ -61,81 +56,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class GroupExecutor:
-    """All ranks as threads of this process, each with its own runner."""
-
-    def __init__(self, checkpoint: Any, tp: int, dtype: torch.dtype = torch.float32, *, kv_fp8: bool = False) -> None:
-        spec = spec_for(checkpoint.config)
-        plan = make_plan(spec, assignment_from_config(checkpoint.config, spec.all_linears(), checkpoint.tensors), tp, dtype="BF16")
-        self._threads = [ThreadPoolExecutor(1) for _ in range(tp)]
-        self.steps: list[Step] = []
-
-        def load(comm: Comm) -> Runner:
-            return Runner(load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=True), kv_fp8=kv_fp8)
-
-        comms: Sequence[Comm] = thread_group(tp) if tp > 1 else [Solo()]
-        self.runners = [thread.submit(load, comm).result() for thread, comm in zip(self._threads, comms, strict=True)]
-        job = RankJob("", False, tp, "float32", "cpu", True, 60.0, kv_fp8, 0.9, 1024, 8)
-        self.facts = tuple(rank_facts(runner.decoder, job) for runner in self.runners)
-
-    def open_cache(self, blocks: int) -> None:
-        for runner in self.runners:
-            runner.open_cache(blocks)
-
-    def execute(self, step: Step) -> list[Sampled]:
-        self.steps.append(step_from_json(step_to_json(step)))
-        futures = [thread.submit(runner.run, self.steps[-1]) for thread, runner in zip(self._threads, self.runners, strict=True)]
-        first, *others = [future.result() for future in futures]
-        assert others == [[]] * len(others)
-        return first
-
-    def check(self) -> None:
-        return
-
-    def close(self) -> None:
-        for thread in self._threads:
-            thread.shutdown()
-
-
-@dataclass
-class Answer:
-    """Everything that a request got."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reason: str | None = None
-    deltas: int = 0
-
-
-class Client:
-    """Collects what the engine says about one request."""
-
-    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams) -> None:
-        self._said: queue.SimpleQueue[Delta | QuantkitError] = queue.SimpleQueue()
-        self.number = engine.submit(prompt, params, self._said.put)
-
-    def answer(self) -> Answer:
-        """Wait for the end. Raises the error if that is how it ends."""
-        out = Answer()
-        while out.reason is None:
-            said = self._said.get(timeout=60)
-            if isinstance(said, QuantkitError):
-                raise said
-            out.text += said.text
-            out.tokens += said.tokens
-            out.logprobs += said.logprobs
-            out.reason = said.finish_reason
-            out.deltas += 1
-        assert self._said.empty(), "nothing comes after the end"
-        return out
-
-
-def engine_on(executor: Any, path: Path, checkpoint: Any, **limits: Any) -> Engine:
-    given: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "max_queue": 64, "kv_blocks": 128, **limits}
-    return Engine(executor, load_tokenizer(path), spec_for(checkpoint.config), EngineLimits(**given), dtype="float32")
 
 
 @pytest.fixture(scope="module")
