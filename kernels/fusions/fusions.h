@@ -24,6 +24,12 @@ int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_
                           const void* cos, const void* sin, void* q_out, int sequences, const int64_t* starts, void* const* keys,
                           void* const* values, int heads, int kv_heads, int dim, int width, int type, cudaStream_t stream);
 
+// The same where every token has a place of its own in one store: token t goes to row slots[t] of keys and values [places, kv_heads, dim],
+// or nowhere where that is negative. slots are the device's. fp8: keys and values are float8 e4m3, of scale 1, and saturate.
+int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+                                const void* cos, const void* sin, const int64_t* slots, void* q_out, void* keys, void* values,
+                                int64_t tokens, int heads, int kv_heads, int dim, int width, int type, int fp8, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -22,6 +22,7 @@ from quantkit.errors import MachineError
 from quantkit.ops.cuda_library import find_library, load_library
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1}
+_FLOAT8, _FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 _SEQUENCES = 64
 """That one launch of ``rotary_write`` serves: QK_ROTARY_SEQUENCES."""
 _P, _I64, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -29,6 +30,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "silu_mul": (_P, _I64, _P, _I64, _P, _I64, _I64, _I, _P),
     "rms_norm": (_P, _P, _P, _P, _P, _I64, _I64, _F, _F, _I, _P),
     "rotary_write": (_P, _I64, _P, _I64, _P, _I64, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _I, _P),
+    "rotary_write_slots": (_P, _I64, _P, _I64, _P, _I64, *(_P,) * 6, _I64, _I, _I, _I, _I, _I, _I, _P),
 }
 
 
@@ -115,6 +117,24 @@ def rotary_write_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Te
     return rotate(q, cos, sin)
 
 
+def rotary_write_slots_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """``rotate(q)``, and ``rotate(k)`` and ``v`` written to the places that ``slots`` names: ``q [T, H, D]``, ``k``, ``v [T, KV, D]``.
+
+    ``cos``, ``sin [T, W / 2]`` (or ``[T, 1, W / 2]``). ``slots [T]`` int64, no two alike; a negative one writes nothing. ``keys``,
+    ``values [places, KV, D]`` of q's dtype, or float8 e4m3 of scale 1, in which values beyond 448 become 448. Returns ``[T, H, D]``.
+    """
+    cos, sin = (x.flatten(1).unsqueeze(1) for x in (cos, sin))
+    kept = slots >= 0
+    for store, x in ((keys, rotate(k, cos, sin)), (values, v)):
+        rows = x[kept]
+        if store.dtype == _FLOAT8:  # torch's cast alone makes NaN of what is larger, and index_copy_ knows no float8
+            rows = rows.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(_FLOAT8).view(torch.uint8)
+        store.view(rows.dtype).index_copy_(0, slots[kept], rows)
+    return rotate(q, cos, sin)
+
+
 def _rows(x: Tensor) -> Tensor:
     """``x`` with the elements of a row beside each other; rows may be apart, as those of half a product are."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -180,11 +200,27 @@ def _rotary_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key
     return out
 
 
+def _rotary_write_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    q, k, v, cos, sin, slots = _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots.contiguous()
+    tokens, heads, dim = q.shape
+    kv_heads, half = k.shape[1], cos.shape[-1]
+    assert slots.dtype == torch.int64 and slots.shape == (tokens,) and cos.numel() == sin.numel() == tokens * half, (slots.shape, cos.shape)
+    assert k.shape == v.shape == (tokens, kv_heads, dim) and keys.shape == values.shape and keys.shape[1:] == (kv_heads, dim), keys.shape
+    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype and keys.dtype in (q.dtype, _FLOAT8), keys.dtype
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    given = [x for each in (q, k, v) for x in (each.data_ptr(), each.stride(0))]
+    pointers = [each.data_ptr() for each in (cos, sin, slots, out, keys, values)]
+    shape = (tokens, heads, kv_heads, dim, 2 * half, _TYPES[q.dtype], keys.dtype == _FLOAT8)
+    _launch("rotary_write_slots", q.device, *given, *pointers, *shape)
+    return out
+
+
 def _check(one: Tensor, other: Tensor) -> None:
     assert one.shape == other.shape and one.dtype == other.dtype and one.device == other.device, (one.shape, other.shape)
 
 
 _Implementation = Callable[..., Any]
+_SLOTS = "Tensor slots, Tensor(a!) keys, Tensor(b!) values"
 _OPERATORS: tuple[tuple[str, _Implementation, _Implementation, _Implementation], ...] = (
     (
         "silu_mul(Tensor gate, Tensor up) -> Tensor",
@@ -210,6 +246,12 @@ _OPERATORS: tuple[tuple[str, _Implementation, _Implementation, _Implementation],
         _rotary_write,
         lambda q, k, v, cos, sin, keys, values: torch.empty(q.shape, dtype=q.dtype, device=q.device),
     ),
+    (
+        f"rotary_write_slots(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, {_SLOTS}) -> Tensor",
+        rotary_write_slots_reference,
+        _rotary_write_slots,
+        lambda q, k, v, cos, sin, slots, keys, values: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    ),
 )
 """Schema, reference, kernel and fake of each operator."""
 
@@ -226,3 +268,4 @@ silu_mul = torch.ops.quantkit.silu_mul.default
 rms_norm = torch.ops.quantkit.rms_norm.default
 add_rms_norm = torch.ops.quantkit.add_rms_norm.default
 rotary_write = torch.ops.quantkit.rotary_write.default
+rotary_write_slots = torch.ops.quantkit.rotary_write_slots.default

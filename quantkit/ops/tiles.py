@@ -7,6 +7,7 @@ linears read. Knows neutral numbers (codes, scales, zeros) and ggml's blocks; kn
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -273,6 +274,45 @@ def pack_nested(
     absmax2 = torch.nn.functional.pad(absmax2.float(), (0, max(missing, 0)))
     side = (table.float().contiguous(), code.float().contiguous(), absmax2)
     return Tiles(data, Format.NF4N, n, k, 64, torch.float16, *side, offset, block0, block_stride)
+
+
+def concatenate(parts: Sequence[Tiles]) -> Tiles | None:
+    """The tiles of ``parts``, one below the other, with the same weights bit for bit: of linears that share their input.
+
+    None where one product cannot take them all: formats, K, groups, scale types, tables, offsets or orders of inputs differ, or a part
+    before the last ends within a tile.
+    """
+    first = parts[0]
+    alike = ("format", "k", "group", "scale_dtype", "table", "code", "offset", "block_stride", "perm")
+    for each in parts[1:]:
+        if not all(_same(getattr(first, name), getattr(each, name)) for name in alike):
+            return None
+    if any(each.n % ROWS for each in parts[:-1]):
+        return None
+    absmax2 = None
+    if first.format == Format.NF4N:
+        absmax2 = _nested_scales(parts)
+        if absmax2 is None:
+            return None
+    return replace(first, data=torch.cat([each.data for each in parts]), n=sum(each.n for each in parts), absmax2=absmax2)
+
+
+def _same(one: object, other: object) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other or one == other
+
+
+def _nested_scales(parts: Sequence[Tiles]) -> Tensor | None:
+    """NF4N: the second scales of ``parts`` in one row of blocks; None where two parts would share one."""
+    end, scales = parts[0].block0, []
+    for number, each in enumerate(parts):
+        assert each.absmax2 is not None
+        if number and (end % NESTED_BLOCK or each.block0 % NESTED_BLOCK):
+            return None
+        end += each.n * each.block_stride
+        begin = each.block0 // NESTED_BLOCK if number else 0
+        used = None if number == len(parts) - 1 else (each.block0 + each.n * each.block_stride) // NESTED_BLOCK
+        scales.append(each.absmax2[begin:used])
+    return torch.cat(scales)
 
 
 def _half_at(flat: Tensor, at: int, count: int = 1) -> Tensor:

@@ -54,6 +54,8 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(fused.add_rms_norm, (x, values(3, 16, seed=1), w, 1e-5, 0.0), test_utils=tests)
     keys, store = rows_for((2, 1), 2, 8, q), rows_for((2, 1), 2, 8, q)
     torch.library.opcheck(fused.rotary_write, (q, k, v, cos, sin, keys, store), test_utils=tests)
+    pool = values(2, 9, 2, 8)
+    torch.library.opcheck(fused.rotary_write_slots, (q, k, v, cos, sin, torch.tensor([4, -1, 7]), *pool.unbind()), test_utils=tests)
 
 
 def test_rotary_writes_every_row() -> None:
@@ -63,6 +65,31 @@ def test_rotary_writes_every_row() -> None:
     assert torch.equal(fused.rotary_write(q, k, v, cos, sin, keys, store), fused.rotate(q, cos, sin))
     assert torch.equal(torch.cat(keys), fused.rotate(k, cos, sin))
     assert torch.equal(torch.cat(store), v)
+
+
+def pool_case(tokens: int, kv_heads: int, dim: int, stored: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Scattered ``slots`` of ``tokens``, every third of them none, and a layer's keys and values: zeros of more places."""
+    places = torch.randperm(2 * tokens + 1, generator=torch.Generator().manual_seed(tokens))[:tokens]
+    slots = torch.where(torch.arange(tokens) % 3 == 2, -1, places)
+    pool = torch.zeros(2, 2 * tokens + 1, kv_heads, dim, device=device).to(stored)
+    return slots.to(device), *pool.unbind()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float8_e4m3fn])
+def test_rotary_writes_the_slots_it_is_given(stored: torch.dtype) -> None:
+    q, k, v, cos, sin = rotary_case((2, 5, 1), 4, 2, 8, 3, torch.float32)
+    v[0] *= 1e4  # beyond float8
+    slots, keys, store = pool_case(8, 2, 8, stored)
+    want = [torch.zeros(keys.shape), torch.zeros(keys.shape)]
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            want[0][slot], want[1][slot] = fused.rotate(k, cos, sin)[token], v[token]
+    if stored == torch.float8_e4m3fn:
+        want = [each.clamp(-448, 448).to(stored) for each in want]
+    assert torch.equal(fused.rotary_write_slots(q, k, v, cos.squeeze(1), sin.squeeze(1), slots, keys, store), fused.rotate(q, cos, sin))
+    assert torch.equal(keys.float(), want[0].float())
+    assert torch.equal(store.float(), want[1].float())
+    assert bool((store.float().abs().amax(-1) > 0).sum() == 2 * (slots >= 0).sum())
 
 
 def test_nothing_is_fused_on_a_cpu() -> None:
@@ -173,6 +200,35 @@ def test_gpu_rotary_write(lengths: tuple[int, ...], heads: int, kv_heads: int, d
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "tokens,heads,kv_heads,dim,half",
+    [
+        (1, 32, 8, 128, 64),
+        (150, 4, 2, 64, 32),
+        (310, 6, 3, 16, 6),
+        (5, 5, 5, 12, 6),
+        (4, 3, 0, 128, 64),
+        (0, 4, 2, 64, 32),
+        (9, 4, 1, 96, 24),
+    ],
+)
+def test_gpu_rotary_write_slots(
+    tokens: int, heads: int, kv_heads: int, dim: int, half: int, fp8: bool, dtype: torch.dtype, gpu: str
+) -> None:
+    q, k, v, cos, sin = rotary_case((tokens,), heads, kv_heads, dim, half, dtype, gpu)
+    v[:, :, ::5] *= 100  # beyond float8
+    stored = torch.float8_e4m3fn if fp8 else dtype
+    joined = torch.cat([q, k, v], 1)  # as one fused product would give them: tokens further apart
+    for given in ((q, k, v), joined.split([heads, kv_heads, kv_heads], 1)):
+        (slots, *got), (_, *want) = (pool_case(tokens, kv_heads, dim, stored, gpu) for _ in range(2))
+        rotated = fused.rotary_write_slots(*given, cos.squeeze(1), sin.squeeze(1), slots, *got)
+        assert torch.equal(rotated, fused.rotary_write_slots_reference(q, k, v, cos, sin, slots, *want))
+        assert all(torch.equal(one.float(), other.float()) for one, other in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_gpu_fused_decoder_errs_as_the_plain_one(family: str, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, checkpoint = random_twin(config_of(family), torch.bfloat16)
@@ -189,13 +245,40 @@ def test_gpu_fused_decoder_errs_as_the_plain_one(family: str, gpu: str, monkeypa
 
 @pytest.mark.gpu
 def test_gpu_operators_run_in_a_graph(gpu: str) -> None:
-    x, residual, weight = (values(*shape, device=gpu, seed=i) for i, shape in enumerate(((2, 4096), (2, 4096), (4096,))))
-    stream = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    """Inputs as fused products give them: halves and parts of rows. Replays read what is in the inputs then, slots among them."""
+    tokens, heads, kv_heads, dim = 5, 8, 2, 64
+    x, residual, weight = (values(*shape, device=gpu, seed=i) for i, shape in enumerate(((tokens, 512), (tokens, 512), (512,))))
+    gate_up = values(tokens, 2 * 512, device=gpu, seed=3)
+    qkv = values(tokens, (heads + 2 * kv_heads) * dim, device=gpu, seed=4)
+    parts = [part.unflatten(1, (-1, dim)) for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)]
+    cos, sin = (each.squeeze(1) for each in angles(tokens, dim // 2, torch.bfloat16, gpu))
+    slots, keys, store = pool_case(tokens, kv_heads, dim, torch.float8_e4m3fn, gpu)
+
+    def step() -> list[Tensor]:
         total, normed = fused.add_rms_norm(x, residual, weight, 1e-5, 0.0)
-        out = fused.silu_mul(normed, total)
-    out.fill_(float("nan"))
+        out = fused.silu_mul(*gate_up.chunk(2, 1))
+        return [total, normed, out, fused.rms_norm(out, weight, 1e-5, 1.0), fused.rotary_write_slots(*parts, cos, sin, slots, keys, store)]
+
+    step()  # what is looked up once
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for each in (x, gate_up, qkv):
+        each.copy_(values(*each.shape, device=gpu, seed=9))
+    slots.copy_(slots.flip(0))
+    for each in captured:
+        each.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
-    assert near(out, fused.silu_mul_reference(*reversed(fused.add_rms_norm_reference(x, residual, weight, 1e-5, 0.0))), 4)
+    _, keys_want, values_want = pool_case(tokens, kv_heads, dim, torch.float8_e4m3fn, gpu)
+    rotated = fused.rotary_write_slots_reference(*parts, cos, sin, slots, keys_want, values_want)
+    total, normed = fused.add_rms_norm_reference(x, residual, weight, 1e-5, 0.0)
+    out = fused.silu_mul_reference(*gate_up.chunk(2, 1))
+    assert torch.equal(captured[0], total)
+    assert near(captured[1], normed, 2)
+    assert near(captured[2], out)
+    assert near(captured[3], fused.rms_norm_reference(captured[2], weight, 1e-5, 1.0))
+    assert torch.equal(captured[4], rotated)
+    written = (slots >= 0).nonzero().flatten()
+    assert torch.equal(keys[slots[written]].float(), keys_want[slots[written]].float())
+    assert torch.equal(store[slots[written]].float(), values_want[slots[written]].float())

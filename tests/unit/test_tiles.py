@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,10 @@ from quantkit.geometry import Geometry, geometry_of, ggml_scheme
 from quantkit.layouts import registry
 from quantkit.layouts.registry import UnpackingLinear, codec, load_linear
 from quantkit.layouts.tiled import tiles_of
-from quantkit.ops import cuda_library, cuda_tiles
+from quantkit.ops import cuda_library, cuda_tiles, fused
 from quantkit.ops.codebook import CODEBOOKS, NESTED_MAP
 from quantkit.ops.cuda_tiles import TiledLinear, available, facts
-from quantkit.ops.tiles import GGML_KINDS, dequantize
+from quantkit.ops.tiles import GGML_KINDS, Tiles, concatenate, dequantize
 from quantkit.scheme import LinearScheme
 
 SCHEMES = {
@@ -101,6 +103,45 @@ def test_a_cut_of_a_linear_has_tiles_of_its_own(name: str) -> None:
     tiles = tiles_of(own, cut, chosen)
     assert tiles is not None
     assert torch.equal(dequantize(tiles), chosen.dequant(parts, whole)[n.start : n.stop, k.start : k.stop])
+
+
+def parts_of(name: str, rows: Sequence[int], k: int = 512) -> list[Tiles]:
+    """Tiles of different weights that agree in what ``concatenate`` compares."""
+    found, shared = [], {}
+    for seed, n in enumerate(rows):
+        about = geometry(name, n, k)
+        parts = random_parts(about, seed)
+        shared = {**parts, **shared}
+        kept = {"g_idx"} if "g_idx" in parts else {suffix for suffix in parts if "quant_map" in suffix}
+        tiles = tiles_of({suffix: shared[suffix] if suffix in kept else part for suffix, part in parts.items()}, about, codec(about.layout))
+        assert tiles is not None
+        found.append(tiles)
+    return found
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_tiles_below_one_another(name: str) -> None:
+    parts = parts_of(name, (128, 64, 72))
+    joined = concatenate(parts)
+    assert joined is not None and (joined.n, joined.k) == (264, 512)
+    assert torch.equal(dequantize(joined), torch.cat([dequantize(each) for each in parts]))
+    dense = torch.cat([TiledLinear(each, torch.float16).weight() for each in parts])
+    assert torch.equal(TiledLinear(joined, torch.float16).weight(), dense)
+
+
+def test_what_does_not_fit_below_one_another() -> None:
+    (q, k), other = parts_of("gptq act-order", (64, 64)), parts_of("gptq", (64,))[0]
+    assert concatenate([q, replace(k, perm=k.perm.flip(0))]) is None  # type: ignore[union-attr]
+    assert concatenate([q, replace(k, perm=None)]) is None
+    assert concatenate([q, other]) is None
+    assert concatenate(parts_of("awq", (72, 64))) is None
+    assert concatenate([parts_of("awq", (64,), 512)[0], parts_of("awq", (64,), 256)[0]]) is None
+    assert concatenate([parts_of("awq", (64,))[0], parts_of("packed sym", (64,))[0]]) is None
+    table = parts_of("nf4", (64, 64))
+    assert concatenate([table[0], replace(table[1], table=-table[1].table)]) is None  # type: ignore[operator]
+    nested = parts_of("nf4 nested", (64, 64))
+    assert concatenate([nested[0], replace(nested[1], offset=0.5)]) is None
+    assert concatenate(parts_of("nf4 nested", (64, 64), 128)) is None  # 128 blocks end within a second scale's 256
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -224,3 +265,37 @@ def test_products_in_a_graph_and_compiled() -> None:
     graph.replay()
     assert torch.equal(got, want)
     assert torch.equal(torch.compile(linear.__call__, fullgraph=True)(x), want)
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("name", ["packed sym", "awq", "nf4 nested", "Q4_K"])
+@pytest.mark.parametrize("rows", [1, 16, 48, 128, 1024])
+def test_an_mlp_in_a_graph(name: str, rows: int) -> None:
+    """Kernels that start under the tail of the one ahead, one after another, on parts of rows; the graph runs on inputs that came later."""
+    n, k = 512, 1024
+    up, down = (
+        load_linear(about, random_parts(about, i), dtype=torch.bfloat16, device="cuda")
+        for i, about in enumerate((geometry(name, 2 * n, k), geometry(name, k, n)))
+    )
+    wide = torch.randn(rows, 2 * k, device="cuda").bfloat16()
+    weight = torch.rand(k, device="cuda").bfloat16()
+
+    def step() -> list[Tensor]:
+        h = fused.rms_norm(wide[:, :k], weight, 1e-5, 0.0)
+        y = down(fused.silu_mul(*up(h).chunk(2, 1)))
+        return [*fused.add_rms_norm(y, h, weight, 1e-5, 0.0), up(wide[:, k:])]
+
+    step()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        got = step()
+    wide.copy_(torch.randn(rows, 2 * k, device="cuda"))
+    want = [each.clone() for each in step()]
+    for _ in range(20):
+        for each in got:
+            each.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for one, other in zip(got, want, strict=True):
+            assert (one.float() - other.float()).norm() <= 1e-2 * other.float().norm()
