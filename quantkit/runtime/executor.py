@@ -13,6 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
@@ -40,7 +43,7 @@ CACHE_HINT = "--gpu-memory-utilization, --max-model-len or --max-num-seqs"
 
 
 class Executor(Protocol):
-    """Runs steps in order, one at a time, from one thread. ``close`` may come from any thread."""
+    """Runs steps in the order in which they were launched, for one thread. ``close`` may come from any thread."""
 
     @property
     def facts(self) -> tuple[RankFacts, ...]:
@@ -49,8 +52,17 @@ class Executor(Protocol):
     def open_cache(self, blocks: int) -> None:
         """Have every rank take memory for ``blocks`` blocks of keys and values, once, before the first step. Raises MachineError."""
 
+    def launch(self, step: Step) -> None:
+        """Give ``step`` to every rank and wait for none of them."""
+
+    def collect(self) -> list[Sampled]:
+        """Wait for the oldest step that was launched and not collected; the tokens of its chunks that sample, in order.
+
+        Raises RuntimeDied when a rank is lost.
+        """
+
     def execute(self, step: Step) -> list[Sampled]:
-        """Run ``step`` on every rank; the tokens of its chunks that sample, in order. Raises RuntimeDied when a rank is lost."""
+        """Launch ``step``, with none before it under way, and collect it."""
 
     def check(self) -> None:
         """Raise RuntimeDied when a rank was lost since the last step; to be called every second or so while there is none."""
@@ -60,13 +72,14 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One rank, in this process and on the thread that calls ``execute``."""
+    """One rank, in this process and on the thread that launches steps."""
 
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp == 1
         progress("load", 0, 1)
         self._runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8)
         self.facts = (rank_facts(self._runner.decoder, job),)
+        self._sampled = deque[list[Sampled]]()
         progress("load", 1, 1)
 
     def open_cache(self, blocks: int) -> None:
@@ -75,21 +88,35 @@ class LocalExecutor:
         except (torch.OutOfMemoryError, RuntimeError) as exc:  # RuntimeError: a CPU's
             raise MachineError("keys and values", f"{blocks} blocks are more than there is memory for", "less", CACHE_HINT) from exc
 
+    def launch(self, step: Step) -> None:
+        with _pass_failures():
+            self._sampled.append(self._runner.run(step))
+
+    def collect(self) -> list[Sampled]:
+        return self._sampled.popleft()
+
     def execute(self, step: Step) -> list[Sampled]:
-        try:
-            return self._runner.run(step)
-        except torch.OutOfMemoryError as exc:
-            reason = str(exc).splitlines()[0]
-            raise MachineError("model", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len") from exc
-        except RuntimeError as exc:  # what torch raises, from a device that is lost to memory that is not there
-            reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-            raise RuntimeDied("model", f"failed in a pass ({reason})", "every pass to end") from exc
+        self.launch(step)
+        return self.collect()
 
     def check(self) -> None:
         return
 
     def close(self) -> None:
         return
+
+
+@contextmanager
+def _pass_failures() -> Iterator[None]:
+    """What torch raises in a pass, as ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        reason = str(exc).splitlines()[0]
+        raise MachineError("model", f"is out of memory ({reason})", "room for a pass", "--max-num-seqs or --max-model-len") from exc
+    except RuntimeError as exc:  # from a device that is lost to memory that is not there
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise RuntimeDied("model", f"failed in a pass ({reason})", "every pass to end") from exc
 
 
 @dataclass(slots=True)
@@ -137,7 +164,7 @@ class ProcessExecutor:
 
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp > 1
-        self._job, self._answers = job, list[Message]()
+        self._job, self._answers = job, deque[Message]()
         self._lock, self._closed = threading.Lock(), False
         self._failure: QuantkitError | None = None
         self._ranks: list[_Rank] = []
@@ -218,18 +245,23 @@ class ProcessExecutor:
         while not all(rank.opened for rank in self._ranks):
             self._watch(POLL_SECONDS)
 
-    def execute(self, step: Step) -> list[Sampled]:
+    def launch(self, step: Step) -> None:
         message = frame({"step": step_to_json(step)})
         for rank in self._ranks:
             self._send(rank, message)
-        deadline = time.monotonic() + self._job.timeout + SILENT_SECONDS
+
+    def collect(self) -> list[Sampled]:
+        patience = self._job.timeout + SILENT_SECONDS
+        deadline = time.monotonic() + patience
         while not self._answers:
             self._watch(POLL_SECONDS)
             if time.monotonic() > deadline and not self._answers:
-                self._fail(
-                    RuntimeDied("ranks", f"gave no token within {self._job.timeout + SILENT_SECONDS:.0f} s", "a step to end", "--timeout")
-                )
-        return sampled_from_json(self._answers.pop()["sampled"])
+                self._fail(RuntimeDied("ranks", f"gave no token within {patience:.0f} s", "a step to end", "--timeout"))
+        return sampled_from_json(self._answers.popleft()["sampled"])
+
+    def execute(self, step: Step) -> list[Sampled]:
+        self.launch(step)
+        return self.collect()
 
     def check(self) -> None:
         self._watch(0.0)
