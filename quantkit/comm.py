@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import Tensor
 from quantkit.errors import InputError, MachineError, RuntimeDied
 
 T = TypeVar("T")
+_NO_MULTICAST: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""NVLink multicast stays off: a process that dies with it may leave the GPUs of a host unusable, and small sums do not need it."""
 SCATTER_ELEMENTS = 1 << 16
 """From this size on a sum is cut among the ranks: one more exchange, but no rank receives whole tensors from all others."""
 
@@ -59,7 +61,7 @@ def _ordered_sum(parts: Sequence[Tensor]) -> Tensor:
     work = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     total = parts[0].to(work, copy=True)
     for part in parts[1:]:
-        total += part.to(work)
+        total += part  # widened as it is added
     return total.to(dtype)
 
 
@@ -172,8 +174,21 @@ def run_threads(size: int, work: Callable[[Comm], T], timeout: float = 60.0) -> 
     return [results[rank] for rank in range(size)]
 
 
+class Sums(Protocol):
+    """A way of its own to sum some tensors."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it sums tensors like ``x``: the same on every rank."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of every rank's ``x``, as ``Comm.all_reduce`` makes it."""
+
+
 class ProcessComm:
     """A rank of a group of processes: gloo for tensors on the CPU, NCCL for tensors on a GPU.
+
+    ``sums``, where a caller has set it on every rank, makes the sums that it takes. On a GPU all exchanges but ``agree`` and ``barrier``
+    can be captured in a CUDA graph, once each kind has run before: they wait for nothing on the host.
 
     ``store`` is a file that all ranks of this run, and no other run, can see. With gloo an exchange that passes
     ``timeout`` seconds raises RuntimeDied; with NCCL torch's own watchdog ends the process then.
@@ -192,7 +207,10 @@ class ProcessComm:
             raise MachineError("torch.distributed", "is in use in this process", "one group per process")
         if backend == "gloo":
             _use_loopback()
+        os.environ.update(_NO_MULTICAST)
         self.rank, self.size = rank, size
+        self.sums: Sums | None = None
+        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self._dist = dist
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
         with self._watched("start"):
@@ -216,7 +234,15 @@ class ProcessComm:
                 self._all_gather(_bytes(out), _bytes(x.contiguous()))
         return out
 
+    def agree(self, yes: bool) -> bool:
+        """Whether every rank says yes."""
+        return bool(self._gathered(torch.tensor(yes, device=self._device), "agree").all())
+
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.sums is not None and self.sums.takes(x):
+            return self.sums(x)
+        if x.is_cuda and self.size == 2 and x.is_floating_point() and x.itemsize > 1:
+            return self._sum_of_two(x)
         if x.numel() < SCATTER_ELEMENTS:
             return _ordered_sum(self._gathered(x, "all_reduce").unbind())
         flat = x.contiguous().view(-1)
@@ -226,6 +252,14 @@ class ProcessComm:
             self._dist.all_to_all_single(_bytes(received), _bytes(mine))
         part = _ordered_sum(received.view(self.size, -1).unbind())  # [numel/R]
         return self._gathered(part, "all_reduce").view(-1)[: flat.numel()].view(x.shape)
+
+    def _sum_of_two(self, x: Tensor) -> Tensor:
+        """The sum of two ranks by NCCL: two numbers have one sum in either order, and to round it in float32 first changes nothing."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        if total.numel():
+            with self._watched("all_reduce"):
+                self._dist.all_reduce(total)
+        return total
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
         _check_sizes(x, sizes, dim, self.rank, self.size)
