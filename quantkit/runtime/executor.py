@@ -5,6 +5,7 @@ An executor knows steps and ranks; it knows no requests, no text and no schedule
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import signal
@@ -31,6 +32,7 @@ from quantkit.runtime.threads import thread_variables
 from quantkit.runtime.wire import Frames, Message, RankFacts, RankJob, Step, error_from_json, frame, sampled_from_json, step_to_json
 from quantkit.runtime.worker import Runner, load_rank, rank_facts
 
+_LOG = logging.getLogger("quantkit")
 SILENT_SECONDS = 10.0
 """A rank that says nothing for this long hangs: it says that it is alive every second, whatever it computes."""
 START_SECONDS = 120.0
@@ -322,6 +324,8 @@ class ProcessExecutor:
                 rank.error = error_from_json(message["error"])
             elif "sampled" in message:
                 self._answers.append(message)
+            elif "log" in message:
+                _LOG.log(message["level"], "%s: %s", rank.name, message["log"])
 
     def _overhear(self, rank: _Rank, fd: int) -> None:
         data = os.read(fd, 1 << 16)

@@ -6,6 +6,7 @@ The process obeys the socket FD and never outlives whoever holds the other end. 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import queue
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -27,12 +29,15 @@ from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import make_plan, pass_bytes
+from quantkit.ops.symmetric import open_sums
+from quantkit.ops.transfer import upload
+from quantkit.plan import PASS_SEQUENCES, make_plan, pass_bytes
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK
+from quantkit.runtime.graphs import graph_bytes, make_graphs
 from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
-from quantkit.runtime.sampler import Sampled, Sampler
-from quantkit.runtime.scheduler import Chunk
+from quantkit.runtime.sampler import Drawn, Sampler
+from quantkit.runtime.scheduler import UNKNOWN, Chunk
 from quantkit.runtime.wire import (
     Frames,
     Message,
@@ -53,19 +58,22 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Runner:
-    """A rank's model, its cache and its part of sampling. Every rank runs the same steps; rank 0 returns the tokens, the others nothing."""
+    """A rank's model, its cache and its part of sampling. Every rank runs the same steps."""
 
-    def __init__(self, decoder: Decoder, *, kv_fp8: bool = False) -> None:
-        self.decoder, self.cache, self._kv_fp8 = decoder, cache_for(decoder, 0), kv_fp8
+    def __init__(self, decoder: Decoder, *, kv_fp8: bool = False, sequences: int = PASS_SEQUENCES) -> None:
+        self.decoder, self._kv_fp8, self._sequences = decoder, kv_fp8, sequences
         self._sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
+        self.open_cache(0, graphs=False)
 
-    def open_cache(self, blocks: int) -> None:
-        """Take memory for ``blocks`` blocks of keys and values. Raises torch's OutOfMemoryError."""
-        self.cache = cache_for(self.decoder, blocks, fp8=self._kv_fp8)
+    def open_cache(self, blocks: int, *, graphs: bool = True) -> None:
+        """Take memory for ``blocks`` blocks of keys and values, and capture ``graphs`` over them. Raises torch's OutOfMemoryError."""
+        self.cache = cache_for(self.decoder, blocks, fp8=self._kv_fp8, sequences=self._sequences)
+        self._last = torch.zeros(self._sequences + 1, dtype=torch.int64, device=self.decoder.device)
+        self.graphs = make_graphs(self.decoder, self.cache, self._sampler, self._last, self._sequences) if graphs else None
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled]:
-        """The tokens of the chunks of ``step`` that sample, in order."""
+    def launch(self, step: Step) -> Drawn | None:
+        """Start ``step``; what its chunks that sample get, in order, which a GPU may still be computing. None when none does."""
         for sequence in step.free:
             self.cache.free(sequence)
             self._sampler.forget(sequence)
@@ -73,30 +81,38 @@ class Runner:
             self.cache.free(sequence)
         for begin in step.begin:
             self._sampler.begin(begin.sequence, begin.params, begin.seed, begin.ends, begin.prompt)
-        if not step.chunks:
-            return []
         for chunk in step.chunks:
             self.cache.extend(chunk.sequence, chunk.blocks, chunk.start)
-        hidden = self._forward(step.chunks)
-        self._score_prompts(step.chunks, hidden)
-        ends, last = [], -1
-        for chunk in step.chunks:
-            last += len(chunk.tokens)
-            if chunk.sample:
-                ends.append(last)
-        if not ends:
-            return []
-        logits = self.decoder.head.local(hidden if len(ends) == hidden.shape[0] else hidden[ends])
-        sampled = self._sampler.sample([chunk.sequence for chunk in step.chunks if chunk.sample], logits)  # a collective: every rank
-        return sampled if self.decoder.comm.rank == 0 else []
+        sampled = [chunk.sequence for chunk in step.chunks if chunk.sample]
+        replayed = self.graphs.run(step.chunks) if self.graphs is not None and step.chunks else None
+        if replayed is not None:
+            drawn = self._sampler.sample(sampled, *replayed)
+            if drawn.found is replayed[1]:
+                return drawn
+        elif step.chunks:
+            hidden = self._forward(step.chunks)
+            self._score_prompts(step.chunks, hidden)
+            if not sampled:
+                return None
+            ends = [end - 1 for end, chunk in zip(accumulate(len(c.tokens) for c in step.chunks), step.chunks, strict=True) if chunk.sample]
+            last = hidden if len(ends) == hidden.shape[0] else hidden.index_select(0, upload(ends, torch.int64, hidden.device))
+            drawn = self._sampler.sample(sampled, self.decoder.head.local(last))  # a collective: every rank
+        else:
+            return None
+        rows = upload([self.cache.row(sequence) for sequence in sampled], torch.int64, self._last.device)
+        self._last.index_copy_(0, rows, drawn.tokens)
+        return drawn
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Hidden states ``[T, hidden]`` of all chunks, one after the other."""
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
-        both = torch.tensor([tokens, positions]).to(self.decoder.device)  # one transfer
-        batch = Batch(both[1], tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks))
-        return self.decoder.forward(both[0], batch, self.cache)
+        rows = [self.cache.row(chunk.sequence) for chunk in chunks for _ in chunk.tokens]
+        ids, places, of = upload([tokens, positions, rows], torch.int64, self.decoder.device)  # one transfer
+        if UNKNOWN in tokens:
+            ids = torch.where(ids < 0, self._last.index_select(0, of), ids)
+        batch = Batch(places, tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks))
+        return self.decoder.forward(ids, batch, self.cache)
 
     def _score_prompts(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
         """Log-probabilities of the prompts that asked for them, from ``hidden [T, hidden]`` of ``chunks``."""
@@ -217,6 +233,17 @@ class _Channel:
             self.send({"alive": True})
 
 
+class _Logged(logging.Handler):
+    """Sends what a rank logs to the engine, which shows it: a rank's stderr is read only when it dies."""
+
+    def __init__(self, channel: _Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.send({"log": record.getMessage(), "level": record.levelno})
+
+
 def _die_with(parent: int) -> None:
     """Ask Linux to kill this process when the thread that started it ends; leave at once if that has happened."""
     if sys.platform == "linux":
@@ -234,6 +261,8 @@ def _serve(channel: _Channel, start: Message) -> None:
         torch.cuda.set_device(rank)
     backend = "nccl" if job.device == "cuda" else "gloo"
     comm = ProcessComm(rank, job.tp, Path(start["store"]), backend=backend, timeout=job.timeout)
+    if job.device == "cuda":
+        comm.sums = open_sums(comm, torch.device(device), job.timeout)
     runner = Runner(load_rank(job, comm, device), kv_fp8=job.kv_fp8)
     comm.barrier()  # all have loaded: what is free now is free for keys and values
     facts = rank_facts(runner.decoder, job)
@@ -257,6 +286,7 @@ def main(fd: int) -> int:
     """Run a rank on the socket ``fd``; returns its exit code. An error of ours goes to the engine, a bug to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when ranks end
     channel = _Channel(socket.socket(fileno=fd))
+    logging.getLogger("quantkit").addHandler(_Logged(channel))
     start = channel.inbox.get()
     _die_with(int(start["parent"]))
     try:
