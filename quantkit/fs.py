@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 8 << 20
 """The most that is copied or hashed at a time."""
+ROW_READ_BYTES = 4 << 10
+"""From this many bytes on, which is a page, parts of rows are read one by one; shorter ones are cut from all that lies there."""
 MAX_NAME_BYTES = 255
 TEMPORARY = ".{name}.tmp"
 REPLACED = ".{name}.replaced"
@@ -116,6 +118,41 @@ def read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
                 raise InputError(str(path), f"ends at byte {offset}", f"{end} bytes")
             offset += len(chunk)
             yield chunk
+
+
+def read_rows(path: Path, offset: int, stride: int, out: NDArray[np.uint8]) -> None:
+    """Fill ``out [rows, bytes]``, C-contiguous: row r with the bytes of a regular file from ``offset + r * stride`` on.
+
+    Nothing is copied on the way, unless the rows are short parts of what lies there. Raises InputError when the file ends before.
+    """
+    import numpy as np
+
+    assert out.ndim == 2 and out.flags.c_contiguous and stride >= out.shape[1], (out.shape, stride)
+    if not out.size:
+        return
+    count, width = out.shape
+    with _open_regular(path) as fd, _refusals(path, "read it"):
+        if stride == width:
+            _fill(fd, path, offset, out.reshape(-1))
+        elif width >= ROW_READ_BYTES:
+            for row, view in enumerate(out):
+                _fill(fd, path, offset + row * stride, view)
+        else:
+            for first in range(0, count, step := max(1, CHUNK_BYTES // stride)):
+                some = out[first : first + step]
+                whole = np.empty((len(some), stride), np.uint8)
+                _fill(fd, path, offset + first * stride, whole.reshape(-1)[: stride * (len(some) - 1) + width])
+                some[...] = whole[:, :width]
+
+
+def _fill(fd: int, path: Path, offset: int, out: NDArray[np.uint8]) -> None:
+    """Fill the vector ``out`` from ``offset`` of the file on."""
+    view, done = memoryview(out), 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], offset + done)
+        if not got:
+            raise InputError(str(path), f"ends at byte {offset + done}", f"{offset + len(view)} bytes")
+        done += got
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

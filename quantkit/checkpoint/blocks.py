@@ -36,13 +36,13 @@ class BlockSource:
         """The safetensors dtype of what ``read`` returns: of blocks, U8."""
         return BYTES if name in self._blocks else self._source.dtype(name)
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> NDArray[Any]:
-        """A tensor or ``index`` of it, of blocks ``[N, bytes of a row]`` uint8 in the model's order of rows. Raises as ``GgufSource``."""
+    def fill(self, out: NDArray[Any], name: str, index: tuple[slice, ...]) -> None:
+        """As ``GgufSource.fill``, of blocks ``[N, bytes of a row]`` uint8 in the model's order of rows."""
         if name not in self._blocks:
-            return self._source.read(name, index)
-        assert index is not None, name  # a Checkpoint always says which
+            self._source.fill(out, name, index)
+            return
         rows, columns = index
-        return self._source.read_blocks(name, range(rows.start, rows.stop), range(columns.start, columns.stop))
+        self._source.fill_blocks(out, name, range(rows.start, rows.stop), range(columns.start, columns.stop))
 
 
 def as_blocks(checkpoint: Checkpoint) -> Checkpoint:

@@ -70,30 +70,29 @@ class GgufSource:
         """The safetensors dtype of what ``read`` returns: F16 and BF16 where they are stored, F32 for everything else."""
         return self._stored[name].dtype
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> NDArray[Any]:
-        """A tensor or ``index`` of it (plain ranges, one per axis) as a new numpy array, BF16 as its bits.
+    def fill(self, out: NDArray[Any], name: str, index: tuple[slice, ...]) -> None:
+        """Read ``index`` of a tensor (plain ranges, one per axis) into ``out``, BF16 as its bits.
 
         Of the file only the wanted rows are read; where the rows of heads are interleaved, the heads that hold them.
         Raises InputError when the file has become shorter since it was opened.
         """
         stored = self._stored[name]
         if stored.transposed:
-            return np.ascontiguousarray(self._rows(stored, None if index is None else index[::-1]).T)
-        return self._rows(stored, index)
+            self._rows(out.T, stored, index[::-1])
+        else:
+            self._rows(out, stored, index)
 
-    def _rows(self, stored: Stored, index: tuple[slice, ...] | None) -> NDArray[Any]:
+    def _rows(self, out: NDArray[Any], stored: Stored, index: tuple[slice, ...]) -> None:
         """``index`` of a tensor as the file has its axes."""
         shape = stored.tensor.shape
-        index = tuple(slice(0, size) for size in shape) if index is None else index
-        assert len(index) == len(shape) and all(s.step in (None, 1) for s in index), (stored.tensor.name, index)
         ranges = [range(*s.indices(size)) for s, size in zip(index, shape, strict=True)]
         if len(ranges) == 1:  # a vector is small, and its blocks need not lie within the slice
             vector = _undone(decoded(self.file, stored.tensor, range(1), range(shape[0])).reshape(-1, 1), stored)
-            return vector.reshape(-1)[ranges[0].start : ranges[0].stop].copy()
+            out[...] = vector.reshape(-1)[ranges[0].start : ranges[0].stop]
+            return
         rows, columns = ranges
-        out = np.empty((len(rows), len(columns)), dtype=PLAIN[stored.dtype])
         if not out.size:
-            return out
+            return
         unit = stored.head_dim or 1
         step = max(1, CHUNK_ELEMENTS // (unit * max(shape[1], 1))) * unit
         for start in range(rows.start - rows.start % unit, rows.stop, step):
@@ -101,7 +100,6 @@ class GgufSource:
             values = _undone(decoded(self.file, stored.tensor, some, columns), stored)
             first, last = max(some.start, rows.start), min(some.stop, rows.stop)
             out[first - rows.start : last - rows.start] = values[first - some.start : last - some.start]
-        return out
 
     def block_type(self, name: str) -> str | None:
         """The block type in which a matrix is stored; None where ``read`` gives it as it is, and for vectors."""
@@ -114,21 +112,22 @@ class GgufSource:
         tensor = self._stored[name].tensor
         return tensor.shape[0], _row_bytes(tensor)
 
-    def read_blocks(self, name: str, rows: range, columns: range) -> NDArray[np.uint8]:
-        """Bytes ``columns`` of each of ``rows`` of a matrix stored in blocks, ``[len(rows), len(columns)]``: rows in the model's order.
+    def fill_blocks(self, out: NDArray[np.uint8], name: str, rows: range, columns: range) -> None:
+        """Read bytes ``columns`` of each of ``rows`` of a matrix stored in blocks into ``out``: rows in the model's order.
 
-        Only whole rows, where they are interleaved whole heads, are read. Raises InputError when the file has become shorter.
+        Where rows are interleaved, whole heads are read. Raises InputError when the file has become shorter.
         """
         stored = self._stored[name]
         unit, row_bytes = stored.head_dim or 1, _row_bytes(stored.tensor)
-        out = np.empty((len(rows), len(columns)), np.uint8)
+        if unit == 1:
+            fs.read_rows(stored.tensor.file, stored.tensor.offset + rows.start * row_bytes + columns.start, row_bytes, out)
+            return
         step = max(1, CHUNK_BYTES // (unit * max(row_bytes, 1))) * unit
         for start in range(rows.start - rows.start % unit, rows.stop, step):
             some = range(start, min(start + step, -(-rows.stop // unit) * unit))
             raw = _undone(_raw(stored.tensor, some), stored)
             first, last = max(some.start, rows.start), min(some.stop, rows.stop)
             out[first - rows.start : last - rows.start] = raw[first - some.start : last - some.start, columns.start : columns.stop]
-        return out
 
 
 # tensors
@@ -141,9 +140,9 @@ def _row_bytes(tensor: GgufTensor) -> int:
 
 def _raw(tensor: GgufTensor, rows: range) -> NDArray[np.uint8]:
     """``rows`` as the file has them, ``[len(rows), bytes of a row]``."""
-    row_bytes = _row_bytes(tensor)
-    data = b"".join(fs.read_range(tensor.file, tensor.offset + rows.start * row_bytes, len(rows) * row_bytes))
-    return np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+    out = np.empty((len(rows), _row_bytes(tensor)), np.uint8)
+    fs.read_rows(tensor.file, tensor.offset + rows.start * out.shape[1], out.shape[1], out)
+    return out
 
 
 def decoded(file: GgufFile, tensor: GgufTensor, rows: range, columns: range) -> NDArray[Any]:

@@ -100,20 +100,19 @@ class PaddedCheckpoint(Checkpoint):
     padding: Padding
     places: Mapping[str, tuple[Places, ...]]
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None, view: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """As ``Checkpoint.read``; a tensor that grows has no other view."""
+    def fill(self, out: NDArray[Any], name: str, index: tuple[slice, ...], view: tuple[int, ...] | None = None) -> None:
+        """As ``Checkpoint.fill``; a tensor that grows has no other view."""
         if name not in self.places:
-            return self.source.read(name, index, view)
+            self.source.fill(out, name, index, view)
+            return
         assert view is None, name
-        places = self.places[name]
-        wanted = [each[slice(None) if index is None else index[axis]] for axis, each in enumerate(places)]
+        wanted = [each[part] for each, part in zip(self.places[name], index, strict=True)]
         held = [each[each >= 0] for each in wanted]  # ascending
         inner = tuple(slice(int(each[0]), int(each[-1]) + 1) if len(each) else slice(0, 0) for each in held)
         own = self.source.read(name, inner)
-        out = np.zeros([len(each) for each in wanted], own.dtype)
+        out[...] = 0
         to, since = ([np.flatnonzero(each >= 0) for each in wanted], [each - part.start for each, part in zip(held, inner, strict=True)])
         out[np.ix_(*to)] = own[np.ix_(*since)]
-        return out
 
 
 def padded(checkpoint: Checkpoint, padding: Padding, *, without: Collection[str] = ()) -> PaddedCheckpoint:

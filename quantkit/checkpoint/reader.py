@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -54,9 +54,8 @@ EXTRA_FILES = (
     "USE_POLICY*",
 )
 """What travels with the weights, besides ``config.json``: whatever tokenizes, templates, or says what one may do."""
-ROW_READ_BYTES = 64 << 10
-"""From this many bytes of a row on, a cut along the columns is read row by row; below, whole rows are read and cut."""
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
+"""The most of whole rows that is in memory at a time beside what is kept of them."""
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -120,23 +119,26 @@ class Checkpoint:
         ``view`` is another shape of as many values, which ``index`` is then of. Raises InputError when the file has become
         shorter since it was opened.
         """
+        shape = self.tensors[name].shape if view is None else view
+        index = tuple(slice(0, size) for size in shape) if index is None else index
+        out = np.empty([s.stop - s.start for s in index], dtype=NUMPY_DTYPES[self.dtype(name)])
+        self.fill(out, name, index, view)
+        return out
+
+    def fill(self, out: NDArray[Any], name: str, index: tuple[slice, ...], view: tuple[int, ...] | None = None) -> None:
+        """``read`` into ``out``, C-contiguous and of the dtype and shape of what is read. From any thread."""
         ref = self.tensors[name]
         if view is not None:
             assert self.gguf is None and math.prod(view) == math.prod(ref.shape), (name, view)
             ref = replace(ref, shape=view)
-        whole = tuple(slice(0, size) for size in ref.shape)
-        index = whole if index is None else index
         assert len(index) == len(ref.shape), (name, index)
         assert all(s.step in (None, 1) and 0 <= s.start <= s.stop <= size for s, size in zip(index, ref.shape, strict=True)), (name, index)
+        assert out.flags.c_contiguous and out.dtype == NUMPY_DTYPES[self.dtype(name)], (name, out.dtype)
+        assert out.shape == tuple(s.stop - s.start for s in index), (name, out.shape)
         if self.gguf is not None:
-            return self.gguf.read(name, index)
-        kind = NUMPY_DTYPES[ref.dtype]
-        if not ref.shape:
-            return _span(ref, 0, ref.nbytes).view(kind).reshape(())
-        out = np.empty([s.stop - s.start for s in index], dtype=kind)
-        if out.size:
-            _fill(out, ref, index, kind)
-        return out
+            self.gguf.fill(out, name, index)
+        elif out.size:
+            _fill(out, ref, index)
 
     def extra_files(self) -> dict[str, bytes]:
         """The small files that travel with the weights (tokenizer, chat template, generation config, licence), by name."""
@@ -158,34 +160,25 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _span(ref: TensorRef, begin: int, nbytes: int) -> NDArray[np.uint8]:
-    """Bytes ``begin`` to ``begin + nbytes`` of a tensor."""
-    out, done = np.empty(nbytes, dtype=np.uint8), 0
-    for chunk in fs.read_range(ref.file, ref.offset + begin, nbytes):
-        out[done : done + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
-        done += len(chunk)
-    return out
-
-
-def _fill(out: NDArray[Any], ref: TensorRef, index: tuple[slice, ...], kind: np.dtype[Any]) -> None:
-    """Read ``index`` of a tensor into ``out``: whole rows a chunk at a time, or the wanted part of each long row."""
-    inner, rows = ref.shape[1:], index[0]
-    row_bytes = math.prod(inner) * kind.itemsize
-    cut = any(s.stop - s.start != size for s, size in zip(index[1:], inner, strict=True))
-    if cut and len(inner) == 1 and (index[1].stop - index[1].start) * kind.itemsize >= ROW_READ_BYTES:
-        first, width = index[1].start * kind.itemsize, (index[1].stop - index[1].start) * kind.itemsize
-        for place, row in enumerate(range(rows.start, rows.stop)):
-            out[place] = _span(ref, row * row_bytes + first, width).view(kind)
+def _fill(out: NDArray[Any], ref: TensorRef, index: tuple[slice, ...]) -> None:
+    """Read ``index`` of a tensor into ``out``."""
+    item = out.dtype.itemsize
+    if not index:
+        fs.read_rows(ref.file, ref.offset, item, out.reshape(1, 1).view(np.uint8))
         return
-    for start, stop in _row_chunks(rows, row_bytes):
-        chunk = _span(ref, start * row_bytes, (stop - start) * row_bytes).view(kind).reshape(stop - start, *inner)
-        out[start - rows.start : stop - rows.start] = chunk[(slice(None), *index[1:])]
-
-
-def _row_chunks(rows: slice, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
-    for start in range(rows.start, rows.stop, step):
-        yield start, min(start + step, rows.stop)
+    rows, inner = index[0], ref.shape[1:]
+    row_bytes = math.prod(inner) * item
+    begin = ref.offset + rows.start * row_bytes
+    if out.shape[1:] == inner:
+        fs.read_rows(ref.file, begin, row_bytes, out.reshape(len(out), -1).view(np.uint8))
+    elif len(inner) == 1:
+        fs.read_rows(ref.file, begin + index[1].start * item, row_bytes, out.view(np.uint8))
+    else:
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for start in range(0, len(out), step):
+            some = np.empty((min(step, len(out) - start), row_bytes), np.uint8)
+            fs.read_rows(ref.file, begin + start * row_bytes, row_bytes, some)
+            out[start : start + step] = some.view(out.dtype).reshape(-1, *inner)[(slice(None), *index[1:])]
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:

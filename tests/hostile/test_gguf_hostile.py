@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from quantkit.checkpoint.gguf import GgufSource
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.cli import run
 from quantkit.errors import InputError
 from quantkit.formats import gguf as formats_gguf
@@ -539,7 +540,7 @@ def test_what_is_written_is_read(
 
 def use(path: Path) -> None:
     """All that opening a model and reading it does."""
-    source = GgufSource(read_gguf(path))
+    source = open_checkpoint(path)
     for name, tensor in source.tensors.items():
         assert source.read(name).shape == tensor.shape
         source.read(name, tuple(slice(1, size) for size in tensor.shape))

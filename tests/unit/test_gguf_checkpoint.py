@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from quantkit import fs
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint import gguf as checkpoint_gguf
-from quantkit.checkpoint.gguf import DECODED, NO_WEIGHTS, PLAIN, GgufSource, decoded
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.gguf import DECODED, NO_WEIGHTS, PLAIN, decoded
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError
 from quantkit.formats.gguf import BY_NAME, read_gguf
 
@@ -31,8 +32,8 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SLICES = [(0, 1), (3, 7), (15, 17), (0, 32), (31, 40), (5, 5)]
 
 
-def source(path: Path) -> GgufSource:
-    return GgufSource(read_gguf(path))
+def source(path: Path) -> Checkpoint:
+    return open_checkpoint(path)
 
 
 def bits(value: NDArray[Any]) -> NDArray[Any]:
@@ -137,7 +138,7 @@ def test_what_is_read_is_ours_to_change(tmp_path: Path) -> None:
 # block types
 
 
-def wide_model(tmp_path: Path, kind: str, gguf_name: str, rows: int) -> tuple[GgufSource, NDArray[np.float32]]:
+def wide_model(tmp_path: Path, kind: str, gguf_name: str, rows: int) -> tuple[Checkpoint, NDArray[np.float32]]:
     """A model with random blocks of ``kind`` in one tensor of ``rows`` rows of 512, and those decoded by the gguf package."""
     config = config_of("llama", hidden_size=512, num_hidden_layers=1, intermediate_size=512, num_attention_heads=32)
     block = BY_NAME[kind]
@@ -152,7 +153,7 @@ def wide_model(tmp_path: Path, kind: str, gguf_name: str, rows: int) -> tuple[Gg
 def test_every_block_type_is_decoded_whatever_is_asked_for(tmp_path: Path, kind: str) -> None:
     found, want = wide_model(tmp_path, kind, "blk.0.ffn_up.weight", 512)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert found.dtype(name) == "F32" and found.tensors[name].type == kind
+    assert found.dtype(name) == "F32" and found.tensors[name].dtype == kind
     np.testing.assert_array_equal(bits(found.read(name)), bits(want))
     for rows, columns in ((slice(3, 5), slice(0, 512)), (slice(0, 512), slice(255, 257)), (slice(511, 512), slice(100, 431))):
         np.testing.assert_array_equal(bits(found.read(name, (rows, columns))), bits(want[rows, columns].copy()))
@@ -181,13 +182,13 @@ def test_every_type_is_read_as_it_is_or_decoded_or_refused(tmp_path: Path) -> No
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every number of bytes that is asked of a file from now on."""
     counted: list[int] = []
-    real = fs.read_range
+    real = os.preadv
 
-    def read_range(path: Path, offset: int, nbytes: int) -> Any:
-        counted.append(nbytes)
-        return real(path, offset, nbytes)
+    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
+        counted.append(sum(map(len, views)))
+        return real(fd, views, offset)
 
-    monkeypatch.setattr(fs, "read_range", read_range)
+    monkeypatch.setattr(os, "preadv", preadv)
     return counted
 
 
@@ -226,7 +227,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
 # what converters do otherwise than ours
 
 
-def changed(path: Path, family: str, keys: dict[str, Any], tensors: dict[str, Any] | None = None) -> GgufSource:
+def changed(path: Path, family: str, keys: dict[str, Any], tensors: dict[str, Any] | None = None) -> Checkpoint:
     """The file of ``family`` with other keys and tensors, None for one that is not there."""
     values = values_of_any(config_of_any(family))
     before = read_gguf(write_family(path.with_suffix(".before"), config_of_any(family), values))

@@ -69,19 +69,28 @@ def test_a_slice_is_a_slice(data: st.DataObject, row_bytes: int, chunk: int, roo
         start = data.draw(st.integers(0, size))
         index.append(slice(start, data.draw(st.integers(start, size))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "ROW_READ_BYTES", row_bytes)
+        patch.setattr(fs, "ROW_READ_BYTES", row_bytes)
+        patch.setattr(fs, "CHUNK_BYTES", chunk)
         patch.setattr(reader, "CHUNK_BYTES", chunk)
         got = open_checkpoint(root).read(name, tuple(index))
     assert np.array_equal(got, TENSORS[name][tuple(index)])
 
 
-def test_only_the_rows_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("index", "row_bytes", "want"),
+    [((slice(2, 4), slice(0, 30)), 1, [240]), ((slice(2, 5), slice(1, 11)), 40, [40] * 3), ((slice(2, 5), slice(1, 11)), 41, [280])],
+)
+def test_only_the_bytes_asked_for_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: tuple[slice, slice], row_bytes: int, want: list[int]
+) -> None:
+    """Parts of rows one by one; where they are shorter than ``row_bytes``, from the first to the last with what lies between."""
     checkpoint = open_checkpoint(checkpoint_at(tmp_path / "m"))
     asked: list[int] = []
-    read = fs.read_range
-    monkeypatch.setattr(fs, "read_range", lambda path, offset, nbytes: (asked.append(nbytes), read(path, offset, nbytes))[1])
-    checkpoint.read("a", (slice(2, 4), slice(0, 30)))
-    assert asked == [2 * 30 * 4]
+    preadv = os.preadv
+    monkeypatch.setattr(fs, "ROW_READ_BYTES", row_bytes)
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: (asked.append(sum(map(len, views))), preadv(fd, views, at))[1])
+    assert np.array_equal(checkpoint.read("a", index), TENSORS["a"][index])
+    assert asked == want
 
 
 def test_bfloat16_comes_as_its_bits() -> None:
