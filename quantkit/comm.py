@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import InputError, MachineError, RuntimeDied
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 T = TypeVar("T")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The variables that say over which network interface the ranks' exchanges go."""
 _NO_MULTICAST: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off: a process that dies with it may leave the GPUs of a host unusable, and small sums do not need it."""
 SCATTER_ELEMENTS = 1 << 16
@@ -47,6 +52,9 @@ class Comm(Protocol):
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """``source``'s tensor on every rank; elsewhere ``x`` gives its shape and dtype."""
+
+    def agree(self, yes: bool) -> bool:
+        """Whether every rank says yes. Waited for on the host."""
 
     def barrier(self) -> None:
         """Return when every rank has called this."""
@@ -85,6 +93,9 @@ class Solo:
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         assert source == 0
         return x
+
+    def agree(self, yes: bool) -> bool:
+        return yes
 
     def barrier(self) -> None:
         return
@@ -132,6 +143,9 @@ class ThreadComm:
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         return self._exchange(x, lambda shown: shown[source].clone())
+
+    def agree(self, yes: bool) -> bool:
+        return bool(self._exchange(torch.tensor([yes]), torch.cat).all())
 
     def barrier(self) -> None:
         self._table.wait(self.rank)
@@ -190,11 +204,12 @@ class ProcessComm:
     ``sums``, where a caller has set it on every rank, makes the sums that it takes. On a GPU all exchanges but ``agree`` and ``barrier``
     can be captured in a CUDA graph, once each kind has run before: they wait for nothing on the host.
 
-    ``store`` is a file that all ranks of this run, and no other run, can see. With gloo an exchange that passes
+    ``store`` is a file that all ranks of this run, and no other run, can see, or a store (``serve_store``, ``join_store``). Exchanges
+    go over loopback, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name an interface. With gloo an exchange that passes
     ``timeout`` seconds raises RuntimeDied; with NCCL torch's own watchdog ends the process then.
     """
 
-    def __init__(self, rank: int, size: int, store: Path, *, backend: str, timeout: float = 60.0) -> None:
+    def __init__(self, rank: int, size: int, store: Path | Store, *, backend: str, timeout: float = 60.0) -> None:
         import torch.distributed as dist
 
         if backend not in ("gloo", "nccl"):
@@ -205,8 +220,7 @@ class ProcessComm:
             )
         if dist.is_initialized():
             raise MachineError("torch.distributed", "is in use in this process", "one group per process")
-        if backend == "gloo":
-            _use_loopback()
+        _use_loopback()
         os.environ.update(_NO_MULTICAST)
         self.rank, self.size = rank, size
         self.sums: Sums | None = None
@@ -214,9 +228,9 @@ class ProcessComm:
         self._dist = dist
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
         with self._watched("start"):
-            files = dist.FileStore(str(store), size)  # type: ignore[attr-defined, unused-ignore]
-            files.set_timeout(timedelta(seconds=timeout))
-            dist.init_process_group(backend, store=files, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+            meeting = dist.FileStore(str(store), size) if isinstance(store, Path) else store
+            meeting.set_timeout(timedelta(seconds=timeout))
+            dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
 
     @contextmanager
     def _watched(self, what: str) -> Iterator[None]:
@@ -233,10 +247,6 @@ class ProcessComm:
             with self._watched(what):
                 self._all_gather(_bytes(out), _bytes(x.contiguous()))
         return out
-
-    def agree(self, yes: bool) -> bool:
-        """Whether every rank says yes."""
-        return bool(self._gathered(torch.tensor(yes, device=self._device), "agree").all())
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.sums is not None and self.sums.takes(x):
@@ -277,6 +287,9 @@ class ProcessComm:
                 self._dist.broadcast(_bytes(result), source)
         return result
 
+    def agree(self, yes: bool) -> bool:
+        return bool(self._gathered(torch.tensor(yes, device=self._device), "agree").all())
+
     def barrier(self) -> None:
         with self._watched("barrier"):
             self._dist.barrier()
@@ -292,8 +305,45 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _use_loopback() -> None:
-    """Keep gloo on this host unless the user chose an interface: by default it binds to whatever the host name resolves to."""
+    """Keep gloo and NCCL on this host unless the user chose an interface: by default they bind to what the host name resolves to."""
     names = [name for _, name in socket.if_nameindex()]
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        for variable in INTERFACES:
+            os.environ.setdefault(variable, loopback)
+
+
+def serve_store(host: str, size: int, timeout: float) -> tuple[Store, int]:
+    """Where ``size`` ranks on several hosts meet, served by this process at the address ``host`` alone, and its port.
+
+    Raises RuntimeDied where it cannot listen.
+    """
+    from torch.distributed import TCPStore
+
+    with _store_failures(host), socket.create_server((host, 0), family=_family(host)) as listener:
+        port = int(listener.getsockname()[1])
+        store = TCPStore(
+            host, port, size, True, timedelta(seconds=timeout), wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
+        return store, port
+
+
+def join_store(host: str, port: int, size: int, timeout: float) -> Store:
+    """The store that another rank serves at ``host`` and ``port``. Raises RuntimeDied when it does not answer in ``timeout`` seconds."""
+    from torch.distributed import TCPStore
+
+    with _store_failures(f"{host}:{port}"):
+        return TCPStore(host, port, size, False, timedelta(seconds=timeout), wait_for_workers=False)
+
+
+@contextmanager
+def _store_failures(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as exc:  # torch's errors of a network are RuntimeErrors
+        reason = str(exc).strip().splitlines() or [type(exc).__name__]
+        raise RuntimeDied(where, f"cannot be met at ({reason[0][:300]})", "hosts that reach one another") from exc
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
