@@ -147,7 +147,7 @@ def read_rows(path: Path, offset: int, stride: int, out: NDArray[np.uint8]) -> N
 
 def _fill(fd: int, path: Path, offset: int, out: NDArray[np.uint8]) -> None:
     """Fill the vector ``out`` from ``offset`` of the file on."""
-    view, done = memoryview(out), 0
+    view, done = out.data, 0
     while done < len(view):
         got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], offset + done)
         if not got:

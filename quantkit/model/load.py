@@ -7,7 +7,7 @@ how a linear is stored comes from the assignment, where it may be cut from its g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,8 +25,8 @@ from quantkit.layouts.registry import load_linear
 from quantkit.layouts.table import PackedTable
 from quantkit.model.attention import Attention, kv_index
 from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
+from quantkit.model.reading import ReadAhead, Wanted
 from quantkit.model.rope import Rotary
-from quantkit.ops.dtypes import as_tensor
 from quantkit.plan import (
     COLUMN,
     EMBEDDING,
@@ -38,25 +38,10 @@ from quantkit.plan import (
     replace_rows,
     stored_geometry,
 )
+from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.scheme import KEEP, Assignment
 from quantkit.slices import fused_name
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor as the checkpoint must hold it, and the part of it that this rank reads, then ``pad_rows`` rows of zeros.
-
-    ``shape`` None: its length depends on its content, and it is read whole. ``view`` is the shape that ``index`` is of, where the
-    tensor lies flattened.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None
-    dtypes: frozenset[str]
-    index: tuple[slice, ...]
-    pad_rows: int = 0
-    view: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +55,36 @@ class _Source:
     rank: int
     presliced: bool
 
-    def _part(self, name: str, whole: tuple[int, ...], dtypes: frozenset[str], index: tuple[slice, ...]) -> _Stored:
+    def _part(self, name: str, whole: tuple[int, ...], dtypes: frozenset[str], index: tuple[slice, ...]) -> Wanted:
         """``index`` of a tensor of shape ``whole``; in a rank's own file the tensor is that part already."""
         if not self.presliced:
-            return _Stored(name, whole, dtypes, index)
+            return Wanted(name, whole, dtypes, index)
         cut = tuple(s.stop - s.start for s in index)
-        return _Stored(name, cut, dtypes, tuple(slice(0, size) for size in cut))
+        return Wanted(name, cut, dtypes, tuple(slice(0, size) for size in cut))
 
     def _cut(self, role: str, n: int, k: int) -> tuple[range, range]:
         return (range(n), range(k)) if self.plan is None else self.plan.cut(role, self.rank)
 
-    def norm(self, module: str, width: str) -> dict[str, _Stored]:
+    def norm(self, module: str, width: str) -> dict[str, Wanted]:
         """What a norm of ``width`` "hidden" or "head" stores, by suffix: whole on every rank."""
         size = self.spec.head_dim if width == "head" else self.spec.dims["hidden"].elements
         return {suffix: self._part(f"{module}.{suffix}", (size,), FLOATS, (slice(0, size),)) for suffix in self.spec.norm_parts}
 
-    def positions(self) -> _Stored | None:
+    def positions(self) -> Wanted | None:
         """The table of learned positions: whole on every rank."""
         if self.spec.position_table is None:
             return None
         shape = self.spec.max_positions, self.spec.dims["hidden"].elements
         return self._part(f"{self.spec.position_table}.weight", shape, FLOATS, (slice(0, shape[0]), slice(0, shape[1])))
 
-    def linear(self, path: str, role: str) -> tuple[Geometry, dict[str, _Stored]]:
+    def linear(self, path: str, role: str) -> tuple[Geometry, dict[str, Wanted]]:
         """The rank's geometry of a block's linear, and its stored parts by suffix."""
         whole = stored_geometry(self.spec, role, path, self.assignment.get(path, KEEP), dtype="BF16")
         n, k = self._cut(role, *self.spec.linear_shape(role))
         first = self.spec.rows(role).start
         return self._parts(path, role, whole, range(n.start + first, n.stop + first), k, not self.spec.linears[role].fused)
 
-    def _parts(self, path: str, role: str, whole: Geometry, n: range, k: range, alone: bool) -> tuple[Geometry, dict[str, _Stored]]:
+    def _parts(self, path: str, role: str, whole: Geometry, n: range, k: range, alone: bool) -> tuple[Geometry, dict[str, Wanted]]:
         """Elements ``n`` and ``k`` of the linear ``whole``, which is stored at ``path``."""
         cut, parts = whole.cut(n, k), {}
         for part in whole.parts:
@@ -108,31 +93,31 @@ class _Source:
             if self.presliced:
                 name, shape = fused_name(path, part.suffix, role, alone), cut.shape(part)
                 index = tuple(slice(0, size) for size in shape)
-                parts[part.suffix] = _Stored(name, None if part.free else shape, dtypes, index)
+                parts[part.suffix] = Wanted(name, None if part.free else shape, dtypes, index)
                 continue
             view = None if part.flat is None else whole.shape(part)
             shape = whole.stored_shape(part)
-            parts[part.suffix] = _Stored(f"{path}.{part.suffix}", None if part.free else shape, dtypes, whole.slices(part, n, k), 0, view)
+            parts[part.suffix] = Wanted(f"{path}.{part.suffix}", None if part.free else shape, dtypes, whole.slices(part, n, k), 0, view)
         return cut, parts
 
-    def vocabulary(self, module: str, role: str) -> _Stored:
+    def vocabulary(self, module: str, role: str) -> Wanted:
         """Rows of an embedding or a head in floats: the plan's rows, of which the last may lie past the true vocabulary."""
         name, vocab, hidden = f"{module}.weight", self.spec.dims["vocab"].elements, self.spec.dims["hidden"].elements
         rows, _ = self._cut(role, vocab, hidden)
         if self.presliced:
-            return _Stored(name, (len(rows), hidden), FLOATS, (slice(0, len(rows)), slice(0, hidden)))
+            return Wanted(name, (len(rows), hidden), FLOATS, (slice(0, len(rows)), slice(0, hidden)))
         start, stop = min(rows.start, vocab), min(rows.stop, vocab)
         index = (slice(start, stop), slice(0, hidden))
-        return _Stored(name, (vocab, hidden), FLOATS, index, len(rows) - (stop - start))
+        return Wanted(name, (vocab, hidden), FLOATS, index, len(rows) - (stop - start))
 
-    def packed_embedding(self) -> tuple[Geometry, dict[str, _Stored]] | None:
+    def packed_embedding(self) -> tuple[Geometry, dict[str, Wanted]] | None:
         """The rank's rows of a quantized embedding, with the pad rows when it is the head too; None when it is in floats."""
         whole = embedding_geometry(self.spec, self.assignment, dtype="BF16")
         if whole is None:
             return None
         return self._table(self.spec.architecture.embedding, EMBEDDING, whole, padded=self.spec.tied)
 
-    def _table(self, path: str, role: str, whole: Geometry, *, padded: bool) -> tuple[Geometry, dict[str, _Stored]]:
+    def _table(self, path: str, role: str, whole: Geometry, *, padded: bool) -> tuple[Geometry, dict[str, Wanted]]:
         """The rank's rows of a quantized table of the vocabulary, with those of the padding when ``padded``."""
         rows = range(whole.n) if self.plan is None else self.plan.rows(self.rank)
         cut, parts = self._parts(path, role, whole, rows, range(whole.k), True)
@@ -141,7 +126,7 @@ class _Source:
             return cut, parts
         return replace_rows(cut, cut.n + more), {suffix: replace(part, pad_rows=more) for suffix, part in parts.items()}
 
-    def head(self) -> tuple[Geometry, dict[str, _Stored]]:
+    def head(self) -> tuple[Geometry, dict[str, Wanted]]:
         """The rank's rows of a head of its own (not tied)."""
         name, hidden = self.spec.architecture.head, self.spec.dims["hidden"].elements
         scheme, vocab = self.assignment.get(name, KEEP), self.spec.dims["vocab"].elements
@@ -152,29 +137,35 @@ class _Source:
         rows = weight.index[0].stop - weight.index[0].start + weight.pad_rows
         return plain(rows, hidden, dtype="BF16"), {"weight": weight}
 
-    def block(self, layer: int) -> Iterator[_Stored]:
+    def block(self, layer: int) -> Iterator[Wanted]:
         """Every tensor of a block."""
         for norm in self.spec.norms.values():
             yield from self.norm(self.spec.tensor(layer, norm.name), norm.width).values()
         for role, path in self.spec.block_linears(layer).items():
             yield from self.linear(path, role)[1].values()
 
-    def everything(self) -> Iterator[_Stored]:
-        """Every tensor of the model."""
-        arch = self.spec.architecture
-        packed = self.packed_embedding()
-        yield from (self.vocabulary(arch.embedding, EMBEDDING),) if packed is None else packed[1].values()
-        table = self.positions()
+    def embedding(self) -> Iterator[Wanted]:
+        """Every tensor of the embedding."""
+        packed, table = self.packed_embedding(), self.positions()
+        yield from (self.vocabulary(self.spec.architecture.embedding, EMBEDDING),) if packed is None else packed[1].values()
         if table is not None:
             yield table
+
+    def final_norm(self) -> Iterator[Wanted]:
+        """Every tensor of the last norm."""
+        yield from self.norm(self.spec.architecture.final_norm, "hidden").values()
+
+    def everything(self) -> Iterator[Wanted]:
+        """Every tensor of the model, in the order in which ``rank_slices`` puts them into a rank's file."""
+        yield from self.embedding()
         for layer in range(self.spec.layers):
             yield from self.block(layer)
-        yield from self.norm(arch.final_norm, "hidden").values()
+        yield from self.final_norm()
         if not self.spec.tied:
             yield from self.head()[1].values()
 
 
-def _require(checkpoint: Checkpoint, want: _Stored) -> None:
+def _require(checkpoint: Checkpoint, want: Wanted) -> None:
     """Raise InputError when a tensor is missing, of another shape or of a wrong dtype."""
     if want.name not in checkpoint.tensors:
         shaped = "a tensor" if want.shape is None else f"a tensor of shape {list(want.shape)}"
@@ -201,31 +192,22 @@ def _check(source: _Source) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Loader:
-    """What the tensors of a source become: modules in ``dtype`` on ``device``."""
+    """What the tensors of a source become: modules in ``dtype`` on ``device``. They are taken from ``reader``, so in its order."""
 
     source: _Source
+    reader: ReadAhead
     dtype: torch.dtype
     device: str
     comm: Comm
     parity: bool
 
-    def read(self, want: _Stored) -> Tensor:
-        """The rank's part of a stored tensor, in its stored dtype, on the CPU."""
-        checkpoint = self.source.checkpoint
-        _require(checkpoint, want)
-        index = None if want.shape is None else want.index
-        value = as_tensor(checkpoint.read(want.name, index, want.view), checkpoint.dtype(want.name))
-        if want.pad_rows:
-            value = torch.cat([value, value.new_zeros(want.pad_rows, *value.shape[1:])])
-        return value
-
-    def _op(self, geometry: Geometry, parts: dict[str, _Stored]) -> LinearOp:
-        read = {suffix: self.read(part) for suffix, part in parts.items()}
+    def _op(self, geometry: Geometry, parts: dict[str, Wanted]) -> LinearOp:
+        read = {suffix: self.reader.take(part) for suffix, part in parts.items()}
         return load_linear(geometry, read, dtype=self.dtype, device=self.device, parity=self.parity)
 
     def norm(self, module: str, width: str) -> Norm:
         spec = self.source.spec
-        parts = {suffix: self.read(part).to(self.device, self.dtype) for suffix, part in self.source.norm(module, width).items()}
+        parts = {suffix: self.reader.take(part).to(self.device, self.dtype) for suffix, part in self.source.norm(module, width).items()}
         if "bias" in parts:
             return LayerNorm(parts["weight"], parts["bias"], spec.eps)
         return RmsNorm(parts["weight"], spec.eps, spec.architecture.norm_offset)
@@ -246,29 +228,24 @@ class _Loader:
         if plan is not None:
             heads, kv_heads = plan.ranges["heads"][self.comm.rank], plan.ranges["kv_heads"][self.comm.rank]
         index = kv_index(heads, kv_heads, group)
+        norms = {role: self.norm(spec.tensor(layer, norm.name), norm.width) for role, norm in spec.norms.items()}
         return Block(
             layer,
             {role: self.linear(path, role) for role, path in spec.block_linears(layer).items()},
-            {role: self.norm(spec.tensor(layer, norm.name), norm.width) for role, norm in spec.norms.items()},
+            norms,
             Attention(spec.head_dim, spec.attention_scale, spec.windows[layer], spec.attention_softcap, index),
             rotary,
             spec.activation,
             spec.moe if spec.moe is not None and spec.moe.sparse[layer] else None,
         )
 
-    def rotary(self, layer: int) -> Rotary | None:
-        spec = self.source.spec
-        if spec.position_table is not None:
-            return None
-        return Rotary(spec.ropes[layer], spec.rotary_dim, spec.max_positions, self.dtype, self.device)
-
     def embedding(self) -> Embedding:
         packed = self.source.packed_embedding()
         if packed is not None:
             geometry, parts = packed
-            read = {suffix: self.read(part) for suffix, part in parts.items()}
+            read = {suffix: self.reader.take(part) for suffix, part in parts.items()}
             return self.embedding_of(PackedTable(read, geometry, self.dtype, self.device))
-        weight = self.read(self.source.vocabulary(self.source.spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
+        weight = self.reader.take(self.source.vocabulary(self.source.spec.architecture.embedding, EMBEDDING)).to(self.device, self.dtype)
         return self.embedding_of(weight)
 
     def embedding_of(self, weight: Tensor | PackedTable) -> Embedding:
@@ -277,7 +254,7 @@ class _Loader:
         scale = math.sqrt(spec.dims["hidden"].elements) if spec.architecture.embedding_scale else None
         first = 0 if plan is None else plan.elements("vocab", self.comm.rank).start
         table = self.source.positions()
-        return Embedding(weight, first, scale, self.comm, None if table is None else self.read(table).to(self.device, self.dtype))
+        return Embedding(weight, first, scale, self.comm, None if table is None else self.reader.take(table).to(self.device, self.dtype))
 
     def head(self, embedding: Embedding | None) -> Head:
         """The head; of a tied model it shares the memory of ``embedding`` when that is given."""
@@ -291,9 +268,22 @@ class _Loader:
         return DenseLinear(weight, None) if isinstance(weight, Tensor) else weight.linear(parity=self.parity)
 
 
-def _whole_loader(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str, parity: bool) -> _Loader:
-    assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
-    return _Loader(_Source(checkpoint, spec, assignment, None, 0, False), dtype, device, Solo(), parity)
+def _whole_source(checkpoint: Checkpoint, spec: ModelSpec) -> _Source:
+    return _Source(checkpoint, spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), None, 0, False)
+
+
+def _reader(source: _Source, wanted: Iterable[Wanted], device: str) -> ReadAhead:
+    """``wanted`` of ``source``, each of which fits. Raises InputError as ``_require`` does."""
+    found = tuple(wanted)
+    for want in found:
+        _require(source.checkpoint, want)
+    return ReadAhead(source.checkpoint, found, device)
+
+
+def _rotary(spec: ModelSpec, layer: int, dtype: torch.dtype, device: str) -> Rotary | None:
+    if spec.position_table is not None:
+        return None
+    return Rotary(spec.ropes[layer], spec.rotary_dim, spec.max_positions, dtype, device)
 
 
 def load_decoder(
@@ -305,6 +295,7 @@ def load_decoder(
     comm: Comm | None = None,
     parity: bool = False,
     presliced: Assignment | None = None,
+    progress: Progress = silent,
 ) -> Decoder:
     """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``.
 
@@ -322,27 +313,28 @@ def load_decoder(
     if plan is not None:
         plan.check(spec, assignment, dtype="BF16", where="plan")
     source = _Source(checkpoint, spec, assignment, plan, comm.rank, presliced is not None)
-    loader = _Loader(source, dtype, device, comm, parity)
     rotaries: list[Rotary | None] = []
     for layer in range(spec.layers):
         known = next((rotary for rotary in rotaries if rotary is not None and rotary.rope == spec.ropes[layer]), None)
-        rotaries.append(known or loader.rotary(layer))
+        rotaries.append(known or _rotary(spec, layer, dtype, device))
     _check(source)
-    embedding = loader.embedding()
-    blocks = [loader.block(layer, rotary) for layer, rotary in enumerate(rotaries)]
-    norm = loader.norm(spec.architecture.final_norm, "hidden")
+    with ReadAhead(checkpoint, source.everything(), device, progress) as reader:
+        loader = _Loader(source, reader, dtype, device, comm, parity)
+        embedding = loader.embedding()
+        blocks = [loader.block(layer, rotary) for layer, rotary in enumerate(rotaries)]
+        norm = loader.norm(spec.architecture.final_norm, "hidden")
+        head = loader.head(embedding)
     kv_heads = spec.dims["kv_heads"].size if plan is None else len(plan.ranges["kv_heads"][comm.rank])
-    return Decoder(spec, embedding, blocks, norm, loader.head(embedding), comm, kv_heads)
+    return Decoder(spec, embedding, blocks, norm, head, comm, kv_heads)
 
 
 def load_block(
     checkpoint: Checkpoint, spec: ModelSpec, layer: int, *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
 ) -> Block:
     """Block ``layer`` alone, whole. Raises InputError as ``load_decoder`` does."""
-    loader = _whole_loader(checkpoint, spec, dtype, device, parity)
-    for want in loader.source.block(layer):
-        _require(checkpoint, want)
-    return loader.block(layer, loader.rotary(layer))
+    source = _whole_source(checkpoint, spec)
+    with _reader(source, source.block(layer), device) as reader:
+        return _Loader(source, reader, dtype, device, Solo(), parity).block(layer, _rotary(spec, layer, dtype, device))
 
 
 EMBEDDING_ROWS = 4096
@@ -354,25 +346,31 @@ def embedded(checkpoint: Checkpoint, spec: ModelSpec, tokens: Tensor, *, dtype: 
 
     Only rows that are asked for stay in memory, however large the vocabulary. Raises InputError as ``load_decoder`` does.
     """
-    loader = _whole_loader(checkpoint, spec, dtype, "cpu", False)
+    source = _whole_source(checkpoint, spec)
     positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0])
-    if loader.source.packed_embedding() is not None:
-        return loader.embedding()(tokens.reshape(-1), positions).reshape(*tokens.shape, -1)
-    want = loader.source.vocabulary(spec.architecture.embedding, EMBEDDING)
-    _require(checkpoint, want)
+    if source.packed_embedding() is not None:
+        with _reader(source, source.embedding(), "cpu") as reader:
+            table = _Loader(source, reader, dtype, "cpu", Solo(), False).embedding()
+        return table(tokens.reshape(-1), positions).reshape(*tokens.shape, -1)
+    want, *others = source.embedding()
     ids, index = torch.unique(tokens, return_inverse=True)
     rows = torch.empty(ids.shape[0], spec.dims["hidden"].elements, dtype=dtype)
-    for first in torch.unique(ids // EMBEDDING_ROWS).mul(EMBEDDING_ROWS).tolist():
-        last = min(first + EMBEDDING_ROWS, spec.dims["vocab"].elements)
-        here = (ids >= first) & (ids < last)
-        part = loader.read(replace(want, index=(slice(first, last), want.index[1])))
-        rows[here] = part[ids[here] - first].to(dtype)
-    return replace(loader.embedding_of(rows), first=0)(index.reshape(-1), positions).reshape(*tokens.shape, -1)
+    starts = torch.unique(ids // EMBEDDING_ROWS).mul(EMBEDDING_ROWS).tolist()
+    some = [replace(want, index=(slice(first, min(first + EMBEDDING_ROWS, want.index[0].stop)), want.index[1])) for first in starts]
+    with _reader(source, (*some, *others), "cpu") as reader:
+        for part in some:
+            here = (ids >= part.index[0].start) & (ids < part.index[0].stop)
+            rows[here] = reader.take(part)[ids[here] - part.index[0].start].to(dtype)
+        table = _Loader(source, reader, dtype, "cpu", Solo(), False).embedding_of(rows)
+    return replace(table, first=0)(index.reshape(-1), positions).reshape(*tokens.shape, -1)
 
 
 def load_head(
     checkpoint: Checkpoint, spec: ModelSpec, *, dtype: torch.dtype, device: str = "cpu", parity: bool = False
 ) -> tuple[Norm, Head]:
     """The final norm and the head alone, whole: ``logits = head(norm(x))``. Raises InputError as ``load_decoder`` does."""
-    loader = _whole_loader(checkpoint, spec, dtype, device, parity)
-    return loader.norm(spec.architecture.final_norm, "hidden"), loader.head(None)
+    source = _whole_source(checkpoint, spec)
+    head = source.embedding() if spec.tied else source.head()[1].values()
+    with _reader(source, (*source.final_norm(), *head), device) as reader:
+        loader = _Loader(source, reader, dtype, device, Solo(), parity)
+        return loader.norm(spec.architecture.final_norm, "hidden"), loader.head(None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.arch.table import spec_for
 from quantkit.model.attention import spans
 from quantkit.model.decoder import Batch, Decoder
-from quantkit.ops.dtypes import DTYPE_NAMES
+from quantkit.ops.dtypes import DTYPE_NAMES, as_bytes
 from quantkit.plan import ParallelPlan, make_plan
 from quantkit.quant_config import assignment_from_config
 
@@ -160,13 +160,10 @@ class MemoryCheckpoint:
     def dtype(self, name: str) -> str:
         return DTYPE_NAMES[self.values[name].dtype]
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None, view: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
-        whole = self.values[name] if view is None else self.values[name].reshape(view)
-        value = whole if index is None else whole[index]
+    def fill(self, out: np.ndarray[Any, Any], name: str, index: tuple[slice, ...], view: tuple[int, ...] | None = None) -> None:
+        value = (self.values[name] if view is None else self.values[name].reshape(view))[index]
         self.reads.append((name, value.numel()))
-        if value.dtype == torch.bfloat16:
-            return value.contiguous().view(torch.int16).numpy().view(np.uint16)
-        return value.contiguous().numpy()
+        out[...] = np.frombuffer(as_bytes(value), out.dtype).reshape(out.shape)
 
 
 def random_twin(config: Mapping[str, Any], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Any, MemoryCheckpoint]:
