@@ -7,7 +7,7 @@ torch.compile take them. One stream of a device may multiply at a time: the prod
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from quantkit.errors import MachineError
 from quantkit.ops import kernel_select
+from quantkit.ops.cuda_call import call
 from quantkit.ops.cuda_library import HINT, find_library, load_library
 from quantkit.ops.tiles import GROUPS, Format, Tiles, dequantize
 
@@ -67,14 +68,6 @@ def _function(name: str) -> Any:
     return found
 
 
-def _call(name: str, device: torch.device, *arguments: Any) -> int:
-    """A function of the library on the current stream of ``device``: 0, UNSUPPORTED, or CUDA's error."""
-    with torch.cuda.device(device):
-        # torch.cuda.current_stream makes an object, 5 µs on each call.
-        found: int = _function(name)(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
-    return found
-
-
 def available(device: str | torch.device, dtype: torch.dtype) -> bool:
     """Whether linears on tiles run on ``device`` in ``dtype``: a GPU of compute capability 8.0 or later, and kernels that are built.
 
@@ -106,7 +99,13 @@ def _tiles(data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Ten
 
 def _weight(data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Tensor | None, offset: float, numbers: list[int]) -> Weight:
     side = (None if part is None else part.data_ptr() for part in (table, code, absmax2))
-    return Weight(data.data_ptr(), *side, offset, *numbers)
+    return _described(data.data_ptr(), *side, offset, *numbers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _described(*fields: float | None) -> Weight:
+    """The same numbers are the same weight: a struct is filled once for each linear, not at each call."""
+    return Weight(*fields)
 
 
 def _checked(name: str, code: int, device: torch.device) -> None:
@@ -129,7 +128,7 @@ def _dequantize_cpu(data: Tensor, table: Part, code: Part, absmax2: Part, offset
 def _dequantize_cuda(data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], dtype: torch.dtype) -> Tensor:
     out = torch.empty(facts[3], facts[4], dtype=dtype, device=data.device)
     weight = _weight(data, table, code, absmax2, offset, facts)
-    _checked("quantkit_dequantize", _call("quantkit_dequantize", data.device, weight, out.data_ptr(), TYPES[dtype]), data.device)
+    _checked("quantkit_dequantize", call(_function("quantkit_dequantize"), data.device, weight, out.data_ptr(), TYPES[dtype]), data.device)
     return out
 
 
@@ -153,12 +152,12 @@ def _matmul_cuda(
     if choice.kernel != kernel_select.DENSE:
         weight, scratch = _weight(data, table, code, absmax2, offset, facts), workspace(x.device)
         given = (
-            *("quantkit_matmul", x.device, weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype]),
+            *(_function("quantkit_matmul"), x.device, weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype]),
             *(None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel()),
         )
-        found = _call(*given, Config(*choice))
+        found = call(*given, Config(*choice))
         if found == UNSUPPORTED and choice.kernel != kernel_select.RULE:  # a table of other groups or another dtype
-            found = _call(*given, None)
+            found = call(*given, None)
     if found == UNSUPPORTED:
         return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offset, facts, x.dtype), bias)
     _checked("quantkit_matmul", found, x.device)
@@ -193,7 +192,7 @@ class TiledLinear:
 
     def __init__(self, tiles: Tiles, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         assert dtype in TYPES, dtype
-        self.bias, self._tiles, self._dtype = bias, tiles, dtype
+        self.bias, self.tiles, self.dtype = bias, tiles, dtype
         self._arguments = (tiles.data, tiles.table, tiles.code, tiles.absmax2, tiles.offset, facts(tiles))
         if tiles.data.is_cuda:
             workspace(tiles.data.device)
@@ -203,17 +202,17 @@ class TiledLinear:
     @property
     def nbytes(self) -> int:
         """Bytes held: tiles, their side tables, and the bias."""
-        return self._tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def weight(self) -> Tensor:
         """The dense weight ``[N, K]``, in the order of the inputs."""
-        dense: Tensor = torch.ops.quantkit.tiles_dequantize(*self._arguments, self._dtype)
-        return dense if self._tiles.perm is None else dense[:, self._tiles.perm.argsort()]
+        dense: Tensor = torch.ops.quantkit.tiles_dequantize(*self._arguments, self.dtype)
+        return dense if self.tiles.perm is None else dense[:, self.tiles.perm.argsort()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [T, K]`` of the linear's dtype -> ``[T, N]``."""
-        assert x.dtype == self._dtype, x.dtype
-        if self._tiles.perm is not None:
-            x = x.index_select(1, self._tiles.perm)
+        assert x.dtype == self.dtype, x.dtype
+        if self.tiles.perm is not None:
+            x = x.index_select(1, self.tiles.perm)
         y: Tensor = torch.ops.quantkit.tiles_matmul(x, *self._arguments, None, [])
         return y

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.errors import MachineError
+from quantkit.ops.cuda_call import call
 from quantkit.ops.cuda_library import find_library, load_library
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -65,9 +66,7 @@ def _launch(name: str, device: torch.device, *arguments: Any) -> None:
         raise MachineError(
             "CUDA kernels", f"lack quantkit_{name}", "a library of this version of quantkit", "quantkit doctor --build-kernels"
         )
-    with torch.cuda.device(device):
-        code = functions[name](*arguments, torch._C._cuda_getCurrentRawStream(device.index))  # current_stream() makes an object, 5 µs
-    if code:
+    if code := call(functions[name], device, *arguments):
         raise MachineError(f"quantkit_{name} on {device}", f"the kernel did not start (error {code})", "a GPU that it was built for")
 
 
