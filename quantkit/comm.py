@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit.errors import InputError, MachineError, RuntimeDied
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined, unused-ignore]
 
 T = TypeVar("T")
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -228,7 +228,7 @@ class ProcessComm:
         self._dist = dist
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
         with self._watched("start"):
-            meeting = dist.FileStore(str(store), size) if isinstance(store, Path) else store
+            meeting = dist.FileStore(str(store), size) if isinstance(store, Path) else store  # type: ignore[attr-defined, unused-ignore]
             meeting.set_timeout(timedelta(seconds=timeout))
             dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
 
@@ -318,7 +318,7 @@ def serve_store(host: str, size: int, timeout: float) -> tuple[Store, int]:
 
     Raises RuntimeDied where it cannot listen.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-ignore]
 
     with _store_failures(host), socket.create_server((host, 0), family=_family(host)) as listener:
         port = int(listener.getsockname()[1])
@@ -330,7 +330,7 @@ def serve_store(host: str, size: int, timeout: float) -> tuple[Store, int]:
 
 def join_store(host: str, port: int, size: int, timeout: float) -> Store:
     """The store that another rank serves at ``host`` and ``port``. Raises RuntimeDied when it does not answer in ``timeout`` seconds."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-ignore]
 
     with _store_failures(f"{host}:{port}"):
         return TCPStore(host, port, size, False, timedelta(seconds=timeout), wait_for_workers=False)

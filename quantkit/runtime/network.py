@@ -1,0 +1,28 @@
+"""Which of this host's network interfaces an address belongs to. Linux's ioctls, no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+
+
+def interface_of(address: str) -> str | None:
+    """The interface whose IPv4 network ``address`` is in; None where there is none, or the address is of version 6."""
+    try:
+        wanted = ipaddress.IPv4Address(address)
+    except ValueError:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                own, mask = (socket.inet_ntoa(fcntl.ioctl(sock, code, request)[20:24]) for code in (_SIOCGIFADDR, _SIOCGIFNETMASK))
+            except OSError:  # one without an address
+                continue
+            if wanted in ipaddress.ip_network(f"{own}/{mask}", strict=False):
+                return name
+    return None
