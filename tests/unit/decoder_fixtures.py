@@ -160,6 +160,14 @@ class MemoryCheckpoint:
     def dtype(self, name: str) -> str:
         return DTYPE_NAMES[self.values[name].dtype]
 
+    def read(self, name: str, index: tuple[slice, ...] | None = None, view: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
+        whole = self.values[name] if view is None else self.values[name].reshape(view)
+        value = whole if index is None else whole[index]
+        self.reads.append((name, value.numel()))
+        if value.dtype == torch.bfloat16:
+            return value.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return value.contiguous().numpy()
+
     def fill(self, out: np.ndarray[Any, Any], name: str, index: tuple[slice, ...], view: tuple[int, ...] | None = None) -> None:
         value = (self.values[name] if view is None else self.values[name].reshape(view))[index]
         self.reads.append((name, value.numel()))

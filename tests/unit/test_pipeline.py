@@ -169,17 +169,17 @@ def test_two_runs_write_the_same_bytes_in_one_file_or_many(tmp_path: Path, small
 
 def test_one_block_is_read_at_a_time(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, quick: Path) -> None:
     seen: list[str] = []
-    read, commit = Checkpoint.read, ArtifactWriter.commit
+    fill, commit = Checkpoint.fill, ArtifactWriter.commit
 
-    def reading(self: Checkpoint, name: str, index: Any = None, view: Any = None) -> Any:
+    def filling(self: Checkpoint, out: Any, name: str, index: Any, view: Any = None) -> None:
         seen.append(name.split(".")[2] if ".layers." in name else "outer")
-        return read(self, name, index, view)
+        fill(self, out, name, index, view)
 
     def committing(self: ArtifactWriter, unit: str, *args: Any, **kwargs: Any) -> None:
         commit(self, unit, *args, **kwargs)
         seen.append(f"committed {unit}")
 
-    monkeypatch.setattr(Checkpoint, "read", reading)
+    monkeypatch.setattr(Checkpoint, "fill", filling)
     monkeypatch.setattr(ArtifactWriter, "commit", committing)
     run(tmp_path / "out", path=str(small), recipe=quick)
     order = [item for place, item in enumerate(seen) if place == 0 or seen[place - 1] != item]
