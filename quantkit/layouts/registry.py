@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from quantkit.comm import Comm
 from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
 from quantkit.layouts.awq import AwqCodec, AwqGemvCodec
@@ -20,7 +21,7 @@ from quantkit.layouts.plain import DenseLinear, PlainCodec, TransposedCodec
 from quantkit.layouts.scaled import FP8, FP8_BLOCKS, INT8, LlmInt8Codec
 from quantkit.layouts.tiled import tiles_of
 from quantkit.ops.cuda_tiles import TiledLinear, available
-from quantkit.ops.eightbit import llm_int8_linear, rounded_linear
+from quantkit.ops.eightbit import Most, llm_int8_linear, rounded_linear
 from quantkit.ops.ggml.decode import FOUR_BITS, decode, four_bits
 from quantkit.ops.ggml.linear import BLOCK_DTYPES, BlockCpuLinear
 from quantkit.ops.grouped import Int4CpuLinear, int4_cpu_supports
@@ -77,11 +78,41 @@ class EightBitLinear(UnpackingLinear):
     """A linear whose input is quantized to 8 bits too, token by token, when it runs; in float32 (float64 in a float64 model)."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.rounded(x, lambda absmax: absmax)
+
+    def rounded(self, x: Tensor, most: Most) -> Tensor:
+        """The product where ``x`` holds a part of each token, whose largest magnitude ``most`` tells."""
         kind = self._geometry.scheme.activations
         if kind == "int8_outlier":
-            return llm_int8_linear(x, self._parts["weight"], self._parts["SCB"])
+            return llm_int8_linear(x, self._parts["weight"], self._parts["SCB"], most=most)
         work = torch.promote_types(x.dtype, torch.float32)
-        return rounded_linear(x, codec(self._geometry.layout).dequant(self._parts, self._geometry, work), kind)
+        return rounded_linear(x, codec(self._geometry.layout).dequant(self._parts, self._geometry, work), kind, most)
+
+
+class SharedRounding:
+    """A linear that rounds its input and is cut along it: all ranks round a token to the grid of the whole token, as one rank would.
+
+    ``op`` of a rank that owns nothing is dense zeros; it is asked all the same, as the largest magnitude is agreed on by all.
+    """
+
+    def __init__(self, op: LinearOp, comm: Comm) -> None:
+        self._op, self._comm, self.bias = op, comm, op.bias
+
+    @property
+    def nbytes(self) -> int:
+        return self._op.nbytes
+
+    def weight(self) -> Tensor:
+        return self._op.weight()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self._op, EightBitLinear):
+            return self._op.rounded(x, self._most)
+        self._most(x.new_zeros(x.shape[0], 1, dtype=torch.promote_types(x.dtype, torch.float32)))
+        return self._op(x)
+
+    def _most(self, absmax: Tensor) -> Tensor:
+        return self._comm.all_gather(absmax, (1,) * self._comm.size).amax(1, keepdim=True)
 
 
 def load_linear(

@@ -21,7 +21,7 @@ from quantkit.errors import InputError
 from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry, plain
 from quantkit.layouts.base import LinearOp
 from quantkit.layouts.plain import DenseLinear
-from quantkit.layouts.registry import load_linear
+from quantkit.layouts.registry import SharedRounding, load_linear
 from quantkit.layouts.table import PackedTable
 from quantkit.model.attention import Attention, kv_index
 from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
@@ -32,6 +32,7 @@ from quantkit.plan import (
     EMBEDDING,
     GATHER,
     HEAD,
+    ROW,
     ParallelPlan,
     embedding_geometry,
     linear_geometry,
@@ -213,9 +214,12 @@ class _Loader:
         return RmsNorm(parts["weight"], spec.eps, spec.architecture.norm_offset)
 
     def linear(self, path: str, role: str) -> ParallelLinear:
-        op, plan = self._op(*self.source.linear(path, role)), self.source.plan
+        geometry, parts = self.source.linear(path, role)
+        op, plan = self._op(geometry, parts), self.source.plan
         if plan is None:
             return ParallelLinear(op, COLUMN, self.comm)
+        if plan.modes[role] == ROW and plan.tp > 1 and geometry.scheme.activations and not self.parity:
+            op = SharedRounding(op, self.comm)
         if plan.modes[role] != GATHER:
             return ParallelLinear(op, plan.modes[role], self.comm)
         out, inp = plan.roles[role]

@@ -7,6 +7,7 @@ LLM.int8 (Dettmers et al. 2022) scales by ``SCB / 127``; the others keep a scale
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ LLM_INT8_UNIT = 6.200012e-05
 LLM_INT8_UNIT_CPU = 6.200124e-05
 """1/127^2 as bitsandbytes writes it in its CUDA kernels and in its CPU code, where it is 2e-5 too large. A model needs the same: the
 next linear rounds what this one made, and values that lie between two steps then fall to different sides."""
+
+Most = Callable[[Tensor], Tensor]
+"""The largest magnitudes ``[T, 1]`` of whole tokens, from those of the part of each that is here, float32 (float64 for float64)."""
+
+
+def _own(absmax: Tensor) -> Tensor:
+    """Whole tokens are here."""
+    return absmax
 
 
 def llm_int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +58,7 @@ def llm_int8_dequantize(values: Tensor, scb: Tensor, dtype: torch.dtype) -> Tens
     return (values * scb.float().unsqueeze(1)).mul_(1 / 127).to(dtype)
 
 
-def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6.0) -> Tensor:
+def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6.0, most: Most = _own) -> Tensor:
     """``x [T, K]`` -> ``[T, N]`` in the dtype of x; the caller adds ``bias``.
 
     Columns of x with a float16 magnitude of at least ``threshold`` in any of these tokens are multiplied by the dequantized weight
@@ -59,7 +68,7 @@ def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6
     half = x.to(torch.float16)
     outliers = half.abs() >= threshold if threshold > 0 else torch.zeros_like(half, dtype=torch.bool)
     half = half.masked_fill(outliers, 0)
-    absmax = half.abs().amax(1, keepdim=True).float()  # [T, 1]
+    absmax = most(half.abs().amax(1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))).float()  # [T, 1]
     columns = outliers.any(0).nonzero().view(-1)
     rounded = _to_steps(half, absmax).index_fill_(1, columns, 0)
     unit = LLM_INT8_UNIT_CPU if x.device.type == "cpu" else LLM_INT8_UNIT
@@ -119,21 +128,21 @@ def dequantize_scaled(values: Tensor, scales: Tensor, block: int | None, dtype: 
     return values.float().mul_(scales.float()).to(dtype)
 
 
-def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens_int8(x: Tensor, most: Most = _own) -> tuple[Tensor, Tensor]:
     """int8 ``[T, K]`` and scales ``[T, 1]``, float32 (float64 for float64), of ``x [T, K]``: ``absmax / 127.5``, as for weights."""
     work = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = _token_scales(work, INT8_STEPS)
+    scales = _token_scales(work, INT8_STEPS, most)
     return _to_int8(work, scales), scales
 
 
-def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens_fp8(x: Tensor, most: Most = _own) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn ``[T, K]`` and scales ``[T, 1]``, float32 (float64 for float64), of ``x [T, K]``: ``absmax / 448``."""
     work = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = _token_scales(work, FP8_MAX)
+    scales = _token_scales(work, FP8_MAX, most)
     return _to_fp8(work, scales), scales
 
 
-def rounded_linear(x: Tensor, weight: Tensor, activations: str) -> Tensor:
+def rounded_linear(x: Tensor, weight: Tensor, activations: str, most: Most = _own) -> Tensor:
     """What a linear computes that rounds its input as it runs: ``x [T, K]`` times ``weight [N, K]`` -> ``[T, N]`` in the dtype of x.
 
     ``activations``: "int8_token" or "fp8_token", the grid that each token is rounded to. ``weight`` is dequantized, in float32 (float64
@@ -143,9 +152,9 @@ def rounded_linear(x: Tensor, weight: Tensor, activations: str) -> Tensor:
     """
     match activations:
         case "int8_token":
-            values, scales = quantize_tokens_int8(x)
+            values, scales = quantize_tokens_int8(x, most)
         case "fp8_token":
-            values, scales = quantize_tokens_fp8(x)
+            values, scales = quantize_tokens_fp8(x, most)
         case _:
             raise AssertionError(activations)
     assert weight.dtype == scales.dtype
@@ -180,9 +189,9 @@ def _scales(absmax: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
     return torch.where(absmax == 0, torch.finfo(dtype).eps, scales)
 
 
-def _token_scales(x: Tensor, steps: float) -> Tensor:
+def _token_scales(x: Tensor, steps: float, most: Most) -> Tensor:
     """``absmax / steps`` per row of ``x [T, K]``, float32 or float64: ``[T, 1]``. Tokens too small to divide by get epsilon."""
-    scales = x.abs().amax(1, keepdim=True) / steps
+    scales = most(x.abs().amax(1, keepdim=True)) / steps
     return torch.where(scales < torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).eps, scales)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from quantkit.arch.table import spec_for
 from quantkit.geometry import FLOAT_LAYOUTS, Geometry, geometry_of
-from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled
+from quantkit.layouts.base import Codebook, GroupedInt, Neutral, Scaled, SuperBlock
 from quantkit.layouts.registry import codec
 from quantkit.ops.dtypes import TORCH_DTYPES
+from quantkit.ops.ggml.encode import encode
 from quantkit.quant_config import quantization_config
 from quantkit.scheme import KEEP, LinearScheme
 from quantkit.verify import expected_tensors
@@ -54,6 +56,9 @@ def random_result(scheme: LinearScheme, n: int, k: int, generator: torch.Generat
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
+    if scheme.layout == "ggml":
+        values = torch.randn(n, k, generator=generator) * k**-0.5
+        return SuperBlock(torch.from_numpy(encode(values.numpy(), scheme.code)), scheme.code)
     if scheme.layout == "bnb4":
         blocks = -(-n * k // scheme.group_size)
         return Codebook(
@@ -63,7 +68,9 @@ def random_result(scheme: LinearScheme, n: int, k: int, generator: torch.Generat
         shape = {"fp8_block": (-(-n // 128), -(-k // 128))}.get(scheme.layout, (n, 1) if scheme.group_size else (1,))
         floats = scheme.layout.startswith("fp8")
         values = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn) if floats else integers(-127, 128, n, k).to(torch.int8)
-        return Scaled(values, torch.rand(shape, generator=generator) / 100, divisor=127 if scheme.layout == "bnb8" else 1)
+        spread = 1.0 if floats else 73 / 127 if scheme.layout == "bnb8" else 73  # of the values; of what they stand for it is 0.05
+        scales = (torch.rand(shape, generator=generator) + 0.5) * 0.05 / spread
+        return Scaled(values, scales, divisor=127 if scheme.layout == "bnb8" else 1)
     groups = 1 if scheme.group_size == -1 else k // scheme.group_size
     zeros = torch.full((n, groups), 2 ** (scheme.bits - 1)) if scheme.sym else integers(least_zero, 2**scheme.bits, n, groups)
     scales = ((torch.rand(n, groups, generator=generator) + 0.5) / 100).to(TORCH_DTYPES[scheme.scale_dtype])
@@ -90,8 +97,9 @@ def artifact(
     }
     if spec.tied:
         tensors.pop(f"{spec.architecture.head}.weight", None)
-    shapes = {path: spec.stored_shape(roles[0]) for layer in range(spec.layers) for path, roles in spec.block_modules(layer).items()}
-    assignment = {path: (others or {}).get(path, scheme) for path in shapes}
+    modules = {path: roles[0] for layer in range(spec.layers) for path, roles in spec.block_modules(layer).items()}
+    shapes = {path: spec.stored_shape(role) for path, role in modules.items()}
+    assignment = {path: (others or {}).get(path, scheme if spec.linears[role].quantize else KEEP) for path, role in modules.items()}
     weights = {}
     for path, (n, k) in shapes.items():
         if assignment[path].layout in FLOAT_LAYOUTS:
@@ -105,7 +113,13 @@ def artifact(
             value = parts[part.suffix]
             tensors[f"{path}.{part.suffix}"] = value if part.free else value.reshape(geometry.stored_shape(part))
     head = spec.architecture.head
-    written = dict(config) | {"quantization_config": quantization_config(assignment if spec.tied else {**assignment, head: KEEP}, head)}
+    written = dict(config)
+    if weights:
+        # No writer of ours makes the gemv layout: it is AWQ by another version.
+        named = {path: replace(each, layout=each.layout.removesuffix("_gemv")) for path, each in assignment.items()}
+        written["quantization_config"] = quantization_config(named if spec.tied else {**named, head: KEEP}, head)
+    if scheme.layout == "awq_gemv":
+        written["quantization_config"]["version"] = "gemv"
     root.mkdir()
     (root / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, root / "model.safetensors", metadata={"format": "pt"})
