@@ -15,7 +15,7 @@ from typing import Any
 
 from quantkit.arch.spec import FFN_DIMS, Dim, ModelSpec, padded_size
 from quantkit.errors import InputError
-from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, ZERO_ROWS, Geometry, geometry_of, plain
+from quantkit.geometry import DTYPE_BYTES, FLOAT_LAYOUTS, ZERO_ROWS, Geometry, geometry_of, ggml_scheme, plain
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
 VOCAB_GRANULE = 64
@@ -27,6 +27,8 @@ WIDE = 1 << 15
 """A width that any group, word and block divides."""
 COLUMN, ROW, GATHER, COPY = "column", "row", "gather", "copy"
 EMBEDDING, HEAD = "embedding", "head"
+LM_HEADS: Mapping[str, str | None] = MappingProxyType({"auto": None, "q8_0": "Q8_0"})
+"""How the head is held by a runtime: as it is stored, or as blocks of a type that it is encoded to when it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,27 @@ def head_geometry(spec: ModelSpec, assignment: Assignment, *, dtype: str) -> Geo
     return linear_geometry(name, rows, hidden, assignment[name], dtype=dtype, bias=False)
 
 
+def encoded_head(spec: ModelSpec, assignment: Assignment, lm_head: str) -> Geometry | None:
+    """The blocks, rows of the padding among them, that a head in floats is encoded to where ``lm_head`` says so; None: it stays as it is.
+
+    Of a tied model that is a second matrix: tokens are looked up in the embedding as before. Raises InputError for a name that is none of
+    LM_HEADS, a head that is quantized already, and a width that blocks do not divide.
+    """
+    if lm_head not in LM_HEADS:
+        raise InputError("--lm-head", f"is {lm_head!r}", f"one of {', '.join(LM_HEADS)}")
+    kind = LM_HEADS[lm_head]
+    if kind is None:
+        return None
+    name = spec.architecture.embedding if spec.tied else spec.architecture.head
+    scheme, blocks = assignment.get(name, KEEP), ggml_scheme(kind)
+    if scheme.layout not in FLOAT_LAYOUTS:
+        raise InputError("--lm-head", f"is {lm_head}, and {name} is quantized already", "a head in floats", "leave --lm-head out")
+    rows, hidden = _plan_dims(spec)["vocab"].size, spec.dims["hidden"].elements
+    if hidden % blocks.group_size:
+        raise InputError("--lm-head", f"is {lm_head}, and {name} is {hidden} wide", f"a multiple of {blocks.group_size}")
+    return geometry_of(blocks, rows, hidden, dtype="F32")
+
+
 def _distinct(spec: ModelSpec, assignment: Assignment, dtype: str) -> dict[tuple[str, Geometry], tuple[str, Geometry]]:
     """Each different (role, geometry) once, with the path of the first linear that has it; the head under "head", a quantized embedding
     under "embedding"."""
@@ -412,8 +435,13 @@ class RankMemory:
         return self.linears + self.vocabulary + self.norms
 
 
-def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, dtype: str, kv_dtype: str) -> tuple[RankMemory, ...]:
-    """Bytes per rank by geometry, with kept tensors in ``dtype`` and the KV cache in ``kv_dtype`` (safetensors names)."""
+def rank_memory(
+    spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, dtype: str, kv_dtype: str, lm_head: str = "auto"
+) -> tuple[RankMemory, ...]:
+    """Bytes per rank by geometry, with kept tensors in ``dtype`` and the KV cache in ``kv_dtype`` (safetensors names).
+
+    ``lm_head``: a key of LM_HEADS. Raises InputError as ``encoded_head``.
+    """
     widths = {"hidden": spec.dims["hidden"].elements, "head": spec.head_dim}
     norm_elements = spec.layers * sum(widths[norm.width] for norm in spec.norms.values()) + widths["hidden"]
     rows, hidden = plan.dims["vocab"].size, range(widths["hidden"])
@@ -421,7 +449,10 @@ def rank_memory(spec: ModelSpec, assignment: Assignment, plan: ParallelPlan, *, 
     tables = [] if packed is not None else [plain(rows, len(hidden), dtype=dtype)]
     if packed is not None and spec.tied:  # the head multiplies by it, pad rows and all
         tables, packed = [replace_rows(packed, rows)], None
-    if not spec.tied:
+    encoded = encoded_head(spec, assignment, lm_head)
+    if encoded is not None:
+        tables.append(encoded)
+    elif not spec.tied:
         tables.append(head_geometry(spec, assignment, dtype=dtype))
     counts: dict[tuple[str, Geometry], int] = {}
     for role, _, geometry in block_geometries(spec, assignment, dtype=dtype):

@@ -18,6 +18,7 @@ from quantkit.geometry import DTYPE_BYTES, FLOATS
 from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
     KV_BLOCK,
+    LM_HEADS,
     PASS_SEQUENCES,
     PASS_TOKENS,
     Obstacle,
@@ -49,6 +50,7 @@ class PlanOptions:
     """Options of ``quantkit plan``. ``path`` may also be a ``config.json`` or a directory with nothing else in it.
 
     With ``method`` the linears are planned as if quantized that way. ``gpu_memory`` is per rank: ``24GiB``, ``24GB`` or bytes.
+    ``lm_head``: what the runtime is to make of the head.
     """
 
     path: str
@@ -58,6 +60,7 @@ class PlanOptions:
     group_size: int | None = None
     gpu_memory: str | None = None
     max_model_len: int | None = None
+    lm_head: str = "auto"
 
 
 def parse_bytes(text: str, where: str) -> int:
@@ -275,9 +278,10 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     model = _read(options)
     assignment = _as_quantized(model, options)
     plan = make_plan(model.spec, assignment, options.tp, dtype=model.dtype)
-    memory = rank_memory(model.spec, assignment, plan, dtype=model.dtype, kv_dtype=model.dtype)
+    memory = rank_memory(model.spec, assignment, plan, dtype=model.dtype, kv_dtype=model.dtype, lm_head=options.lm_head)
     obstacles = equal_split_obstacles(model.spec, assignment, options.tp, dtype=model.dtype)
     progress("plan", 1, 1)
+    head = (("head", f"encoded to {options.lm_head} when it is loaded"),) if LM_HEADS[options.lm_head] else ()
     length = options.max_model_len or model.spec.max_positions
     one = pass_bytes(model.spec, options.tp, tokens=PASS_TOKENS, sequences=PASS_SEQUENCES, itemsize=DTYPE_BYTES[model.dtype])
     fit = None if limit is None else _fit(memory, limit, length, one)
@@ -290,6 +294,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
         "assignment": assignment_to_json(assignment),
         "dtype": model.dtype,
         "ranks": [{**asdict(m), "weights": m.weights} for m in memory],
+        "lm_head": options.lm_head,
         "max_model_len": length,
         "gpu_memory": limit,
         "kv_tokens_that_fit": None if fit is None else fit.tokens,
@@ -307,7 +312,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     return Report(
         command="plan",
         data=data,
-        facts=_facts(model, assignment, plan, fit),
+        facts=(*_facts(model, assignment, plan, fit), *head),
         tables=tables,
         next_steps=_next_steps(options, model),
         failed=failed,
