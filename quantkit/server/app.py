@@ -71,24 +71,26 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One engine request."""
+    """One engine request. ``silent``: nothing that is made is told, as of ``max_tokens`` 0."""
 
     prompt: Sequence[int]
     params: SamplingParams
+    silent: bool = False
 
 
 class Generation:
     """The engine requests behind one HTTP request, and what comes out of them, in the order in which it comes."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job]) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], cache_salt: str) -> None:
         """Submit all of ``jobs`` or, when one is refused, none. Raises as ``Engine.submit``. Runs in the event loop."""
         self._engine = engine
+        self._silent = frozenset(index for index, job in enumerate(jobs) if job.silent)
         self._events: asyncio.Queue[tuple[int, Delta | QuantkitError]] = asyncio.Queue()
         self._running: dict[int, int] = {}
         loop = asyncio.get_running_loop()
         try:
             for index, job in enumerate(jobs):
-                self._running[index] = engine.submit(job.prompt, job.params, self._deliver(loop, index))
+                self._running[index] = engine.submit(job.prompt, job.params, self._deliver(loop, index), cache_salt=cache_salt)
         except QuantkitError:
             self.cancel()
             raise
@@ -109,7 +111,7 @@ class Generation:
                 raise event
             if event.finish_reason is not None:
                 del self._running[index]
-            yield index, event
+            yield index, Delta("", (), (), "length", event.prompt_logprobs) if index in self._silent else event
 
     def cancel(self) -> None:
         """Free what still runs; a second call does nothing."""
@@ -288,7 +290,7 @@ class _Endpoints:
         for prompt in prompts:
             for number in range(asked.n):
                 choices.append(Choice(len(choices), prompt.ids, prompt.echo))
-                jobs.append(Job(prompt.ids, sampling(asked, prompt.limit, number)))
+                jobs.append(Job(prompt.ids, sampling(asked, prompt.limit, number), silent=prompt.limit == 0))
         if len(jobs) > self._engine.capacity:  # waiting would not help
             what = f"asks for {len(jobs)} completions, this server takes at most {self._engine.capacity} at once"
             raise invalid("n" if asked.n > 1 else "prompt", what)
@@ -297,7 +299,7 @@ class _Endpoints:
             dialect=dialect,
             model=self._name,
             choices=tuple(choices),
-            generation=Generation(self._engine, jobs),
+            generation=Generation(self._engine, jobs, asked.cache_salt or ""),
             prompt_tokens=prompt_tokens,
             scored=scored,
             echo_scores=echo_logprobs(asked),

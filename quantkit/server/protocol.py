@@ -29,6 +29,8 @@ TOKEN_DIGITS = 10
 MAX_STOP_TOKENS = 64
 MAX_BIASED = 1024
 """Tokens that one request may bias."""
+MAX_SALT = 256
+"""Characters of ``cache_salt``."""
 
 
 class ApiError(Exception):
@@ -168,6 +170,8 @@ class _Request(_Strict):
     """Extension: go on to max_tokens."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Extension: log-probabilities of the prompt's tokens, as vLLM tells them; not in a stream."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
+    """Extension: share computed beginnings with requests of the same salt alone, so that no other client can tell them by the time."""
 
     @property
     def include_usage(self) -> bool:
@@ -178,6 +182,8 @@ class CompletionRequest(_Request):
     """``/v1/completions``."""
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 makes nothing: it asks for the prompt's log-probabilities."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
     best_of: int | None = None
@@ -282,6 +288,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _parse(body, CompletionRequest)
     if request.best_of not in (None, request.n):
         raise invalid("best_of", f"is {request.best_of}, only n ({request.n}) is served", "unsupported_parameter")
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise invalid("max_tokens", "is 0, which goes with echo: true or prompt_logprobs")
     if len(request.prompt) * request.n > MAX_CHOICES:
         raise invalid("prompt", f"{len(request.prompt)} prompts times n={request.n} is more than {MAX_CHOICES}")
     return request
@@ -314,7 +322,7 @@ def check_length(text: str, context: int, param: str) -> None:
 
 
 def token_limit(request: CompletionRequest | ChatRequest, prompt: int, context: int) -> int:
-    """How many tokens may follow a prompt of ``prompt`` tokens in a context of ``context``.
+    """How many tokens may follow a prompt of ``prompt`` tokens in a context of ``context``; 0 when none are asked for.
 
     Raises ApiError (400) when the prompt fills it, or leaves less room than the request asks for.
     """
@@ -351,11 +359,14 @@ def echo_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
 
 
 def sampling(request: CompletionRequest | ChatRequest, max_tokens: int, choice: int) -> SamplingParams:
-    """How choice ``choice`` (0-based) of a prompt is sampled: a seed counts up with it, so that ``n`` choices differ and repeat."""
+    """How choice ``choice`` (0-based) of a prompt is sampled: a seed counts up with it, so that ``n`` choices differ and repeat.
+
+    ``max_tokens`` 0: one token, which is not told: a prompt's log-probabilities come with the first.
+    """
     logprobs = request.logprobs if isinstance(request, CompletionRequest) else (request.top_logprobs or 0) if request.logprobs else None
     of_prompt = [count for count in (request.prompt_logprobs, echo_logprobs(request)) if count is not None]
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, 1),
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,

@@ -49,18 +49,20 @@ class ScriptedEngine:
     failure: Any = None
     on_delta: dict[int, Callable[[Any], None]] = field(default_factory=dict)
     submitted: list[tuple[list[int], Any]] = field(default_factory=list)
+    salts: list[str] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
 
     @property
     def spec(self) -> SimpleNamespace:
         return SimpleNamespace(dims={"vocab": SimpleNamespace(elements=1024)})
 
-    def submit(self, prompt: list[int], params: Any, on_delta: Callable[[Any], None]) -> int:
+    def submit(self, prompt: list[int], params: Any, on_delta: Callable[[Any], None], *, cache_salt: str = "") -> int:
         if self.failure is not None:
             raise self.failure
         if len(self.submitted) >= self.room:
             raise QueueFull("engine", "the queue is full", f"at most {self.room} requests")
         self.submitted.append((list(prompt), params))
+        self.salts.append(cache_salt)
         number = len(self.submitted)
         self.on_delta[number] = on_delta
         return number

@@ -181,6 +181,52 @@ def test_prompt_logprobs_as_vllm_tells_them(client: openai.OpenAI, engine: Engin
     assert answer.usage is not None and len(answer.model_extra["prompt_logprobs"]) == answer.usage.prompt_tokens
 
 
+def test_a_prompt_is_scored_without_an_answer(client: openai.OpenAI, engine: Engine) -> None:
+    """``max_tokens`` 0 with ``echo``, as lm-eval asks: what the same prompt's echo has with an answer, and no more."""
+    more: dict[str, Any] = {"model": NAME, "temperature": 0, "echo": True, "logprobs": 2}
+    for prompts in ([PROMPT], [PROMPT, "Once upon a time"]):
+        answer = client.completions.create(prompt=prompts, max_tokens=0, **more)
+        longer = client.completions.create(prompt=prompts, max_tokens=3, **more)
+        assert answer.usage is not None and longer.usage is not None and answer.usage.completion_tokens == 0
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens == longer.usage.prompt_tokens
+        for prompt, choice, other in zip(prompts, answer.choices, longer.choices, strict=True):
+            count = len(engine.tokenizer.encode(prompt, special=True))
+            assert (choice.text, choice.finish_reason) == (prompt, "length") and choice.logprobs is not None and other.logprobs is not None
+            for field in ("tokens", "top_logprobs", "text_offset"):
+                assert getattr(choice.logprobs, field) == getattr(other.logprobs, field)[:count]
+            assert choice.logprobs.token_logprobs is not None and choice.logprobs.token_logprobs[0] is None
+            assert other.logprobs.token_logprobs is not None
+            assert choice.logprobs.token_logprobs[1:] == pytest.approx(other.logprobs.token_logprobs[1:count], abs=1e-5)
+    chunks = list(client.completions.create(prompt=PROMPT, max_tokens=0, stream=True, **more))
+    assert [chunk.choices[0].text for chunk in chunks] == [PROMPT, ""]
+    first = chunks[0].choices[0].logprobs
+    assert first is not None and first.tokens == client.completions.create(prompt=PROMPT, max_tokens=0, **more).choices[0].logprobs.tokens  # type: ignore[union-attr]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, "length"] and chunks[1].choices[0].logprobs is None
+    told = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=0, extra_body={"prompt_logprobs": 1})
+    assert told.choices[0].text == "" and told.choices[0].model_extra is not None
+    assert len(told.choices[0].model_extra["prompt_logprobs"]) == len(engine.tokenizer.encode(PROMPT, special=True))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=NAME, prompt=PROMPT, max_tokens=0)
+    assert caught.value.param == "max_tokens"
+
+
+def test_a_salt_hides_what_was_computed(client: openai.OpenAI, engine: Engine, wait_for: Callable[..., None]) -> None:
+    ids = [11, 13] * 20
+
+    def found(salt: str | None, chat: bool = False) -> int:
+        body = None if salt is None else {"cache_salt": salt}
+        before = engine.stats().prefix_tokens_found
+        if chat:
+            client.chat.completions.create(messages=HELLO * 4, extra_body=body, **GREEDY)
+        else:
+            client.completions.create(prompt=ids, extra_body=body, **GREEDY)
+        wait_for(lambda: engine.stats().running == 0)
+        return engine.stats().prefix_tokens_found - before
+
+    assert [found(salt) > 0 for salt in (None, None, "a", "a", "b", "a", None)] == [False, True, False, True, False, True, True]
+    assert [found(salt, chat=True) > 0 for salt in ("c", "c", "d")] == [False, True, False]
+
+
 def test_what_shapes_the_text_shapes_it(client: openai.OpenAI, engine: Engine) -> None:
     """Bias, penalties, stop tokens and min_tokens, each by what it must do to a text that is known without it."""
     ids = engine.tokenizer.encode(PROMPT, special=True)

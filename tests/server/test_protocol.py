@@ -158,6 +158,10 @@ def test_other_stops_are_refused(stop: Any) -> None:
         ({"n": MAX_CHOICES + 1}, "n", "invalid_value"),
         ({"n": 1.5}, "n", "invalid_type"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": -1}, "max_tokens", "invalid_value"),
+        ({"cache_salt": ""}, "cache_salt", "invalid_value"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "invalid_value"),
+        ({"cache_salt": 5}, "cache_salt", "invalid_type"),
         ({"max_tokens": "5"}, "max_tokens", "invalid_type"),
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
@@ -211,6 +215,7 @@ def test_a_wrong_field_is_named(call: Any, fields: dict[str, Any], param: str, c
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ({"messages": HELLO}, "messages"),
         ({"max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
     ],
 )
 def test_fields_of_completions_that_are_refused(fields: dict[str, Any], param: str) -> None:
@@ -265,6 +270,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [TOOL]}]}, "messages[0].tool_calls"),
         ({"prompt": "x"}, "prompt"),
         ({"best_of": 1}, "best_of"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ],
 )
 def test_fields_of_chat_that_are_refused(fields: dict[str, Any], param: str) -> None:
@@ -335,6 +341,10 @@ def test_token_limits_say_the_numbers() -> None:
     for call, limit in ((completion, {"max_tokens": 5}), (chat, {"max_completion_tokens": 5}), (completion, {})):
         error = refused(token_limit, request=call(min_tokens=17, **limit), prompt=10, context=100)
         assert error.param == "min_tokens" and "17" in error.message
+    silent = completion(max_tokens=0, echo=True, logprobs=1)
+    assert token_limit(silent, 99, 100) == 0 and sampling(silent, 0, 0) == sampling(completion(echo=True, logprobs=1), 1, 0)
+    assert token_limit(completion(max_tokens=0, prompt_logprobs=0), 1, 100) == 0
+    assert refused(token_limit, request=completion(max_tokens=0, echo=True, min_tokens=1), prompt=1, context=100).param == "min_tokens"
     for request, param in ((completion(), "prompt"), (chat(), "messages")):
         error = refused(token_limit, request=request, prompt=100, context=100)
         assert (error.param, error.code) == (param, "context_length_exceeded")
