@@ -23,8 +23,10 @@ from quantkit.cli.options import (
     ComputeDtype,
     Device,
     Dtype,
+    ExecutorKind,
     Json,
     KvDtype,
+    LmHead,
     MaxBatchedTokens,
     MaxModelLen,
     MemoryShare,
@@ -37,6 +39,7 @@ from quantkit.cli.options import (
     PreTokenizer,
     Quiet,
     Ranks,
+    Replicas,
     Served,
     Target,
     Timeout,
@@ -253,6 +256,7 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")
     ] = None,
+    lm_head: LmHead = "auto",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -267,7 +271,7 @@ def plan(
         for name, value in (("--bits", bits), ("--group-size", group_size)):
             if value is not None and method is None:
                 raise InputError(name, "is given without --method", "--method METHOD, or none of them")
-        return plan.run(plan.PlanOptions(path, tp, method, bits, group_size, gpu_memory, max_model_len), progress)
+        return plan.run(plan.PlanOptions(path, tp, method, bits, group_size, gpu_memory, max_model_len, lm_head), progress)
 
     perform(context, Output(json, quiet, verbose), work)
 
@@ -695,6 +699,8 @@ def serve(
         str | None, typer.Option("--served-model-name", metavar="NAME", help="Name in the API. Default: MODEL's.")
     ] = None,
     tp: Ranks = None,
+    dp: Replicas = 1,
+    executor: ExecutorKind = "local",
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
@@ -702,6 +708,7 @@ def serve(
     max_num_batched_tokens: MaxBatchedTokens = 1024,
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
+    lm_head: LmHead = "auto",
     prefix_caching: PrefixCaching = True,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
     timeout: Timeout = 60.0,
@@ -722,6 +729,8 @@ def serve(
             api_key=api_key,
             served_model_name=served_model_name,
             tp=tp,
+            dp=dp,
+            executor=executor,
             device=device,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -729,6 +738,7 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_dtype=kv_cache_dtype,
+            lm_head=lm_head,
             prefix_caching=prefix_caching,
             max_queue=max_queue,
             timeout=timeout,

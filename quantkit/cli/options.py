@@ -80,6 +80,19 @@ Served = Annotated[
     str, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint, artifact or shard directory, .gguf file or pkg:NAME.")
 ]
 Ranks = Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor-parallel ranks. Default: as sharded, else 1.")]
+Replicas = Annotated[
+    int,
+    typer.Option("--dp", min=1, metavar="N", help="Data-parallel replicas, each of --tp ranks; the limits below are of each."),
+]
+ExecutorKind = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="local|ray",
+        autocompletion=one_of("local", "ray"),
+        help="Where ranks run: on this machine, or on a Ray cluster (RAY_ADDRESS; without it, one that is started here).",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -110,6 +123,15 @@ KvDtype = Annotated[
         metavar="DTYPE",
         autocompletion=one_of("auto", "fp8"),
         help="How keys and values are stored: auto (as computed) or fp8 (a byte each).",
+    ),
+]
+LmHead = Annotated[
+    str,
+    typer.Option(
+        "--lm-head",
+        metavar="KIND",
+        autocompletion=one_of("auto", "q8_0"),
+        help="The output head: auto (as stored) or q8_0 (encoded to 8-bit blocks when it is loaded).",
     ),
 ]
 PrefixCaching = Annotated[

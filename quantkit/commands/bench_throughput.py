@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.commands.bench_requests import TOKENS, Ask, Load, Timed, asks, facts_of, figures, write_figures
-from quantkit.commands.generate import ENGINE, EngineOptions
+from quantkit.commands.bench_requests import TOKENS, Load, Timed, asks, facts_of, figures, whole, write_figures
+from quantkit.commands.generate import ENGINE, EngineOptions, ranks_named
+from quantkit.commands.prompt_file import Line
 from quantkit.errors import InputError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report
@@ -19,7 +20,7 @@ from quantkit.runtime.params import SamplingParams
 if TYPE_CHECKING:
     from quantkit.runtime.llm import LLM
 
-LOAD, WARMUP = Load(), Ask(list(TOKENS[:32]), 2, True)
+LOAD, WARMUP = Load(), whole(list(TOKENS[:32]), 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +39,24 @@ def run(options: BenchThroughputOptions, progress: Progress = silent) -> Report:
     with options.engine.start(options.path, progress) as llm:
         timed(llm, [WARMUP], silent)  # what is built or tuned on first use is not timed
         answers, seconds = timed(llm, wanted, progress)
-        data = {"model": options.path, "tp": llm.engine.tp, "dtype": llm.engine.dtype, "max_num_seqs": options.engine.max_num_seqs}
+        data = {"model": options.path, "tp": llm.engine.tp, "dp": llm.engine.dp, "dtype": llm.engine.dtype}
+        data["max_num_seqs"] = options.engine.max_num_seqs
         data |= figures(answers, seconds)
     write_figures(options.out, data)
     return Report("bench throughput", data, facts=(("model", _named(data)), *facts_of(data)))
 
 
 def _named(data: dict[str, Any]) -> str:
-    return f"{data['model']}, tp {data['tp']}, {data['dtype']}, {data['max_num_seqs']} at once"
+    return f"{data['model']}, {ranks_named(data['tp'], data['dp'])}, {data['dtype']}, {data['max_num_seqs']} at once"
 
 
-def timed(llm: LLM, wanted: Sequence[Ask], progress: Progress) -> tuple[list[Timed], float]:
+def timed(llm: LLM, wanted: Sequence[Line], progress: Progress) -> tuple[list[Timed], float]:
     """Run ``wanted``, as many under way as the engine takes, and say when what came; and the seconds of it all."""
     jobs = []
-    for ask in wanted:
-        params = SamplingParams(ask.output, temperature=0.0, ignore_eos=ask.whole)
-        ids = llm.tokens(ask.prompt)
-        if len(ids) + ask.output > llm.engine.max_model_len:
-            what = f"a request has {len(ids)} tokens and {ask.output} of answer"
+    for line in wanted:
+        ids, params = line.tokens(llm), line.sampling
+        if len(ids) + params.max_tokens > llm.engine.max_model_len:
+            what = f"a request has {len(ids)} tokens and {params.max_tokens} of answer"
             raise InputError("load", what, f"at most {llm.engine.max_model_len} together", "--input-len, --output-len, --max-model-len")
         llm.engine.check(ids, params)
         jobs.append((ids, params))

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from quantkit.commands.generate import ranks_named
 from quantkit.errors import InputError, MachineError, QuantkitError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report
@@ -25,7 +26,7 @@ from quantkit.report import Report
 if TYPE_CHECKING:
     import uvicorn
 
-    from quantkit.runtime.engine import Engine
+    from quantkit.runtime.engine import Front
 
 LOG = logging.getLogger("quantkit.serve")
 NEEDED = ("fastapi", "uvicorn", "sse_starlette")
@@ -41,7 +42,7 @@ BACKLOG = 512
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Options of ``quantkit serve``. Port 0 is a free one; ``timeout`` is of collectives, in seconds."""
+    """Options of ``quantkit serve``. Port 0 is a free one; ``timeout`` is of collectives, in seconds; limits are of each replica."""
 
     path: str
     host: str = "127.0.0.1"
@@ -56,9 +57,12 @@ class ServeOptions:
     max_num_batched_tokens: int = 1024
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
+    lm_head: str = "auto"
     prefix_caching: bool = True
     max_queue: int = 64
     timeout: float = 60.0
+    dp: int = 1
+    executor: str = "local"
 
 
 def model_name(path: str) -> str:
@@ -138,7 +142,7 @@ def _signals_end(server: uvicorn.Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _watch(server: uvicorn.Server, engine: Engine, ready: str) -> None:
+async def _watch(server: uvicorn.Server, engine: Front, ready: str) -> None:
     """Say that the port listens; end the server when the engine dies; and once it ends, end what still runs after GRACE."""
     while not server.started and not server.should_exit:
         await asyncio.sleep(TICK / 10)
@@ -154,7 +158,7 @@ async def _watch(server: uvicorn.Server, engine: Engine, ready: str) -> None:
     await asyncio.to_thread(engine.close)
 
 
-async def _run_server(server: uvicorn.Server, sock: socket.socket, engine: Engine, ready: str) -> QuantkitError | None:
+async def _run_server(server: uvicorn.Server, sock: socket.socket, engine: Front, ready: str) -> QuantkitError | None:
     """Serve until a signal or the engine's death; returns why the engine died, or None."""
     watch = asyncio.create_task(_watch(server, engine, ready))
     failure: QuantkitError | None = None
@@ -166,7 +170,7 @@ async def _run_server(server: uvicorn.Server, sock: socket.socket, engine: Engin
     return failure
 
 
-def _serve(options: ServeOptions, engine: Engine, sock: socket.socket, name: str) -> tuple[dict[str, object], float]:
+def _serve(options: ServeOptions, engine: Front, sock: socket.socket, name: str) -> tuple[dict[str, object], float]:
     """Serve ``engine`` on ``sock`` until it is over; what was served, and for how many seconds. Raises why the engine died."""
     import uvicorn
 
@@ -221,6 +225,8 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
         engine = start_engine(
             options.path,
             tp=options.tp,
+            dp=options.dp,
+            executor=options.executor,
             device=options.device,
             dtype=options.dtype,
             max_model_len=options.max_model_len,
@@ -228,6 +234,7 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
             max_num_batched_tokens=options.max_num_batched_tokens,
             memory_share=options.gpu_memory_utilization,
             kv_cache_dtype=options.kv_cache_dtype,
+            lm_head=options.lm_head,
             prefix_caching=options.prefix_caching,
             max_queue=options.max_queue,
             timeout=options.timeout,
@@ -238,9 +245,10 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
         finally:
             engine.close()
     facts = (
-        ("served", f"{name} at {url}, tp {engine.tp}, {engine.dtype}, context {engine.max_model_len}"),
+        ("served", f"{name} at {url}, {ranks_named(engine.tp, engine.dp)}, {engine.dtype}, context {engine.max_model_len}"),
         ("requests", f"{served['requests']} in {seconds:.0f} s"),
         ("tokens", f"{served['prompt_tokens']} of prompts, {served['completion_tokens']} generated"),
     )
-    data = {"model": name, "url": url, "tp": engine.tp, "dtype": engine.dtype, "max_model_len": engine.max_model_len, "seconds": seconds}
+    data = {"model": name, "url": url, "tp": engine.tp, "dp": engine.dp, "dtype": engine.dtype}
+    data |= {"max_model_len": engine.max_model_len, "seconds": seconds}
     return Report(command="serve", data={**data, **served}, facts=facts)

@@ -45,12 +45,11 @@ class KVCache(Protocol):
 class BlockCache(KVCache, Protocol):
     """A cache in blocks, which kernels may write and read where they lie."""
 
-    @property
-    def in_place(self) -> bool:
-        """Whether it stores the dtype that is computed with."""
+    def places(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values, ``[places, KV, D]``, of the dtype that is computed with or float8."""
 
-    def places(self, layer: int, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """In place of ``write``, for a caller that writes at once: where keys and values go, run by run, ``[t, KV, D]`` contiguous."""
+    def slots(self, batch: Batch) -> Tensor:
+        """In place of ``write``, for a kernel that writes at once: the place of each token, ``[T]`` int64."""
 
     def pages(self, batch: Batch, group: int) -> Pages:
         """Where everything is that a pass with ``group`` query heads a key head reads."""

@@ -6,7 +6,7 @@ gets the same result. This module knows no file, no layout and no architecture b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -29,8 +29,9 @@ __all__ = ["Batch", "Block", "Decoder", "Embedding", "Head", "KVCache", "LayerNo
 Tap = Callable[[str, Tensor], None]
 """Called with a linear's role and its input ``x [T, K]`` just before each linear of a block. Of an expert T are the tokens that
 reach it, and it is not called when there are none."""
+Angles = tuple[Tensor, Tensor]
+_BlockSteps = Generator[tuple[str, Tensor], Tensor, tuple[Tensor, Tensor]]
 
-FEW_SEQUENCES = 8
 ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "silu": functional.silu,
@@ -124,6 +125,7 @@ class Block:
         self.layer, self.linears, self.norms, self.moe = layer, dict(linears), norms, moe
         self.attention, self.rotary = attention, rotary
         self._activate = ACTIVATE[activation]
+        self._merged: dict[str, tuple[int, ...]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -133,15 +135,23 @@ class Block:
         """Put another linear in the place of ``role``."""
         self.linears[role] = replace(self.linears[role], op=op)
 
+    def merge(self, roles: Sequence[str], op: LinearOp, sizes: Sequence[int]) -> None:
+        """Put ``op``, whose outputs are those of ``roles`` one behind the other, ``sizes`` of each, in their place: one product for all."""
+        linears = [self.linears.pop(role) for role in roles]
+        assert all(linear.mode == COLUMN for linear in linears)
+        name = "_".join(roles)
+        self.linears[name], self._merged[name] = replace(linears[0], op=op), tuple(sizes)
+
     def forward(self, x: Tensor, batch: Batch, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
         """``x [T, hidden]`` -> ``[T, hidden]``."""
-        return self.run(x, batch, self.angles(batch), cache, tap)
+        x, more = self.run(x, None, batch, self.angles(batch), cache, tap)
+        return x + more
 
     def observe(self, x: Tensor, batch: Batch, tap: Tap, until: frozenset[str]) -> None:
         """Run only as far as every linear of ``until`` has had its input tapped; to the end when one is an expert without tokens."""
-        self._drive(self._steps(x, batch, self.angles(batch), None), tap, set(until))
+        self._drive(self._steps(x, None, batch, self.angles(batch), None), tap, set(until))
 
-    def angles(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    def angles(self, batch: Batch) -> Angles | None:
         """The rotary angles of ``batch``; None with learned positions."""
         return None if self.rotary is None else self.rotary.angles(batch.positions, batch.lengths)
 
@@ -149,13 +159,18 @@ class Block:
         width = self.attention.head_dim
         return x.reshape(x.shape[0], x.shape[1] // width, width)
 
-    def run(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, tap: Tap | None) -> Tensor:
-        """``forward`` with the angles of ``batch`` given, so that blocks of one rotary share them."""
-        out = self._drive(self._steps(x, batch, angles, cache), tap, None)
+    def run(
+        self, x: Tensor, more: Tensor | None, batch: Batch, angles: Angles | None, cache: KVCache | None, tap: Tap | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x + more [T, hidden]`` -> two of that shape, whose sum it is: the norm that comes next adds them.
+
+        ``angles`` are those of ``batch``, so that blocks of one rotary share them.
+        """
+        out = self._drive(self._steps(x, more, batch, angles, cache), tap, None)
         assert out is not None
         return out
 
-    def _drive(self, steps: Steps, tap: Tap | None, missing: set[str] | None) -> Tensor | None:
+    def _drive(self, steps: _BlockSteps, tap: Tap | None, missing: set[str] | None) -> tuple[Tensor, Tensor] | None:
         """What ``steps`` returns; None as soon as every role in ``missing`` has been tapped, whose linear is not run any more."""
         try:
             role, value = next(steps)
@@ -168,57 +183,46 @@ class Block:
                         return None
                 role, value = steps.send(self.linears[role](value))
         except StopIteration as done:
-            out: Tensor = done.value
+            out: tuple[Tensor, Tensor] = done.value
             return out
 
-    def _steps(self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Steps:
+    def _steps(self, x: Tensor, more: Tensor | None, batch: Batch, angles: Angles | None, cache: KVCache | None) -> _BlockSteps:
         """Yields each linear's role and input, is sent its output, and returns the block's."""
         fuse = _fused(x, cache)
-        h = self._norm("pre_attention", x, fuse)
-        q = self._heads((yield "q", h))  # [T, heads, D]
-        k = self._heads((yield "k", h))
-        v = self._heads((yield "v", h))
+        x, h = _added(x, more, self.norms.get("pre_attention"), fuse)
+        q, k, v = map(self._heads, (yield from self._outputs(("q", "k", "v"), h)))  # [T, heads, D]
         q, k = self._norm("q_norm", q, fuse), self._norm("k_norm", k, fuse)
-        if fuse and angles is not None and isinstance(cache, BlockCache) and self._writes(q, batch, cache):
-            h = self._attend_in_place(q, k, v, batch, angles, cache)
+        if fuse and angles is not None and isinstance(cache, BlockCache):  # one kernel rotates and writes the cache
+            q = fused.rotary_write_slots(q, k, v, *angles, cache.slots(batch), *cache.places(self.layer))
+            h = self.attention.over_held(q, batch, cache, self.layer)
         else:
             if angles is not None:
                 q, k = fused.rotate(q, *angles), fused.rotate(k, *angles)
             h = self.attention(q, k, v, batch, cache, self.layer)
         h = yield "o", h
-        x, h = self._add_norm(x, self._norm("post_attention", h, fuse), fuse)
+        x, h = _added(x, self._norm("post_attention", h, fuse), self.norms.get("pre_ffn"), fuse)
         h = yield from self._mlp(h, fuse)
-        return x + self._norm("post_ffn", h, fuse)
+        return x, self._norm("post_ffn", h, fuse)
+
+    def _outputs(self, roles: tuple[str, ...], h: Tensor) -> Generator[tuple[str, Tensor], Tensor, Sequence[Tensor]]:
+        """What the linears ``roles`` make of ``h``, by one product where they are merged."""
+        name = "_".join(roles)
+        if name in self._merged:
+            return torch.split((yield name, h), list(self._merged[name]), -1)
+        found = []
+        for role in roles:
+            found.append((yield role, h))  # noqa: PERF401  a comprehension cannot yield
+        return found
 
     def _norm(self, role: str, x: Tensor, fuse: bool) -> Tensor:
         return _normed(self.norms[role], x, fuse) if role in self.norms else x
-
-    def _add_norm(self, x: Tensor, h: Tensor, fuse: bool) -> tuple[Tensor, Tensor]:
-        """``x + h``, and its norm before the MLP."""
-        norm = self.norms.get("pre_ffn")
-        if fuse and isinstance(norm, RmsNorm):
-            total, normed = fused.add_rms_norm(x, h, norm.weight, norm.eps, norm.offset)
-            return total, normed
-        x = x + h
-        return x, x if norm is None else norm(x)
-
-    def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: BlockCache) -> Tensor:
-        """Attention of ``q``, ``k``, ``v`` not yet rotated, where one kernel rotates them and writes the cache."""
-        new = cache.places(self.layer, batch)
-        q = fused.rotary_write(q, k, v, *angles, [keys for keys, _ in new], [values for _, values in new])
-        return self.attention.over_held(q, batch, cache, self.layer)
-
-    def _writes(self, q: Tensor, batch: Batch, cache: BlockCache) -> bool:
-        """Whether the rotating kernel writes the cache too. Naming it every place of many sequences takes longer than writing apart."""
-        return cache.in_place and (len(batch.lengths) <= FEW_SEQUENCES or not self.attention.reads_blocks(q, q.dtype))
 
     def _mlp(self, h: Tensor, fuse: bool) -> Steps:
         """``h [T, hidden]`` -> ``[T, hidden]``: experts, a gated MLP or a plain one."""
         if self.moe is not None:
             return (yield from mix(h, self.moe, self._activate))
-        if "gate" in self.linears:
-            gate = yield "gate", h
-            up = yield "up", h
+        if "gate" in self.linears or "gate_up" in self._merged:
+            gate, up = yield from self._outputs(("gate", "up"), h)
             silu = fuse and self._activate is functional.silu
             return (yield "down", fused.silu_mul(gate, up) if silu else self._activate(gate) * up)
         up = yield "up", h
@@ -228,6 +232,15 @@ class Block:
 def _fused(x: Tensor, cache: KVCache | None) -> bool:
     """Whether a pass takes the fused kernels: where it serves. Calibration has no cache, and its bytes depend on no library of ours."""
     return cache is not None and fused.usable(x)
+
+
+def _added(x: Tensor, more: Tensor | None, norm: Norm | None, fuse: bool) -> tuple[Tensor, Tensor]:
+    """``x + more``, and its norm."""
+    if more is not None and fuse and isinstance(norm, RmsNorm):
+        total, normed = fused.add_rms_norm(x, more, norm.weight, norm.eps, norm.offset)
+        return total, normed
+    x = x if more is None else x + more
+    return x, x if norm is None else _normed(norm, x, fuse)
 
 
 def _normed(norm: Norm, x: Tensor, fuse: bool) -> Tensor:
@@ -282,13 +295,17 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A rank's vocabulary rows of the head; ``sizes`` per rank, pad rows included; ``vocab`` is the true size."""
+    """A rank's vocabulary rows of the head; ``sizes`` per rank, pad rows included; ``vocab`` is the true size.
+
+    ``own``: its weight is memory of its own, not the embedding's.
+    """
 
     op: LinearOp
     vocab: int
     sizes: tuple[int, ...]
     softcap: float | None
     comm: Comm
+    own: bool = True
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``hidden [T', hidden]`` after the final norm -> logits ``[T', vocab]``, float32 (float64 in a float64 model)."""
@@ -337,7 +354,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of weights of this rank in memory."""
-        head = 0 if self.spec.tied else self.head.op.nbytes
+        head = self.head.op.nbytes if self.head.own else 0
         return self.embedding.nbytes + sum(block.nbytes for block in self.blocks) + self.norm.nbytes + head
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -350,14 +367,14 @@ class Decoder:
         Tokens and positions may be on any device; the result is on the decoder's.
         """
         assert tokens.shape == batch.positions.shape and sum(batch.lengths) == tokens.shape[0]
-        x = self.embed(tokens, batch.positions)
-        angles: dict[int, tuple[Tensor, Tensor] | None] = {}
+        x, more = self.embed(tokens, batch.positions), None
+        angles: dict[int, Angles | None] = {}
         for block in self.blocks:
             key = id(block.rotary)
             if key not in angles:
                 angles[key] = block.angles(batch)
-            x = block.run(x, batch, angles[key], cache, None)
-        return _normed(self.norm, x, _fused(x, cache))
+            x, more = block.run(x, more, batch, angles[key], cache)
+        return _added(x, more, self.norm, _fused(x, cache))[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [T', hidden]`` of ``forward`` -> logits ``[T', vocab]`` over the whole vocabulary, on every rank."""

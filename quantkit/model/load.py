@@ -25,8 +25,10 @@ from quantkit.layouts.registry import SharedRounding, load_linear
 from quantkit.layouts.table import PackedTable
 from quantkit.model.attention import Attention, kv_index
 from quantkit.model.decoder import Block, Decoder, Embedding, Head, LayerNorm, Norm, ParallelLinear, RmsNorm
+from quantkit.model.merge import merge_linears
 from quantkit.model.reading import ReadAhead, Wanted
 from quantkit.model.rope import Rotary
+from quantkit.ops.ggml.tensor import encode_q8_0
 from quantkit.plan import (
     COLUMN,
     EMBEDDING,
@@ -35,6 +37,7 @@ from quantkit.plan import (
     ROW,
     ParallelPlan,
     embedding_geometry,
+    encoded_head,
     linear_geometry,
     replace_rows,
     stored_geometry,
@@ -201,6 +204,8 @@ class _Loader:
     device: str
     comm: Comm
     parity: bool
+    head_blocks: Geometry | None = None
+    """What a head in floats is encoded to, whole; None: it stays as it is."""
 
     def _op(self, geometry: Geometry, parts: dict[str, Wanted]) -> LinearOp:
         read = {suffix: self.reader.take(part) for suffix, part in parts.items()}
@@ -263,9 +268,21 @@ class _Loader:
     def head(self, embedding: Embedding | None) -> Head:
         """The head; of a tied model it shares the memory of ``embedding`` when that is given."""
         spec, plan = self.source.spec, self.source.plan
-        op = self._tied(embedding or self.embedding()) if spec.tied else self._op(*self.source.head())
-        vocab = spec.dims["vocab"].elements
-        return Head(op, vocab, (vocab,) if plan is None else plan.sizes("vocab"), spec.logit_softcap, self.comm)
+        if self.head_blocks is not None:
+            op = self._encoded(self.head_blocks, embedding)
+        else:
+            op = self._tied(embedding or self.embedding()) if spec.tied else self._op(*self.source.head())
+        vocab, own = spec.dims["vocab"].elements, not spec.tied or self.head_blocks is not None
+        return Head(op, vocab, (vocab,) if plan is None else plan.sizes("vocab"), spec.logit_softcap, self.comm, own)
+
+    def _encoded(self, blocks: Geometry, embedding: Embedding | None) -> LinearOp:
+        """A head in floats, this rank's rows, as ``blocks``, which are encoded on the device."""
+        weight = (embedding or self.embedding()).weight if self.source.spec.tied else self.reader.take(self.source.head()[1]["weight"])
+        assert isinstance(weight, Tensor), "a quantized embedding is refused"
+        found = encode_q8_0(weight.to(self.device))
+        return load_linear(
+            replace_rows(blocks, weight.shape[0]), {"weight": found}, dtype=self.dtype, device=self.device, parity=self.parity
+        )
 
     def _tied(self, embedding: Embedding) -> LinearOp:
         weight = embedding.weight
@@ -299,6 +316,8 @@ def load_decoder(
     comm: Comm | None = None,
     parity: bool = False,
     presliced: Assignment | None = None,
+    merge: bool = False,
+    lm_head: str = "auto",
     progress: Progress = silent,
 ) -> Decoder:
     """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``.
@@ -306,8 +325,9 @@ def load_decoder(
     ``presliced`` is how the parent stores its linears, when the checkpoint holds only this rank's slices.
 
     ``dtype`` is that of activations and unquantized weights. ``parity`` dequantizes packed linears exactly in ``dtype`` at
-    each call instead of using a fast kernel. Raises InputError, before anything is read, for a tensor that is missing, has
-    another shape or dtype than the model needs, or has no place in it, and for a plan that is not for this model and group.
+    each call instead of using a fast kernel. ``merge``: linears of one input become one product where they can. ``lm_head``: a key of
+    ``plan.LM_HEADS``. Raises InputError, before anything is read, for a tensor that is missing, has another shape or dtype than the model
+    needs, or has no place in it, for a plan that is not for this model and group, and for a head that cannot be as ``lm_head`` says.
     """
     spec, comm = spec_for(checkpoint.config), comm or Solo()
     assignment = presliced or stored_assignment(checkpoint.config, spec, checkpoint.tensors)
@@ -316,6 +336,7 @@ def load_decoder(
         raise InputError("plan", f"is for {ranks} ranks, {comm.size} are running", "a rank for each part", f"--tp {ranks}")
     if plan is not None:
         plan.check(spec, assignment, dtype="BF16", where="plan")
+    head_blocks = encoded_head(spec, assignment, lm_head)
     source = _Source(checkpoint, spec, assignment, plan, comm.rank, presliced is not None)
     rotaries: list[Rotary | None] = []
     for layer in range(spec.layers):
@@ -323,9 +344,13 @@ def load_decoder(
         rotaries.append(known or _rotary(spec, layer, dtype, device))
     _check(source)
     with ReadAhead(checkpoint, source.everything(), device, progress) as reader:
-        loader = _Loader(source, reader, dtype, device, comm, parity)
+        loader = _Loader(source, reader, dtype, device, comm, parity, head_blocks)
         embedding = loader.embedding()
-        blocks = [loader.block(layer, rotary) for layer, rotary in enumerate(rotaries)]
+        blocks = []
+        for layer, rotary in enumerate(rotaries):
+            blocks.append(loader.block(layer, rotary))
+            if merge:
+                merge_linears(blocks[-1])
         norm = loader.norm(spec.architecture.final_norm, "hidden")
         head = loader.head(embedding)
     kv_heads = spec.dims["kv_heads"].size if plan is None else len(plan.ranges["kv_heads"][comm.rank])

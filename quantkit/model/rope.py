@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from quantkit.arch.spec import Rope
 from quantkit.errors import InputError
+from quantkit.ops.transfer import upload
 
 WHERE = "config.json: rope_parameters"
-LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
 
 def _positive(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
@@ -144,14 +145,27 @@ class Rotary:
         "dynamic" and "longrope" take each sequence's length from its last position, so a result depends on how far its own
         sequence has come (as in transformers) and never on the other sequences of the batch.
         """
-        if self.rope.kind not in LENGTH_DEPENDENT:
-            inverse, scaling = self._of_length(1)
-        else:
+        places = positions.to(self._device)
+        if self.rope.kind == "longrope":
+            inverse, scaling = self._long(places, lengths)
+        elif self.rope.kind == "dynamic":
             counts = torch.tensor(list(lengths))
             last = positions.cpu()[counts[counts > 0].cumsum(0) - 1].tolist()
             found = [self._of_length(int(position) + 1) for position in last]
             scaling = found[0][1] if found else 1.0
             rows = torch.stack([inverse for inverse, _ in found]) if found else torch.empty(0, self._head_dim // 2, device=self._device)
             inverse = torch.repeat_interleave(rows, counts[counts > 0].to(self._device), 0)  # [T, head_dim/2]
-        turns = positions.to(self._device, torch.float32).unsqueeze(-1) * inverse  # [T, head_dim/2]
+        else:
+            inverse, scaling = self._of_length(1)
+        turns = places.to(torch.float32).unsqueeze(-1) * inverse  # [T, head_dim/2]
         return (turns.cos() * scaling).to(self.dtype).unsqueeze(1), (turns.sin() * scaling).to(self.dtype).unsqueeze(1)
+
+    def _long(self, places: Tensor, lengths: Sequence[int]) -> tuple[Tensor, float]:
+        """Of "longrope" the frequencies ``[T, head_dim/2]`` of each token: one of two sets, by the last of its sequence's ``places``."""
+        (short, scaling), (long, _) = self._of_length(1), self._of_length(self._max_positions)
+        lasts = places
+        if any(length > 1 for length in lengths):
+            ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) for _ in range(length)]
+            lasts = places.index_select(0, upload(ends, torch.int64, places.device))
+        original = _positive(self.rope.parameters, "original_max_position_embeddings", float(self._max_positions))
+        return torch.where((lasts >= original).unsqueeze(1), long, short), scaling

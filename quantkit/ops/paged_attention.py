@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.ops.transfer import upload
 from quantkit.plan import KV_BLOCK
 
 _LOG = logging.getLogger("quantkit")
@@ -69,7 +70,8 @@ def self_test(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2, 80, KV_BLOCK, kv_heads, dim, generator=generator).to(device, stored)
     q = torch.randn(31, kv_heads * group, dim, generator=generator).to(device, dtype)
-    got = attend(q, pool[0], pool[1], make_pages(tables, spans, group, device), scale=dim**-0.5, window=None, softcap=None).float()
+    pages = make_pages(table_of(tables, device), range(len(tables)), spans, group)
+    got = attend(q, pool[0], pool[1], pages, scale=dim**-0.5, window=None, softcap=None).float()
     error, row = 0.0, 0
     for table, (start, stop) in zip(tables, spans, strict=True):
         keys, values = (x.float()[table].flatten(0, 1)[:stop].repeat_interleave(group, 1) for x in pool)  # [S, H, D]
@@ -85,41 +87,55 @@ def self_test(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim
 class Pages:
     """Of a pass: where each sequence's keys are, and which rows each program takes; int32 on the device.
 
-    ``tables [B, N]`` block numbers; ``lengths [B]`` keys per sequence, those of the pass included; ``starts [B + 1]`` first query rows;
-    ``tasks [P, 2]`` (sequence, first token of its queries).
+    ``tables [.., N]`` block numbers, of sequence b in row ``rows[b]``; ``lengths [B]`` keys per sequence, those of the pass included;
+    ``starts [B + 1]`` first query rows; ``tasks [P, 2]`` (sequence, first token of its queries).
     """
 
     tables: Tensor
+    rows: Tensor
     lengths: Tensor
     starts: Tensor
     tasks: Tensor
     longest: int
-    """Keys of the longest sequence."""
-    rows: int
+    """Keys of a sequence at most."""
+    height: int
     """Rows of a program, which hold the ``group`` query heads of a key head for some tokens."""
     group: int
 
 
-def make_pages(tables: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], group: int, device: torch.device) -> Pages:
-    """The ``Pages`` of sequences with block ``tables``, whose tokens from ``span[0]`` to ``span[1]`` are this pass's."""
-    rows = max(16 if all(stop - start == 1 for start, stop in spans) else _ROWS, 1 << (group - 1).bit_length())
-    tokens, width = rows // group, max(map(len, tables))
+def table_of(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Block tables of one width, int32 ``[B, N]``."""
+    width = max(map(len, blocks))
+    return upload([[*row, *[0] * (width - len(row))] for row in blocks], torch.int32, device)
+
+
+def make_pages(tables: Tensor, rows: Sequence[int], spans: Sequence[tuple[int, int]], group: int) -> Pages:
+    """The ``Pages`` of sequences with block tables in ``rows`` of ``tables``, whose tokens from ``span[0]`` to ``span[1]`` are new."""
+    height = _height(group, decoding=all(stop - start == 1 for start, stop in spans))
     starts, tasks = [0], []
     for number, (start, stop) in enumerate(spans):
         starts.append(starts[-1] + stop - start)
-        tasks += [(number, first) for first in range(0, stop - start, tokens)]
+        tasks += [(number, first) for first in range(0, stop - start, height // group)]
     lengths = [stop for _, stop in spans]
-    flat = [
-        *(b for table in tables for b in (*table, *[0] * (width - len(table)))),
-        *lengths,
-        *starts,
-        *(x for task in tasks for x in task),
-    ]
-    sizes = [len(tables) * width, len(tables), len(starts), 2 * len(tasks)]
-    packed = torch.tensor(flat, dtype=torch.int32, device="cpu")
-    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)  # one transfer
-    table, length, first, task = torch.split(packed, sizes)
-    return Pages(table.view(len(tables), width), length, first, task.view(-1, 2), max(lengths), rows, group)
+    packed = upload([*rows, *lengths, *starts, *(x for task in tasks for x in task)], torch.int32, tables.device)  # one transfer
+    row, length, first, task = torch.split(packed, [len(rows), len(rows), len(starts), 2 * len(tasks)])
+    return Pages(tables, row, length, first, task.view(-1, 2), max(lengths), height, group)
+
+
+def decode_pages(tables: Tensor, rows: Tensor, lengths: Tensor, group: int, longest: int) -> Pages:
+    """The ``Pages`` of one token of each of B sequences, for ``rows`` and ``lengths [B]`` int32, whatever they are when a graph runs."""
+    starts, tasks = _decode_tasks(rows.shape[0], tables.device)
+    return Pages(tables, rows, lengths, starts, tasks, longest, _height(group, decoding=True), group)
+
+
+@cache
+def _decode_tasks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    return starts, torch.stack([starts[:-1], torch.zeros_like(starts[:-1])], 1)
+
+
+def _height(group: int, *, decoding: bool) -> int:
+    return max(16 if decoding else _ROWS, 1 << (group - 1).bit_length())
 
 
 @cache
@@ -145,7 +161,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: floa
     q = q.contiguous()
     out = torch.empty_like(q)
     programs = pages.tasks.shape[0] * kv_heads
-    seen = pages.longest if window is None else min(pages.longest, window + pages.rows)
+    seen = pages.longest if window is None else min(pages.longest, window + pages.height)
     splits = max(1, min(_MOST_SPLITS, 2 * _processors(q.device) // programs, -(-seen // _SPLIT_KEYS)))
     splits = 1 << (splits.bit_length() - 1)
     part, peaks, sums = out, out, out
@@ -161,6 +177,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: floa
         peaks,
         sums,
         pages.tables,
+        pages.rows,
         pages.lengths,
         pages.starts,
         pages.tasks,
@@ -176,7 +193,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: floa
         DP=padded,
         BLOCK=block,
         TILE=_TILE if padded <= 128 else _TILE // 2,
-        ROWS=pages.rows,
+        ROWS=pages.height,
         SPLITS=splits,
         CAPPED=softcap is not None,
         WINDOWED=window is not None,

@@ -15,6 +15,7 @@ def attend(
     peaks,
     sums,
     tables,
+    rows,
     lengths,
     starts,
     tasks,
@@ -39,6 +40,7 @@ def attend(
     task, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first = tl.load(tasks + 2 * task), tl.load(tasks + 2 * task + 1)
     start, stop, length = tl.load(starts + sequence), tl.load(starts + sequence + 1), tl.load(lengths + sequence)
+    table = tables + tl.load(rows + sequence).to(tl.int64) * width
     queries = stop - start
     row = tl.arange(0, ROWS)
     token = first + row // G
@@ -64,7 +66,7 @@ def attend(
     for tile in range(low, end, TILE):
         key = tile + tl.arange(0, TILE)
         inside = key < end
-        block = tl.load(tables + sequence * width + key // BLOCK, mask=inside, other=0).to(tl.int64)
+        block = tl.load(table + key // BLOCK, mask=inside, other=0).to(tl.int64)
         slot = ((block * BLOCK + key % BLOCK) * KV + kv) * D
         k = tl.load(keys + slot[None, :] + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0).to(x.dtype)
         s = tl.dot(x, k, input_precision=PRECISION) * scale
@@ -85,6 +87,7 @@ def attend(
 
     mask = live[:, None] & (d[None, :] < D)
     if SPLITS == 1:
+        total_weight = tl.where(total_weight == 0.0, 1.0, total_weight)  # of a row that no sequence has, in a graph
         tl.store(out + at[:, None] + d[None, :], (sum_ / total_weight[:, None]).to(x.dtype), mask=mask)
     else:
         index = (split.to(tl.int64) * total + start + token) * H + head
@@ -99,8 +102,10 @@ def join(part, peaks, sums, out, total, H: tl.constexpr, D: tl.constexpr, DP: tl
     split = tl.arange(0, SPLITS)
     index = split.to(tl.int64) * total * H + row
     peak = tl.load(peaks + index)
-    share = tl.exp(peak - tl.max(peak, 0))  # of a split that saw no key: 0
+    highest = tl.max(peak, 0)
+    share = tl.exp(peak - tl.where(highest == float("-inf"), 0.0, highest))  # of a split that saw no key: 0
     d = tl.arange(0, DP)
     x = tl.load(part + index[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)
-    y = tl.sum(x * share[:, None], 0) / tl.sum(tl.load(sums + index) * share, 0)
+    weight = tl.sum(tl.load(sums + index) * share, 0)
+    y = tl.sum(x * share[:, None], 0) / tl.where(weight == 0.0, 1.0, weight)
     tl.store(out + row * D + d, y.to(out.dtype.element_ty), mask=d < D)

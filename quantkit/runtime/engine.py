@@ -9,9 +9,11 @@ import atexit
 import itertools
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
@@ -19,13 +21,15 @@ from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import PASS_SEQUENCES, PASS_TOKENS, make_plan
+from quantkit.plan import LM_HEADS, PASS_SEQUENCES, PASS_TOKENS, make_plan
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK, blocks_for
 from quantkit.runtime.devices import default_dtype, place_for
-from quantkit.runtime.executor import Executor, LocalExecutor, ProcessExecutor
+from quantkit.runtime.executor import Executor, Hosts, LocalExecutor, start_executors
 from quantkit.runtime.kv_cache import KV_DTYPES
+from quantkit.runtime.processes import ThisHost
+from quantkit.runtime.ray_hosts import RayHosts
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
 from quantkit.runtime.scheduler import Limits, Schedule, Scheduler
 from quantkit.runtime.stops import StopText
@@ -36,6 +40,7 @@ from quantkit.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 __all__ = ["Delta", "Engine", "EngineStats", "QueueFull", "SamplingParams", "TokenLogprob", "start_engine"]
 
 MEMORY_SHARE = 0.9
+EXECUTORS = ("local", "ray")
 IDLE_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
 
@@ -89,6 +94,46 @@ class EngineStats:
     """How often a running request had to give its memory back and was computed again."""
 
 
+class Front(Protocol):
+    """What takes requests: an Engine, or several as one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def tp(self) -> int:
+        """Ranks of a replica."""
+
+    @property
+    def dp(self) -> int:
+        """Replicas."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def failure(self) -> QuantkitError | None: ...
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta, *, cache_salt: str = "") -> int: ...
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None: ...
+
+    def cancel(self, request: int) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class _Request:
     prompt_tokens: int
@@ -133,11 +178,13 @@ class Engine:
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, spec: ModelSpec, limits: EngineLimits, *, dtype: str) -> None:
         self.tokenizer, self.spec, self.dtype = tokenizer, spec, dtype
-        self.max_model_len, self.tp = limits.max_model_len, len(executor.facts)
+        self.max_model_len, self.tp, self.dp = limits.max_model_len, len(executor.facts), 1
         self._executor, self._limits = executor, limits
         step_tokens = max(limits.step_tokens, limits.max_num_seqs)
         self._scheduler = Scheduler(Limits(limits.max_num_seqs, step_tokens, limits.kv_blocks, limits.prefix_caching))
         executor.open_cache(limits.kv_blocks)
+        self._ahead = int(executor.ahead)
+        self._under_way: deque[Schedule] = deque()
         self._eos = frozenset((*tokenizer.eos_ids, *spec.eos_ids))
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -208,6 +255,11 @@ class Engine:
         return self._limits.max_num_seqs + self._limits.max_queue
 
     @property
+    def load(self) -> int:
+        """Requests that it has now, running and waiting."""
+        return len(self._requests)
+
+    @property
     def failure(self) -> QuantkitError | None:
         """Why the engine died; None while it lives."""
         return self._failure
@@ -263,20 +315,29 @@ class Engine:
                 self._executor.close()
 
     def _turn(self) -> bool:
-        """Run the next step, or wait for something to do; False when the engine is to end."""
+        """Launch the next step and take the tokens of the last, or wait for something to do; False when the engine is to end.
+
+        With ``ahead`` the last step is still running when the next is launched: who gets a token from it runs on in the next, and where
+        that was its end, what the next makes of it is dropped.
+        """
+        woken = False
         with self._changed:
             if self._closing:
                 return False
             schedule = self._scheduler.schedule()
-            if not schedule:
-                woken = self._changed.wait(IDLE_SECONDS)
-            else:
+            if schedule:
                 step = self._step(schedule)
+                self._scheduler.expect(schedule)
+            elif not self._under_way:
+                woken = self._changed.wait(IDLE_SECONDS)
         if schedule:
-            sampled = self._executor.execute(step)
+            self._executor.launch(step)
+            self._under_way.append(schedule)
+        if len(self._under_way) > (self._ahead if schedule else 0):
+            sampled = self._executor.collect()
             with self._changed:
-                self._take(schedule, sampled)
-        elif not woken:
+                self._take(self._under_way.popleft(), sampled)
+        elif not schedule and not woken:
             self._executor.check()
         return True
 
@@ -344,19 +405,26 @@ def start_engine(
     max_num_batched_tokens: int = PASS_TOKENS,
     memory_share: float = MEMORY_SHARE,
     kv_cache_dtype: str = "auto",
+    lm_head: str = "auto",
     prefix_caching: bool = True,
     max_queue: int = 64,
     timeout: float = 60.0,
     parity: bool = False,
+    dp: int = 1,
+    executor: str = "local",
     progress: Progress = silent,
-) -> Engine:
-    """Load the model PATH and start serving it: one rank in this process, more as processes of their own.
+) -> Front:
+    """Load the model PATH and start serving it: one rank in this process, more as processes of their own or as actors of Ray's.
+
+    ``dp`` replicas, each of ``tp`` ranks and with the limits below, stand behind one front. ``executor`` "local" runs all on this host,
+    "ray" on the hosts of the cluster RAY_ADDRESS, or of one that it starts here.
 
     A shard directory brings its own ``tp``; anything else is cut for ``tp`` ranks (1 when None) as it is read. ``device``
     "auto" is CUDA where there is any. ``dtype`` None is bfloat16, whatever the checkpoint stores (float16 on a GPU without
     it, float32 with ``parity``). ``max_model_len`` None is what the model was trained for, or less where the memory is less.
     ``memory_share`` of a GPU's memory (on a CPU of what is free) is for weights, passes, and keys and values; those are stored in
-    ``kv_cache_dtype``: "auto" as computed, "fp8" in half the memory of 16 bits. ``max_num_batched_tokens`` are tokens of one pass.
+    ``kv_cache_dtype``: "auto" as computed, "fp8" in half the memory of 16 bits. ``lm_head`` "q8_0" encodes a head in floats to 8 bits.
+    ``max_num_batched_tokens`` are tokens of one pass.
     ``timeout`` in seconds ends a rank that others wait for. Raises InputError and MachineError for what cannot be.
     """
     if max_num_seqs < 1 or max_queue < 0 or timeout <= 0:
@@ -367,6 +435,10 @@ def start_engine(
         raise InputError("--gpu-memory-utilization", f"is {memory_share}", "more than 0, up to 1")
     if kv_cache_dtype not in KV_DTYPES:
         raise InputError("--kv-cache-dtype", f"is {kv_cache_dtype!r}", f"one of {', '.join(KV_DTYPES)}")
+    if lm_head not in LM_HEADS:
+        raise InputError("--lm-head", f"is {lm_head!r}", f"one of {', '.join(LM_HEADS)}")
+    from quantkit.runtime.replicas import Replicas  # which is made of engines
+
     root = resolve_path(path)
     manifest = read_manifest(root)
     sharded = manifest is not None and manifest.get("kind") == "shards"
@@ -374,19 +446,33 @@ def start_engine(
     spec = spec_for(checkpoint.config)
     longest = _longest(spec, max_model_len)
     tokenizer = load_tokenizer(root)
-    place = place_for(device, ranks)
-    name = dtype or default_dtype(place, parity)
-    float_dtype(name)
+    if dp < 1:
+        raise InputError("--dp", f"is {dp}", "at least 1")
+    if executor not in EXECUTORS:
+        raise InputError("--executor", f"is {executor!r}", f"one of {', '.join(EXECUTORS)}")
+    if dtype is not None:
+        float_dtype(dtype)
+    hosts: Hosts = RayHosts(device, ranks, dp, timeout) if executor == "ray" else ThisHost(place_for(device, ranks * dp), ranks, dp)
+    place, name = hosts.place, dtype or default_dtype(hosts.place, parity)
     fp8 = kv_cache_dtype == "fp8"
-    job = RankJob(str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, max_num_batched_tokens, max_num_seqs)
-    executor: Executor = LocalExecutor(job, progress) if ranks == 1 else ProcessExecutor(job, progress)
+    given = (str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, max_num_batched_tokens, max_num_seqs)
+    job = RankJob(*given, lm_head=lm_head)
+    alone = executor == "local" and ranks == dp == 1
+    executors: Sequence[Executor] = [LocalExecutor(job, progress)] if alone else start_executors(job, hosts, dp, progress)
+    engines: list[Engine] = []
     try:
-        longest, blocks = _kv_room(executor, place, longest, max_model_len is not None, max_num_seqs)
-        limits = EngineLimits(longest, max_num_seqs, max_queue, blocks, max_num_batched_tokens, prefix_caching)
-        return Engine(executor, tokenizer, spec, limits, dtype=name)
+        rooms = [_kv_room(each, place, longest, max_model_len is not None, max_num_seqs) for each in executors]
+        longest = min(length for length, _ in rooms)
+        for each, (_, blocks) in zip(executors, rooms, strict=True):
+            limits = EngineLimits(longest, max_num_seqs, max_queue, blocks, max_num_batched_tokens, prefix_caching)
+            engines.append(Engine(each, tokenizer, spec, limits, dtype=name))
     except BaseException:
-        executor.close()
+        for engine in engines:
+            engine.close()
+        for each in executors:
+            each.close()
         raise
+    return engines[0] if dp == 1 else Replicas(engines)
 
 
 def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:

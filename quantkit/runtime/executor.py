@@ -1,34 +1,27 @@
-"""Where a step is run: in this process, or by rank processes that are started, watched and ended here.
+"""Who runs a step: this process, or ranks that live elsewhere, which are told, heard and judged here.
 
-An executor knows steps and ranks; it knows no requests, no text and no schedule.
+An executor knows steps and ranks; it knows no requests, no text and no schedule, nor how a rank is started.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 
-import quantkit
 from quantkit.comm import Solo
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.progress import Progress, silent
-from quantkit.runtime.sampler import Sampled
-from quantkit.runtime.threads import thread_variables
+from quantkit.runtime.sampler import Drawn, Sampled
 from quantkit.runtime.wire import Frames, Message, RankFacts, RankJob, Step, error_from_json, frame, sampled_from_json, step_to_json
 from quantkit.runtime.worker import Runner, load_rank, rank_facts
 
@@ -40,7 +33,6 @@ START_SECONDS = 120.0
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """How long the other ranks have, when one fails, to say what it was: the first to notice is seldom the one to blame."""
-STDERR_BYTES = 1 << 14
 CACHE_HINT = "--gpu-memory-utilization, --max-model-len or --max-num-seqs"
 
 
@@ -50,6 +42,10 @@ class Executor(Protocol):
     @property
     def facts(self) -> tuple[RankFacts, ...]:
         """What each rank holds, in rank order."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether to launch a step before the one ahead of it is collected: where it would else find its devices idle."""
 
     def open_cache(self, blocks: int) -> None:
         """Have every rank take memory for ``blocks`` blocks of keys and values, once, before the first step. Raises MachineError."""
@@ -62,9 +58,6 @@ class Executor(Protocol):
 
         Raises RuntimeDied when a rank is lost.
         """
-
-    def execute(self, step: Step) -> list[Sampled]:
-        """Launch ``step``, with none before it under way, and collect it."""
 
     def check(self) -> None:
         """Raise RuntimeDied when a rank was lost since the last step; to be called every second or so while there is none."""
@@ -79,9 +72,10 @@ class LocalExecutor:
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp == 1
         progress("load", 0, 1)
-        self._runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8)
-        self.facts = (rank_facts(self._runner.decoder, job),)
-        self._sampled = deque[list[Sampled]]()
+        self._runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8, sequences=job.sequences)
+        self.facts = (rank_facts(self._runner.decoder, job, 1),)
+        self.ahead = job.device == "cuda"
+        self._drawn = deque[Drawn | None]()
         progress("load", 1, 1)
 
     def open_cache(self, blocks: int) -> None:
@@ -92,14 +86,12 @@ class LocalExecutor:
 
     def launch(self, step: Step) -> None:
         with _pass_failures():
-            self._sampled.append(self._runner.run(step))
+            self._drawn.append(self._runner.launch(step))
 
     def collect(self) -> list[Sampled]:
-        return self._sampled.popleft()
-
-    def execute(self, step: Step) -> list[Sampled]:
-        self.launch(step)
-        return self.collect()
+        drawn = self._drawn.popleft()
+        with _pass_failures():
+            return [] if drawn is None else drawn.result()
 
     def check(self) -> None:
         return
@@ -121,136 +113,110 @@ def _pass_failures() -> Iterator[None]:
         raise RuntimeDied("model", f"failed in a pass ({reason})", "every pass to end") from exc
 
 
-@dataclass(slots=True)
-class _Rank:
-    """A rank process as its parent sees it."""
+class Rank(Protocol):
+    """A rank that was started somewhere."""
 
-    number: int
-    process: subprocess.Popen[bytes]
-    connection: socket.socket
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def connection(self) -> socket.socket:
+        """The socket that it obeys."""
+
+    @property
+    def start(self) -> Message:
+        """What it is told first, beside the job: ``rank``, ``device``, ``store``, and what its kind needs."""
+
+    def ended(self) -> bool:
+        """Whether it is known to have ended."""
+
+    def obituary(self) -> RuntimeDied:
+        """Why it ended."""
+
+    def end(self) -> None:
+        """End it, whatever it does, and return when it has ended."""
+
+
+class Home(Protocol):
+    """Where the ranks of one model live."""
+
+    def start(self) -> Sequence[Rank]:
+        """Start all, or none and raise MachineError."""
+
+    def close(self) -> None:
+        """Let go of what the ranks needed; they have ended."""
+
+
+@dataclass(slots=True)
+class _Heard:
+    """A rank, and what it has said."""
+
+    rank: Rank
     frames: Frames
-    stderr: bytearray = field(default_factory=bytearray)
-    heard: float = field(default_factory=time.monotonic)
+    when: float = field(default_factory=time.monotonic)
     """When it last said anything, or was started."""
     spoke: bool = False
-    ready: RankFacts | None = None
+    loaded: bool = False
+    facts: RankFacts | None = None
     opened: bool = False
     """Whether it has taken memory for keys and values."""
     error: QuantkitError | None = None
     gone: bool = False
 
     @property
-    def name(self) -> str:
-        return f"rank {self.number}"
-
-    def obituary(self) -> RuntimeDied:
-        """Why the process ended, from its status and the last line that it wrote."""
-        status = self.process.poll()
-        lines = self.stderr.decode("utf-8", "replace").strip().splitlines()
-        last = f" ({lines[-1].strip()[:300]})" if lines else ""
-        if status is not None and status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
-            return RuntimeDied(
-                self.name, how + last, "every rank alive", "the system may have run out of memory" if status == -signal.SIGKILL else None
-            )
-        ended = "closed its connection" if status is None else f"ended with status {status}"
-        return RuntimeDied(self.name, ended + last, "every rank alive")
+    def ended(self) -> bool:
+        return self.gone or self.rank.ended()
 
 
-class ProcessExecutor:
-    """``job.tp`` rank processes on this host.
+class RankExecutor:
+    """Ranks with a socket each, wherever they live. They load when this is made; ``load`` and ``measure`` wait until it can run steps.
 
-    Ranks meet in a file without a name, in memory, that only they have open; each has a socket of its own for commands. All
-    are ended when one is lost, when this is closed, and when this process dies, however it does; then nothing is left.
+    All are ended when one is lost, when this is closed, and when this process dies, however it does; then nothing is left.
     """
 
-    def __init__(self, job: RankJob, progress: Progress = silent) -> None:
-        assert job.tp > 1
-        self._job, self._answers = job, deque[Message]()
+    def __init__(self, job: RankJob, home: Home) -> None:
+        self._job, self._home, self.ahead = job, home, job.device == "cuda"
+        self._answers = deque[Message]()
         self._lock, self._closed = threading.Lock(), False
         self._failure: QuantkitError | None = None
-        self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
-        self._done = threading.Event()
         self._looked = time.monotonic()
-        try:
-            self._spawn()
-            self.facts = self._meet(progress)
-        except BaseException:
-            self.close()
-            raise
-
-    def _spawn(self) -> None:
-        """Start the ranks on a thread that lives until ``close``: a rank dies with the thread that started it (PR_SET_PDEATHSIG)."""
-        started, failed = threading.Event(), list[OSError]()
-
-        def keep() -> None:
-            try:
-                store = os.memfd_create("quantkit-ranks")
-                try:
-                    for number in range(self._job.tp):
-                        self._ranks.append(self._start(number, store))
-                finally:
-                    os.close(store)
-            except OSError as exc:
-                failed.append(exc)
-            started.set()
-            self._done.wait()
-
-        threading.Thread(target=keep, name="ranks", daemon=True).start()
-        started.wait()
-        if failed:
-            raise MachineError("ranks", f"cannot be started ({failed[0].strerror})", f"{self._job.tp} processes") from failed[0]
-
-    def _start(self, number: int, store: int) -> _Rank:
-        ours, theirs = socket.socketpair()
-        root = str(Path(quantkit.__file__).parent.parent)
-        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "quantkit.runtime.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), store],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": paths, **thread_variables(self._job.tp)},
-                process_group=0,  # the terminal's Ctrl-C is for us
-            )
-        rank = _Rank(number, process, ours, Frames(f"rank {number}"))
-        assert process.stderr is not None
-        os.set_blocking(process.stderr.fileno(), False)
-        ours.settimeout(SILENT_SECONDS)  # of sends; what comes in is read when it is there
-        self._selector.register(ours, selectors.EVENT_READ, rank)
-        self._selector.register(process.stderr, selectors.EVENT_READ, rank)
-        start = {"job": asdict(self._job), "rank": number, "store": f"/proc/self/fd/{store}", "parent": os.getpid()}
-        self._send(rank, frame(start))
-        return rank
-
-    def _meet(self, progress: Progress) -> tuple[RankFacts, ...]:
-        """Wait until every rank has loaded."""
-        while True:
-            facts = [rank.ready for rank in self._ranks if rank.ready is not None]
-            progress("load ranks", len(facts), self._job.tp)
-            if len(facts) == self._job.tp:
-                return tuple(facts)
-            self._watch(POLL_SECONDS)
+        self._ranks = [_Heard(rank, Frames(rank.name)) for rank in home.start()]
+        self.facts: tuple[RankFacts, ...] = ()
+        for heard in self._ranks:
+            connection = heard.rank.connection
+            connection.settimeout(SILENT_SECONDS)  # of sends; what comes in is read when it is there
+            self._selector.register(connection, selectors.EVENT_READ, heard)
+            self._send(heard, frame({"job": asdict(job), **heard.rank.start}))
 
     @property
-    def pids(self) -> tuple[int, ...]:
-        """The process id of each rank."""
-        return tuple(rank.process.pid for rank in self._ranks)
+    def ranks(self) -> tuple[Rank, ...]:
+        """The ranks, in order."""
+        return tuple(heard.rank for heard in self._ranks)
+
+    def load(self, progress: Progress = silent) -> None:
+        """Wait until every rank has loaded. Raises what went wrong on one."""
+        while True:
+            loaded = sum(heard.loaded for heard in self._ranks)
+            progress("load ranks", loaded, len(self._ranks))
+            if loaded == len(self._ranks):
+                return
+            self._watch(POLL_SECONDS)
+
+    def measure(self) -> None:
+        """Have every rank say what it holds and has room for, once all that share their memory have loaded."""
+        self._tell({"measure": True})
+        while any(heard.facts is None for heard in self._ranks):
+            self._watch(POLL_SECONDS)
+        self.facts = tuple(heard.facts for heard in self._ranks if heard.facts is not None)
 
     def open_cache(self, blocks: int) -> None:
-        message = frame({"cache": blocks})
-        for rank in self._ranks:
-            self._send(rank, message)
-        while not all(rank.opened for rank in self._ranks):
+        self._tell({"cache": blocks})
+        while not all(heard.opened for heard in self._ranks):
             self._watch(POLL_SECONDS)
 
     def launch(self, step: Step) -> None:
-        message = frame({"step": step_to_json(step)})
-        for rank in self._ranks:
-            self._send(rank, message)
+        self._tell({"step": step_to_json(step)})
 
     def collect(self) -> list[Sampled]:
         patience = self._job.timeout + SILENT_SECONDS
@@ -261,18 +227,19 @@ class ProcessExecutor:
                 self._fail(RuntimeDied("ranks", f"gave no token within {patience:.0f} s", "a step to end", "--timeout"))
         return sampled_from_json(self._answers.popleft()["sampled"])
 
-    def execute(self, step: Step) -> list[Sampled]:
-        self.launch(step)
-        return self.collect()
-
     def check(self) -> None:
         self._watch(0.0)
 
-    def _send(self, rank: _Rank, data: bytes) -> None:
+    def _tell(self, message: Message) -> None:
+        data = frame(message)
+        for heard in self._ranks:
+            self._send(heard, data)
+
+    def _send(self, heard: _Heard, data: bytes) -> None:
         try:
-            rank.connection.sendall(data)
+            heard.rank.connection.sendall(data)
         except OSError:  # gone or stuck: the next look says which
-            rank.gone = True
+            heard.gone = True
 
     def _watch(self, wait: float) -> None:
         """Take in what the ranks say within ``wait`` seconds. Raises the failure when one is lost, after ending all."""
@@ -280,72 +247,66 @@ class ProcessExecutor:
             raise self._failure
         now = time.monotonic()
         if now - self._looked > SILENT_SECONDS / 2:  # it was we who slept: judge nobody by it
-            for rank in self._ranks:
-                rank.heard = now
+            for heard in self._ranks:
+                heard.when = now
         self._looked = now
         self._listen(wait)
         now = time.monotonic()
-        for rank in self._ranks:
-            if rank.error is not None or rank.gone or rank.process.poll() is not None:
+        for heard in self._ranks:
+            if heard.error is not None or heard.ended:
                 self._fail(self._cause())
-            patience = SILENT_SECONDS if rank.spoke else START_SECONDS
-            if now - rank.heard > patience:
-                self._fail(RuntimeDied(rank.name, f"has said nothing for {patience:.0f} s", "a rank that runs"))
+            patience = SILENT_SECONDS if heard.spoke else START_SECONDS
+            if now - heard.when > patience:
+                self._fail(RuntimeDied(heard.rank.name, f"has said nothing for {patience:.0f} s", "a rank that runs"))
 
     def _listen(self, wait: float) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeDied("ranks", "were ended", "an open engine")
             for key, _ in self._selector.select(wait):
-                rank: _Rank = key.data
-                if key.fileobj is rank.connection:
-                    self._hear(rank)
-                else:
-                    self._overhear(rank, key.fd)
+                self._hear(key.data)
 
-    def _hear(self, rank: _Rank) -> None:
+    def _hear(self, heard: _Heard) -> None:
         try:
-            data = rank.connection.recv(1 << 20, socket.MSG_DONTWAIT)
+            data = heard.rank.connection.recv(1 << 20, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
-            rank.gone = True
-            self._selector.unregister(rank.connection)
+            heard.gone = True
+            self._selector.unregister(heard.rank.connection)
             return
-        rank.heard, rank.spoke = time.monotonic(), True
-        for message in rank.frames.feed(data):
-            if "ready" in message:
-                rank.ready = RankFacts(**message["ready"])
-            elif "opened" in message:
-                rank.opened = True
-            elif "error" in message:
-                rank.error = error_from_json(message["error"])
-            elif "sampled" in message:
+        heard.when, heard.spoke = time.monotonic(), True
+        for message in heard.frames.feed(data):
+            if "sampled" in message:
                 self._answers.append(message)
+            elif "error" in message:
+                heard.error = _from(heard.rank, error_from_json(message["error"]))
+            elif "store" in message:  # where the others meet the first
+                for other in self._ranks:
+                    if other is not heard:
+                        self._send(other, frame(message))
+            elif "loaded" in message:
+                heard.loaded = True
+            elif "ready" in message:
+                heard.facts = RankFacts(**message["ready"])
+            elif "opened" in message:
+                heard.opened = True
             elif "log" in message:
-                _LOG.log(message["level"], "%s: %s", rank.name, message["log"])
-
-    def _overhear(self, rank: _Rank, fd: int) -> None:
-        data = os.read(fd, 1 << 16)
-        if data:
-            rank.stderr += data
-            del rank.stderr[:-STDERR_BYTES]
-        else:
-            self._selector.unregister(fd)
+                _LOG.log(message["level"], "%s: %s", heard.rank.name, message["log"])
 
     def _cause(self) -> QuantkitError:
         """The failure behind what was noticed: an error that is no echo, else a rank that died, else the first echo."""
         until = time.monotonic() + GRACE_SECONDS
         while True:
             self._listen(POLL_SECONDS)
-            own = [rank.error for rank in self._ranks if rank.error is not None and not isinstance(rank.error, RuntimeDied)]
-            ended = all(rank.gone and rank.process.poll() is not None for rank in self._ranks)
-            if own or ended or time.monotonic() > until:
+            own = [heard.error for heard in self._ranks if heard.error is not None and not isinstance(heard.error, RuntimeDied)]
+            all_ended = all(heard.gone and heard.rank.ended() for heard in self._ranks)
+            if own or all_ended or time.monotonic() > until:
                 break
-        dead = [rank for rank in self._ranks if rank.error is None and (rank.gone or rank.process.poll() is not None)]
-        echoes = [rank.error for rank in self._ranks if rank.error is not None]
+        dead = [heard.rank for heard in self._ranks if heard.error is None and heard.ended]
+        echoes = [heard.error for heard in self._ranks if heard.error is not None]
         return own[0] if own else dead[0].obituary() if dead else echoes[0]
 
     def _fail(self, error: QuantkitError) -> None:
@@ -359,22 +320,58 @@ class ProcessExecutor:
             return
         with self._lock:
             if self._failure is None:
-                for rank in self._ranks:
-                    self._send(rank, frame({"close": True}))
+                self._tell({"close": True})
                 until = time.monotonic() + GRACE_SECONDS
-                while time.monotonic() < until and any(rank.process.poll() is None for rank in self._ranks):
+                while time.monotonic() < until and not all(heard.rank.ended() for heard in self._ranks):
                     time.sleep(0.01)
-            for rank in self._ranks:
-                _end(rank)
-            self._done.set()
+            for heard in self._ranks:
+                heard.rank.end()
+                heard.rank.connection.close()
+            self._home.close()
             self._selector.close()
 
 
-def _end(rank: _Rank) -> None:
-    if rank.process.poll() is None:
-        rank.process.kill()
-    rank.process.wait()
-    rank.connection.close()
-    stderr: IO[bytes] | None = rank.process.stderr
-    if stderr is not None:
-        stderr.close()
+def _from(rank: Rank, error: QuantkitError) -> QuantkitError:
+    """``error`` of a rank, with its host where that is not this one."""
+    if "host" not in rank.start:
+        return error
+    return type(error)(f"{error.where} on {rank.start['host']}", error.what, error.expected, error.hint)
+
+
+class Hosts(Protocol):
+    """What ranks run on: this host, or a cluster."""
+
+    @property
+    def place(self) -> str:
+        """ "cpu" or "cuda"."""
+
+    def home(self, replica: int) -> Home:
+        """Where the ranks of one replica live."""
+
+    def close(self) -> None:
+        """Let go of everything; a second call does nothing."""
+
+
+def start_executors(job: RankJob, hosts: Hosts, replicas: int, progress: Progress = silent) -> list[RankExecutor]:
+    """``replicas`` executors of ``job`` on ``hosts``, which end with the last of them. All load at the same time.
+
+    Raises what went wrong on a rank, and leaves nothing then.
+    """
+    started: list[RankExecutor] = []
+    try:
+        started.extend(RankExecutor(job, hosts.home(number)) for number in range(replicas))
+        for number, executor in enumerate(started):
+            executor.load(_part(progress, number, replicas))
+        for executor in started:
+            executor.measure()
+    except BaseException:
+        for executor in started:
+            executor.close()
+        hosts.close()
+        raise
+    return started
+
+
+def _part(progress: Progress, number: int, parts: int) -> Progress:
+    """Part ``number`` of a Progress of ``parts`` equal ones."""
+    return lambda stage, done, total: progress(stage, number * total + done, parts * total)

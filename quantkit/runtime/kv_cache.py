@@ -14,13 +14,12 @@ from torch import Tensor
 
 from quantkit.model.attention import Batch, spans
 from quantkit.model.decoder import Decoder
-from quantkit.ops.paged_attention import Pages, make_pages
+from quantkit.ops.paged_attention import Pages, decode_pages, make_pages
+from quantkit.ops.transfer import upload
 from quantkit.runtime.blocks import BLOCK, blocks_for
 
 KV_DTYPES = ("auto", "fp8")
 _E4M3_MAX = 448.0
-_FEW_RUNS = 8
-"""From here on a GPU writes all of a pass at once rather than run by run."""
 
 Slots = tuple[tuple[int, int], ...]
 """Runs of neighbouring places in the pool, each (first, one past the last); place ``BLOCK * b + i`` is token i of block b."""
@@ -28,11 +27,15 @@ Slots = tuple[tuple[int, int], ...]
 
 @dataclass(slots=True)
 class _Table:
-    """One sequence: its blocks, the tokens that it had before the pass that runs and has with it, and where they are."""
+    """One sequence: its row in the table on the device, its blocks, the tokens that it had before the pass that runs and has with it, and
+    where they are."""
 
+    row: int
     blocks: list[int]
     start: int
     stop: int
+    shown: int = 0
+    """Blocks that the table on the device has."""
     all: Slots = ()
     index: Tensor | None = None
     """The blocks when those are not side by side, once they were needed."""
@@ -61,21 +64,38 @@ def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 class PagedCache:
     """A KV cache of ``blocks`` blocks for the KV heads of one rank. ``fp8`` stores float8 e4m3 of scale 1, else ``dtype`` is stored.
 
-    Values beyond 448 become 448 in float8.
+    Values beyond 448 become 448 in float8. ``table`` int32 ``[rows, blocks of a text]`` is what kernels read. Its row 0 and the pool's last
+    block are nobody's: what a graph does for sequences that are not there goes there.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, blocks: int, *, fp8: bool = False
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: int,
+        *,
+        fp8: bool = False,
+        sequences: int = 1,
+        longest: int | None = None,
     ) -> None:
         self._dtype = dtype
         stored = torch.float8_e4m3fn if fp8 else dtype
-        self.pool = torch.empty(layers, 2, blocks, BLOCK, kv_heads, head_dim, dtype=stored, device=device)
-        self._places = [(k, v) for k, v in (layer.flatten(1, 2).unbind(0) for layer in self.pool.unbind(0))]  # [blocks * BLOCK, KV, D]
+        self.pool = torch.empty(layers, 2, blocks + 1, BLOCK, kv_heads, head_dim, dtype=stored, device=device)
+        self._places = [(k, v) for k, v in (layer.flatten(1, 2).unbind(0) for layer in self.pool.unbind(0))]  # [places, KV, D]
+        self.nowhere = BLOCK * blocks
+        self.table = torch.zeros(
+            sequences + 1, max(1, min(blocks, blocks_for(longest or BLOCK * blocks))), dtype=torch.int32, device=device
+        )
+        self._rows = list(range(sequences, 0, -1))
         self._tables: dict[int, _Table] = {}
         self._batch: Batch | None = None
         self._new: Slots = ()  # where the tokens of the batch go, one sequence after the other
         self._slots: Tensor | None = None  # the same, once it was needed
         self._pages: Pages | None = None
+        self._staged: tuple[Tensor, Tensor] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -99,13 +119,49 @@ class PagedCache:
         """Give ``sequence`` more blocks; a new one begins with ``held`` tokens, whose keys and values its first blocks hold already."""
         table = self._tables.get(sequence)
         if table is None:
-            self._tables[sequence] = _Table(list(blocks), held, held)
+            self._tables[sequence] = _Table(self._row(), list(blocks), held, held)
         else:
             table.blocks += blocks
 
+    def _row(self) -> int:
+        """A row of the table that no sequence has; there are more when there is none."""
+        if not self._rows:
+            rows = self.table.shape[0]
+            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+            self._rows = list(range(2 * rows - 1, rows - 1, -1))
+        return self._rows.pop()
+
     def free(self, sequence: int) -> None:
         """Forget the table of ``sequence``, if it has one."""
-        self._tables.pop(sequence, None)
+        table = self._tables.pop(sequence, None)
+        if table is not None:
+            self._rows.append(table.row)
+
+    def row(self, sequence: int) -> int:
+        """The row of ``sequence``, which no other that is here has; from 1 on."""
+        return self._tables[sequence].row
+
+    def decode(self, sequences: Sequence[int]) -> list[tuple[int, int, int, int, int, int]] | None:
+        """One more token of each of ``sequences``: its position and place, the keys there are with it, the row, and a block that the table
+        lacks, behind its place in the flat table (0 and 0 when it lacks none). None, and nothing has changed, where one lacks several.
+        """
+        tables = [self._tables[sequence] for sequence in sequences]
+        if any(len(table.blocks) > table.shown + 1 for table in tables):
+            return None
+        found = []
+        for table in tables:
+            table.start, table.stop, table.index = table.stop, table.stop + 1, None
+            place = BLOCK * table.blocks[table.start // BLOCK] + table.start % BLOCK
+            new = (table.row * self.table.shape[1] + table.shown, table.blocks[-1]) if len(table.blocks) > table.shown else (0, 0)
+            table.shown = len(table.blocks)
+            found.append((table.start, place, table.stop, table.row, *new))
+        return found
+
+    def stage(self, batch: Batch, slots: Tensor, rows: Tensor, lengths: Tensor) -> None:
+        """Have the pass of ``batch``, a token of each sequence, write to ``slots [T]`` int64 and read ``lengths [T]`` keys that ``rows [T]``
+        of the table say, both int32, whatever they are when it runs: for a graph.
+        """
+        self._batch, self._slots, self._pages, self._staged = batch, slots, None, (rows, lengths)
 
     def _begin(self, batch: Batch) -> None:
         """Find the places of a pass, once for all layers."""
@@ -118,31 +174,35 @@ class PagedCache:
             assert table.stop <= BLOCK * len(table.blocks), (table.stop, table.blocks)
             table.all = _runs(table.blocks, 0, table.stop)
             new += _runs(table.blocks, table.start, table.stop)
-        self._batch, self._new, self._slots, self._pages = batch, tuple(new), None, None
+        self._batch, self._new, self._slots, self._pages, self._staged = batch, tuple(new), None, None, None
 
     def write(self, layer: int, batch: Batch, k: Tensor, v: Tensor) -> None:
         """Append ``k``, ``v [T, KV, D]`` of the sequences of ``batch``."""
         if not self.in_place:
             k, v = (x.clamp(-_E4M3_MAX, _E4M3_MAX).to(self.pool.dtype) for x in (k, v))  # the cast alone makes NaN of what is larger
-        places = self.places(layer, batch)
-        if len(places) <= _FEW_RUNS or k.device.type == "cpu":
+        self._begin(batch)
+        if k.device.type == "cpu":
             start = 0
-            for keys, values in places:
-                stop = start + keys.shape[0]
-                keys.copy_(k[start:stop])
-                values.copy_(v[start:stop])
+            for first, end in self._new:
+                stop = start + end - first
+                for half, x in zip(self._places[layer], (k, v), strict=True):
+                    half[first:end].copy_(x[start:stop])
                 start = stop
             return
-        if self._slots is None:
-            self._slots = torch.tensor([at for first, end in self._new for at in range(first, end)]).to(self.pool.device)
+        slots = self.slots(batch)
         for half, x in zip(self._places[layer], (k, v), strict=True):
-            half.view(self._moved).index_copy_(0, self._slots, x.contiguous().view(self._moved))
+            half.view(self._moved).index_copy_(0, slots, x.contiguous().view(self._moved))
 
-    def places(self, layer: int, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Where the tokens of ``batch`` go, for a caller that writes them at once: keys and values ``[t, KV, D]``, run by run."""
+    def slots(self, batch: Batch) -> Tensor:
+        """Where the tokens of ``batch`` go, for a kernel that writes them: places ``[T]`` int64 in ``places``."""
         self._begin(batch)
-        keys, values = self._places[layer]
-        return [(keys[first:end], values[first:end]) for first, end in self._new]
+        if self._slots is None:
+            self._slots = upload([at for first, end in self._new for at in range(first, end)], torch.int64, self.pool.device)
+        return self._slots
+
+    def places(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values of ``layer``, ``[places, KV, D]``, as stored."""
+        return self._places[layer]
 
     def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """All keys and values of ``sequence`` in ``layer``, two ``[S, KV, D]``, views of the pool where its blocks are side by side."""
@@ -166,13 +226,28 @@ class PagedCache:
         return half.view(self._moved).index_select(0, index).view(half.dtype).flatten(0, 1)
 
     def pages(self, batch: Batch, group: int) -> Pages:
-        """Where everything is that a pass with ``group`` query heads a key head reads and writes."""
+        """Where everything is that a pass with ``group`` query heads a key head reads."""
         self._begin(batch)
-        if self._pages is None or self._pages.group != group:
+        if self._pages is not None and self._pages.group == group:
+            return self._pages
+        if self._staged is not None:
+            self._pages = decode_pages(self.table, *self._staged, group, BLOCK * self.table.shape[1])
+        else:
             tables = [self._tables[sequence] for _, _, sequence in spans(batch)]
-            some = [table.blocks[: blocks_for(table.stop)] for table in tables]
-            self._pages = make_pages(some, [(table.start, table.stop) for table in tables], group, self.pool.device)
+            self._show(tables)
+            self._pages = make_pages(self.table, [table.row for table in tables], [(table.start, table.stop) for table in tables], group)
         return self._pages
+
+    def _show(self, tables: Sequence[_Table]) -> None:
+        """Bring the table on the device up to date."""
+        new: list[tuple[int, int]] = []
+        for table in tables:
+            first = table.row * self.table.shape[1]
+            new += [(first + number, table.blocks[number]) for number in range(table.shown, len(table.blocks))]
+            table.shown = len(table.blocks)
+        if new:
+            where, blocks = upload(list(zip(*new, strict=True)), torch.int64, self.table.device)
+            self.table.view(-1).index_copy_(0, where, blocks.int())
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and all values of ``layer``, ``[blocks, BLOCK, KV, D]``, as stored."""
@@ -185,15 +260,18 @@ def kv_block_bytes(decoder: Decoder, fp8: bool) -> int:
     return 2 * decoder.spec.layers * BLOCK * decoder.kv_heads * decoder.spec.head_dim * (1 if fp8 else decoder.dtype.itemsize)
 
 
-def cache_for(decoder: Decoder, blocks: int, *, fp8: bool = False) -> PagedCache:
+def cache_for(decoder: Decoder, blocks: int, *, fp8: bool = False, sequences: int = 1) -> PagedCache:
     """An empty cache for the layers and KV heads that ``decoder`` holds, in its dtype and on its device."""
-    return PagedCache(decoder.spec.layers, decoder.kv_heads, decoder.spec.head_dim, decoder.dtype, decoder.device, blocks, fp8=fp8)
+    spec = decoder.spec
+    stretches = any(rope.kind == "dynamic" for rope in spec.ropes)
+    shape = (spec.layers, decoder.kv_heads, spec.head_dim, decoder.dtype, decoder.device, blocks)
+    return PagedCache(*shape, fp8=fp8, sequences=sequences, longest=None if stretches else spec.max_positions)
 
 
 def whole_cache(decoder: Decoder, tokens: int, sequences: int = 1) -> PagedCache:
     """A cache for ``decoder`` with blocks side by side for ``tokens`` of each of the sequences 0, 1, ..."""
     each = blocks_for(tokens)
-    cache = cache_for(decoder, each * sequences)
+    cache = cache_for(decoder, each * sequences, sequences=sequences)
     for sequence in range(sequences):
         cache.extend(sequence, range(each * sequence, each * (sequence + 1)), 0)
     return cache

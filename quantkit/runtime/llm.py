@@ -16,7 +16,7 @@ from typing import Any, Self
 from quantkit.errors import InputError, QuantkitError
 from quantkit.plan import PASS_TOKENS
 from quantkit.progress import Progress, silent
-from quantkit.runtime.engine import MEMORY_SHARE, Delta, Engine, start_engine
+from quantkit.runtime.engine import MEMORY_SHARE, Delta, Front, start_engine
 from quantkit.runtime.params import SamplingParams, TokenLogprob
 from quantkit.text.chat import render_chat
 
@@ -62,7 +62,9 @@ class LLM:
 
     ``tp`` ranks (None: as sharded, else 1), ``device`` "auto", "cpu" or "cuda", ``dtype`` of the computation, ``max_model_len`` tokens of
     prompt and answer together, ``max_num_seqs`` prompts at once, ``memory_share`` of the device's memory, ``kv_cache_dtype`` "auto" or
-    "fp8", ``timeout`` in seconds for a rank that hangs. Raises InputError and MachineError for what cannot be.
+    "fp8", ``lm_head`` "auto" or "q8_0", ``timeout`` in seconds for a rank that hangs. ``dp`` replicas, each of ``tp`` ranks and with
+    these limits, share the prompts; ``executor`` "local", or "ray" for the hosts of a cluster. Raises InputError and MachineError for what
+    cannot be.
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class LLM:
         max_num_batched_tokens: int = PASS_TOKENS,
         memory_share: float = MEMORY_SHARE,
         kv_cache_dtype: str = "auto",
+        lm_head: str = "auto",
         prefix_caching: bool = True,
         timeout: float = 60.0,
+        dp: int = 1,
+        executor: str = "local",
         progress: Progress = silent,
     ) -> None:
-        self.engine: Engine = start_engine(
+        self.engine: Front = start_engine(
             path,
             tp=tp,
             device=device,
@@ -91,9 +96,12 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             memory_share=memory_share,
             kv_cache_dtype=kv_cache_dtype,
+            lm_head=lm_head,
             prefix_caching=prefix_caching,
             max_queue=max_num_seqs,
             timeout=timeout,
+            dp=dp,
+            executor=executor,
             progress=progress,
         )
 

@@ -39,7 +39,11 @@ _LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a cluster of one host, as Ray has it there: on loopback
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "http_proxy": "http://127.0.0.1:9",  # nobody: Ray asks a cloud's addresses where it runs, and says that it says nothing
+    "https_proxy": "http://127.0.0.1:9",
+    "no_proxy": "127.0.0.1,localhost",
 }
+"""The environment of a cluster that begins here: nothing of it leaves this host."""
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
 
 
@@ -52,7 +56,7 @@ class RayHosts:
     def __init__(self, device: str, tp: int, replicas: int, timeout: float) -> None:
         if importlib.util.find_spec("ray") is None:
             raise MachineError(WHERE, "ray is not installed", "the ray extra", "pip install 'quantkit[ray]'")
-        here = "RAY_ADDRESS" not in os.environ
+        here = not os.environ.get("RAY_ADDRESS")
         if here:
             device = place_for(device, tp * replicas)
         self._keeper = _Keeper(here)

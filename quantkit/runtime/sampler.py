@@ -3,6 +3,7 @@
 Each rank holds some columns of the logits. What is exchanged is small: the greatest values, masses and winners; whole rows only
 when a top-p takes more tokens than were exchanged. Every rank gets the same tokens, and they do not depend on how the columns are
 cut, nor on which other requests share the batch: masses are whole numbers, and randomness is a hash of seed, position and token.
+A GPU is not waited for (but by a top-p, which has to know whether it found enough): tokens stay there until somebody asks.
 This module knows no text and no model.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.comm import Comm
+from quantkit.ops.transfer import Download, upload
 from quantkit.runtime.params import INVALID, Sampled, SamplingParams, TokenLogprob
 
 __all__ = ["INVALID", "Sampled", "Sampler", "SamplingParams", "TokenLogprob"]
@@ -87,20 +89,44 @@ class _History:
             self._free = list(range(rows, rows + more))
         slot = self._free.pop()
         self.prompt[slot], self.counts[slot] = False, 0
-        columns = torch.tensor(prompt, dtype=torch.int64, device=self._device) - self._first
-        self.prompt[slot, columns[(columns >= 0) & (columns < self.prompt.shape[1])]] = True
+        columns = [token - self._first for token in prompt if 0 <= token - self._first < self.prompt.shape[1]]
+        self.prompt[slot, upload(columns, torch.int64, self._device)] = True
         return slot
 
     def give(self, slot: int) -> None:
         self._free.append(slot)
 
-    def add(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Count one more of ``tokens``, each in its slot; the slots differ."""
-        inside = [(slot, token - self._first) for slot, token in zip(slots, tokens, strict=True)]
-        inside = [(slot, column) for slot, column in inside if 0 <= column < self.counts.shape[1]]
-        if inside:
-            rows, columns = torch.tensor(inside, device=self._device).unbind(1)
-            self.counts[rows, columns] += 1
+    def add(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Count one more of ``tokens [B]``, each in its slot; the slots differ."""
+        columns = tokens - self._first
+        inside = (columns >= 0) & (columns < self.counts.shape[1])
+        where = upload(slots, torch.int64, self._device), columns.clamp(0, self.counts.shape[1] - 1)
+        self.counts.index_put_(where, inside.int(), accumulate=True)
+
+
+class Drawn:
+    """The next tokens of a batch: on the device at once, for the next pass, and on the CPU when they get there."""
+
+    def __init__(self, found: Tensor, states: Sequence[_State], asked: Sequence[tuple[int, int]], scores: Sequence[Tensor]) -> None:
+        self.found = found
+        """float64 ``[B, 2]``: the value that won, and its token."""
+        self.tokens = found[:, 1].long()
+        """``[B]``, some token where the logits were no numbers."""
+        self._asked = asked
+        self._prompts = [tuple(state.scores[position] for position in sorted(state.scores)) for state in states]
+        self._coming = Download(found, *scores)
+
+    def result(self) -> list[Sampled]:
+        """Wait for them. From any thread."""
+        found, *scores = self._coming.wait()
+        tokens = [int(token) if math.isfinite(value) else INVALID for value, token in found.tolist()]
+        own = [tokens[row] for row, _ in self._asked]
+        logprobs = {
+            row: TokenLogprob(one.token, one.logprob, one.top[:count])
+            for (row, count), one in zip(self._asked, _logprobs(own, scores) if scores else (), strict=True)
+            if one.token != INVALID
+        }
+        return [Sampled(token, logprobs.get(row), self._prompts[row]) for row, token in enumerate(tokens)]
 
 
 class Sampler:
@@ -128,32 +154,36 @@ class Sampler:
 
     # the next tokens
 
-    def sample(self, sequences: Sequence[int], logits: Tensor) -> list[Sampled]:
+    def sample(self, sequences: Sequence[int], logits: Tensor, winners: Tensor | None = None) -> Drawn:
         """The next token of each of ``sequences``, from this rank's columns of its ``logits [B, W]``, which are left as they are.
 
         In this order: bias, repetition penalty, presence and frequency penalties, no end before ``min_tokens``; temperature; top-k,
         top-p (of what top-k left), min-p (relative to the likeliest). Tokens as likely as the last that a cut leaves are left too.
+        ``winners``: what ``winners`` says of these logits, where that is known.
         """
         states = [self._states[sequence] for sequence in sequences]
         shaped = self._shaped(states, logits)
-        values, best = self._winners(shaped)
+        found = winners if winners is not None and shaped is logits else self.winners(shaped)
         random = [row for row, state in enumerate(states) if not state.params.greedy]
+        if random:
+            found = found.clone()
         rows_at_once = max(1, CELLS // self._vocab)
         for at in range(0, len(random), rows_at_once):
-            rows = random[at : at + rows_at_once]
-            best[rows] = self._draw(shaped[rows], [states[row] for row in rows])
-        found = torch.stack([values, best.double()], 1).tolist()  # all that a device has to send back
-        tokens = [int(token) if math.isfinite(value) else INVALID for value, token in found]
-        scores = self._scored(states, logits, tokens)
-        penalized = [(state.slot, token) for state, token in zip(states, tokens, strict=True) if state.slot is not None]
+            rows = upload(random[at : at + rows_at_once], torch.int64, self._device)
+            found[rows, 1] = self._draw(shaped[rows], [states[row] for row in random[at : at + rows_at_once]])
+        asked = [(row, state.params.logprobs) for row, state in enumerate(states) if state.params.logprobs is not None]
+        scores: tuple[Tensor, ...] = ()
+        if asked:
+            rows = upload([row for row, _ in asked], torch.int64, self._device)
+            scores = self._scores(logits[rows], found[rows, 1].long(), max(count for _, count in asked))
+        drawn = Drawn(found, states, asked, scores)
+        penalized = [(row, state.slot) for row, state in enumerate(states) if state.slot is not None]
         if penalized:
-            self._history.add(*zip(*penalized, strict=True))
-        out = []
-        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
-            prompt = tuple(state.scores[position] for position in sorted(state.scores))
+            who = upload([row for row, _ in penalized], torch.int64, self._device)
+            self._history.add([slot for _, slot in penalized], drawn.tokens[who])
+        for state in states:
             state.index, state.scores = state.index + 1, {}
-            out.append(Sampled(token, scores.get(row), prompt))
-        return out
+        return drawn
 
     def _shaped(self, states: Sequence[_State], logits: Tensor) -> Tensor:
         """``logits`` with bias, penalties and masked ends: the same tensor where nobody asks for any."""
@@ -166,7 +196,7 @@ class Sampler:
         rows, columns, amounts = self._cells(biases)
         shaped.index_put_((rows, columns), amounts.to(shaped.dtype), accumulate=True)
         if penalized:
-            where = torch.tensor([row for row, _ in penalized], device=self._device)
+            where = upload([row for row, _ in penalized], torch.int64, self._device)
             shaped[where] = self._penalize(shaped[where], [state for _, state in penalized])
         rows, columns, _ = self._cells(masked)
         shaped[rows, columns] = -math.inf
@@ -176,12 +206,12 @@ class Sampler:
         """Rows, columns and numbers of those of (row, token, number) that are in this rank's columns."""
         inside = [(row, token - self._first, number) for row, token, number in cells if 0 <= token - self._first < self._width]
         rows, columns, numbers = zip(*inside, strict=True) if inside else ((), (), ())
-        places = torch.tensor([rows, columns], dtype=torch.int64, device=self._device)
-        return places[0], places[1], torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        places = upload([rows, columns], torch.int64, self._device)
+        return places[0], places[1], upload(numbers, torch.float64, self._device)
 
     def _penalize(self, logits: Tensor, states: Sequence[_State]) -> Tensor:
         """Repetition (Keskar et al. 2019: divides what is positive, multiplies what is not), then presence and frequency (OpenAI's)."""
-        slots = torch.tensor([state.slot for state in states], device=self._device)
+        slots = upload([state.slot for state in states], torch.int64, self._device)
         counts = self._history.counts[slots]  # [B, W]
         given = counts > 0
         repetition, presence, frequency = self._per_row(
@@ -193,32 +223,37 @@ class Sampler:
 
     def _per_row(self, numbers: Sequence[Sequence[float]], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Each column of ``numbers`` (one list per row of a batch) as ``[B, 1]``."""
-        return torch.tensor(numbers, dtype=dtype, device=self._device).unsqueeze(1).unbind(2)
+        return upload(numbers, dtype, self._device).unsqueeze(1).unbind(2)
 
-    def _winners(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The greatest of each row of ``values [B, W]`` over all ranks, and its token, the lowest of equals: two ``[B]``."""
+    def winners(self, values: Tensor) -> Tensor:
+        """The greatest of each row of ``values [B, W]`` over all ranks, and its token, the lowest of equals: float64 ``[B, 2]``."""
         best = values.max(-1)
         found = self._gather(torch.stack([best.values.double(), (best.indices + self._first).double()], -1))  # [B, 2R]
+        if self._comm.size == 1:
+            return found
         first = found[:, ::2].max(-1)
-        return first.values, found[:, 1::2].gather(1, first.indices.unsqueeze(1)).squeeze(1).long()
+        return torch.stack([first.values, found[:, 1::2].gather(1, first.indices.unsqueeze(1)).squeeze(1)], -1)
 
     def _gather(self, x: Tensor) -> Tensor:
         """The ranks' ``x``, of one shape, side by side."""
         return self._comm.all_gather(x, [x.shape[-1]] * self._comm.size)
 
     def _draw(self, logits: Tensor, states: Sequence[_State]) -> Tensor:
-        """A token ``[B]`` for each row of ``logits [B, W]``, none of which is greedy."""
+        """A token ``[B]``, float64, for each row of ``logits [B, W]``, none of which is greedy."""
         (temperature,) = self._per_row([(state.params.temperature,) for state in states], torch.float64)
         scaled = logits.double() / temperature
-        keys = torch.tensor([random_key(state.seed, state.index) for state in states], device=self._device)
-        if any(state.params.cut for state in states):
-            floor = self._floor(scaled, [state.params for state in states])
-            rows, columns = (scaled >= floor.unsqueeze(1)).nonzero(as_tuple=True)
+        keys = upload([random_key(state.seed, state.index) for state in states], torch.int64, self._device)
+        cut = any(state.params.cut for state in states)
+        kept = scaled >= self._floor(scaled, [state.params for state in states]).unsqueeze(1) if cut else None
+        if kept is not None and scaled.is_cuda:  # how many are left, a GPU would have to be asked
+            scaled, kept = scaled.masked_fill(~kept, -math.inf), None
+        if kept is not None:
+            rows, columns = kept.nonzero(as_tuple=True)
             raced = torch.full_like(scaled, -math.inf)
             raced[rows, columns] = scaled[rows, columns] + gumbel(keys[rows], columns + self._first)
         else:
             raced = scaled + gumbel(keys.unsqueeze(1), torch.arange(self._first, self._first + self._width, device=self._device))
-        return self._winners(raced)[1]
+        return self.winners(raced)[:, 1]
 
     def _floor(self, scaled: Tensor, params: Sequence[SamplingParams], candidates: int = CANDIDATES) -> Tensor:
         """The least value ``[B]`` of ``scaled [B, W]`` that the cuts leave in each row."""
@@ -227,7 +262,7 @@ class Sampler:
         nucleus = [p.top_p < 1 for p in params]
         count = max(k if p.top_k > 0 else candidates if p.top_p < 1 else 1 for p, k in zip(params, kept, strict=True))
         best = self._best(scaled, min(count, self._vocab))  # [B, C], greatest first
-        last = torch.tensor(kept, device=self._device)
+        last = upload(kept, torch.int64, self._device)
         places = torch.arange(best.shape[1], device=self._device)
         cut = last < self._vocab
         floor = torch.where(cut, best.gather(1, (last - 1).clamp(max=best.shape[1] - 1).unsqueeze(1)).squeeze(1), floor)
@@ -238,7 +273,7 @@ class Sampler:
             (share,) = self._per_row([(p.top_p,) for p in params], torch.float64)
             sums, wanted = masses.cumsum(-1).double(), share.squeeze(1) * total.double()
             ends = (sums < wanted.unsqueeze(1)).sum(-1)  # the place of the token that completes the share
-            inside = torch.tensor(nucleus, device=self._device)
+            inside = upload(nucleus, torch.bool, self._device)
             found = best.gather(1, ends.clamp(max=best.shape[1] - 1).unsqueeze(1)).squeeze(1)
             floor = torch.where(inside, torch.maximum(floor, found), floor)
             beyond = (inside & (ends >= best.shape[1])).nonzero().squeeze(1).tolist()
@@ -257,18 +292,13 @@ class Sampler:
 
     # log-probabilities
 
-    def _scored(self, states: Sequence[_State], logits: Tensor, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
-        """Row -> what was asked for."""
-        asked = [(row, s.params.logprobs) for row, s in enumerate(states) if s.params.logprobs is not None and tokens[row] != INVALID]
-        if not asked:
-            return {}
-        rows = [row for row, _ in asked]
-        scores = self.score(logits[rows], [tokens[row] for row in rows], max(count for _, count in asked))
-        return {row: TokenLogprob(one.token, one.logprob, one.top[:count]) for (row, count), one in zip(asked, scores, strict=True)}
-
     def score(self, logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
         """Log-probabilities of ``tokens``, one per row of ``logits [B, W]``, and of the ``count`` likeliest tokens."""
-        columns = torch.tensor(tokens, device=self._device) - self._first
+        return _logprobs(tokens, Download(*self._scores(logits, upload(tokens, torch.int64, self._device), count)).wait())
+
+    def _scores(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities ``[B, 1]`` of ``tokens [B]``; the ``count`` likeliest tokens and theirs, two ``[B, C]``; all float64."""
+        columns = tokens - self._first
         inside = (columns >= 0) & (columns < self._width)
         chosen = logits.gather(1, columns.clamp(0, self._width - 1).unsqueeze(1)).squeeze(1).masked_fill(~inside, -math.inf)
         own = torch.stack([logits.logsumexp(-1), chosen], -1).double()
@@ -287,12 +317,8 @@ class Sampler:
         )
         found = self._gather(pairs).view(len(tokens), self._comm.size, 2, count)
         best = found[:, :, 0].flatten(1).sort(descending=True, stable=True)
-        likely = best.values[:, :count] - total
         ids = found[:, :, 1].flatten(1).gather(1, best.indices[:, :count])
-        return [
-            TokenLogprob(token, value[0], tuple((int(other), logprob) for other, logprob in zip(row, logprobs, strict=True)))
-            for token, value, row, logprobs in zip(tokens, values.tolist(), ids.tolist(), likely.tolist(), strict=True)
-        ]
+        return values, ids, best.values[:, :count] - total
 
     def unscored(self, sequence: int, start: int, length: int) -> tuple[int, ...]:
         """The prompt's tokens behind each of positions ``start`` to ``start + length - 1`` that are to be scored."""
@@ -304,6 +330,14 @@ class Sampler:
         state = self._states[sequence]
         assert state.params.prompt_logprobs is not None
         state.scores.update(enumerate(self.score(logits, tokens, state.params.prompt_logprobs), start))
+
+
+def _logprobs(tokens: Sequence[int], scores: Sequence[Tensor]) -> list[TokenLogprob]:
+    """What ``Sampler._scores`` made of ``tokens``, on the CPU."""
+    return [
+        TokenLogprob(token, value[0], tuple((int(other), logprob) for other, logprob in zip(row, logprobs, strict=True)))
+        for token, value, row, logprobs in zip(tokens, *(part.tolist() for part in scores), strict=True)
+    ]
 
 
 def _mass(values: Tensor, peak: Tensor) -> Tensor:

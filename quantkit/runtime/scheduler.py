@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from quantkit.runtime.blocks import BLOCK, BlockPool, blocks_for, first_name, next_name
 
+UNKNOWN = -1
+"""In place of a token that a pass under way samples: the ranks take what they sampled last for that sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -77,6 +80,10 @@ class _Sequence:
     blocks: list[int] = field(default_factory=list)
     told: int = 0
     """Blocks that the ranks know of."""
+    sealed: int = 0
+    """Blocks that can be found, or that others have under the same name."""
+    unknown: int = 0
+    """Of the tokens, how many at the end are still being sampled."""
     seat: int = -1
     begun: bool = False
 
@@ -129,11 +136,24 @@ class Scheduler:
         assert 1 <= len(prompt) <= room and blocks_for(room) <= self.limits.blocks, (len(prompt), room, self.limits)
         self._waiting.append((sequence, _Sequence(list(prompt), room, [first_name(salt)], reuse)))
 
+    def expect(self, schedule: Schedule) -> None:
+        """Have the next pass run what ``schedule`` samples, of those who have room for it, before it is known: ``append`` tells it."""
+        for chunk in schedule.chunks:
+            state = self._running[chunk.sequence]
+            if chunk.sample and len(state.tokens) < state.room:
+                state.tokens.append(UNKNOWN)
+                state.unknown += 1
+
     def append(self, sequence: int, token: int) -> None:
-        """Give a running sequence its sampled token, which a later pass runs."""
-        found = self._running[sequence]
-        assert found.lacking == 0 and len(found.tokens) < found.room, (found.computed, len(found.tokens), found.room)
-        found.tokens.append(token)
+        """Give a sequence its sampled token: the first that is expected, else one that a later pass runs."""
+        state = self._running.get(sequence) or next(state for number, state in self._waiting if number == sequence)
+        if state.unknown:
+            state.tokens[-state.unknown] = token
+            state.unknown -= 1
+            self._seal(state)
+            return
+        assert state.lacking == 0 and len(state.tokens) < state.room, (state.computed, len(state.tokens), state.room)
+        state.tokens.append(token)
 
     def remove(self, sequence: int) -> None:
         """Take out a sequence that is done or is no longer wanted; unknown ones are ignored."""
@@ -149,7 +169,7 @@ class Scheduler:
         state = self._running.pop(sequence)
         self._pool.release(state.blocks)
         self._seats.add(state.seat)
-        state.blocks, state.told, state.computed = [], 0, 0
+        state.blocks, state.told, state.computed, state.sealed = [], 0, 0, 0
         return state
 
     def schedule(self) -> Schedule:
@@ -190,6 +210,7 @@ class Scheduler:
         left = self.limits.step_tokens - sum(state.lacking for state in self._running.values())
         while self._waiting and self._seats and left > 0:
             sequence, state = self._waiting[0]
+            assert not state.unknown, "who gave way in the last pass, or has not begun, is sampling nothing"
             found: list[int] = []
             look = self.limits.prefix_caching and state.reuse
             if look:  # at least one token is computed: the next comes from its logits
@@ -202,7 +223,7 @@ class Scheduler:
             state.seat = min(self._seats)
             self._seats.remove(state.seat)
             self._pool.share(found)
-            state.blocks, state.computed = found, BLOCK * len(found)
+            state.blocks, state.computed, state.sealed = found, BLOCK * len(found), len(found)
             self._take(state, need)
             left -= state.lacking
             if not state.begun:
@@ -225,8 +246,13 @@ class Scheduler:
             chunks.append(Chunk(sequence, start, tuple(state.tokens[start:stop]), stop == len(state.tokens), blocks))
             state.computed, state.told = stop, len(state.blocks)
             left -= count
-            if self.limits.prefix_caching:
-                first = start // BLOCK
-                for block, name in zip(state.blocks[first:], state.names_of(stop // BLOCK)[first:], strict=False):
-                    self._pool.seal(block, name)
+            self._seal(state)
         return tuple(chunks)
+
+    def _seal(self, state: _Sequence) -> None:
+        """Let the full blocks of ``state`` be found whose tokens are known; they are computed by now, or by the pass that is scheduled."""
+        full = min(state.computed, len(state.tokens) - state.unknown) // BLOCK
+        if self.limits.prefix_caching and state.sealed < full:
+            for block, name in zip(state.blocks[state.sealed : full], state.names_of(full)[state.sealed :], strict=True):
+                self._pool.seal(block, name)
+            state.sealed = full

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.errors import CheckFailed, InputError, MachineError, QuantkitError, RuntimeDied
-from quantkit.runtime.sampler import Sampled, SamplingParams, TokenLogprob
+from quantkit.runtime.params import Sampled, SamplingParams, TokenLogprob
 from quantkit.runtime.scheduler import Chunk
 
 MAX_FRAME = 64 << 20
@@ -40,6 +40,8 @@ class RankJob:
     memory_share: float
     step_tokens: int
     sequences: int
+    lm_head: str = "auto"
+    """How the head is held: a key of ``plan.LM_HEADS``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What one rank does: load its slices, run steps, and, as rank 0, sample. ``python -m quantkit.runtime.worker FD`` is a rank process.
 
-The process obeys the socket FD and never outlives whoever holds the other end. This module knows no requests and no text.
+A process that serves as a rank, this one or an actor of Ray's, obeys a socket and never outlives whoever holds the other end. This module
+knows no requests and no text.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from torch import Tensor
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import open_checkpoint
-from quantkit.comm import Comm, ProcessComm
+from quantkit.comm import Comm, ProcessComm, Solo, join_store, serve_store
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
@@ -36,7 +39,7 @@ from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.graphs import graph_bytes, make_graphs
 from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
-from quantkit.runtime.sampler import Drawn, Sampler
+from quantkit.runtime.sampler import Drawn, Sampler, SamplingParams
 from quantkit.runtime.scheduler import UNKNOWN, Chunk
 from quantkit.runtime.wire import (
     Frames,
@@ -128,35 +131,37 @@ class Runner:
 
 def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
     """The decoder of rank ``comm.rank``. Raises InputError for a checkpoint that does not fit, MachineError when memory is short."""
-    dtype = float_dtype(job.dtype)
+    how: dict[str, Any] = {"dtype": float_dtype(job.dtype), "device": device, "parity": job.parity, "lm_head": job.lm_head}
+    how["merge"] = job.device == "cuda" and not job.parity
     try:
         if job.sharded:
             checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
-            return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity, presliced=assignment)
+            return load_decoder(checkpoint, plan=plan, comm=comm, presliced=assignment, **how)
         checkpoint = as_blocks(open_checkpoint(job.path))
         if job.tp == 1:
-            return load_decoder(checkpoint, dtype=dtype, device=device, parity=job.parity)
+            return load_decoder(checkpoint, **how)
         spec = spec_for(checkpoint.config)
         assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
         plan = make_plan(spec, assignment, job.tp, dtype="BF16")
-        return load_decoder(checkpoint, dtype=dtype, device=device, plan=plan, comm=comm, parity=job.parity)
+        return load_decoder(checkpoint, plan=plan, comm=comm, **how)
     except torch.OutOfMemoryError as exc:
         raise MachineError(device, "has too little memory for the weights", "more memory", "--tp splits them among GPUs") from exc
 
 
-def rank_facts(decoder: Decoder, job: RankJob) -> RankFacts:
-    """What the rank holds, and how many blocks fit into its share of the memory: on a GPU of all of it, on a CPU of what is free.
+def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
+    """What the rank holds, and how many blocks fit into its share of the memory: on a GPU of all of it, on a CPU of what is free, divided
+    among the ``host_ranks`` ranks, of this model and of its replicas, that share the host.
 
     On a GPU a pass is run to see what it takes, on a CPU that is an estimate. Every rank calls this at the same time.
     """
     sequences, device = min(job.sequences, job.step_tokens), decoder.device
     if device.type == "cuda":
-        taken = _measured_pass(decoder, job.step_tokens, sequences)
+        taken = _measured_pass(decoder, job.step_tokens, sequences) + graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         room = int(total * job.memory_share) - (total - free) - taken
     else:
-        free = free_memory() // job.tp
+        free = free_memory() // host_ranks
         taken = pass_bytes(decoder.spec, job.tp, tokens=job.step_tokens, sequences=sequences, itemsize=decoder.dtype.itemsize)
         room = int((free + decoder.nbytes) * job.memory_share) - decoder.nbytes - taken
     block = kv_block_bytes(decoder, job.kv_fp8)
@@ -172,7 +177,12 @@ def _measured_pass(decoder: Decoder, tokens: int, sequences: int) -> int:
     lengths = tuple(min(length, tokens - at) for at in range(0, tokens, length))
     positions = torch.cat([torch.arange(each) for each in lengths])
     hidden = decoder.forward(torch.zeros_like(positions), Batch(positions, lengths, None))
-    decoder.logits(hidden[:sequences])
+    logits = decoder.head.local(hidden[:sequences])
+    del hidden
+    sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
+    for sequence in range(logits.shape[0]):
+        sampler.begin(sequence, SamplingParams(top_p=0.5), 0, (), ())
+    sampler.sample(range(logits.shape[0]), logits).result()
     return torch.cuda.max_memory_allocated(decoder.device) - before
 
 
@@ -196,6 +206,10 @@ def free_memory() -> int:
 # the process
 
 
+class _Closed(Exception):
+    """The engine has ended this rank before it ran a step."""
+
+
 class _Channel:
     """The rank's end of its socket: messages out from any thread, messages in through a queue that a thread of its own fills.
 
@@ -214,6 +228,13 @@ class _Channel:
                 self._connection.sendall(frame(message))
         except OSError:
             os._exit(RuntimeDied.exit_code)
+
+    def expect(self, name: str) -> Any:
+        """What the next message says of ``name``. Raises _Closed when the engine is done with this rank."""
+        message = self.inbox.get()
+        if "close" in message:
+            raise _Closed
+        return message[name]
 
     def _listen(self) -> None:
         frames = Frames("engine")
@@ -252,22 +273,39 @@ def _die_with(parent: int) -> None:
         os._exit(RuntimeDied.exit_code)
 
 
+def _meet(channel: _Channel, start: Message, job: RankJob) -> Comm:
+    """This rank's group, met in a file, or at the address of rank 0, which tells the engine its port, and the engine the others."""
+    rank, place = int(start["rank"]), start["store"]
+    if job.tp == 1:
+        return Solo()
+    if isinstance(place, str):
+        store: Any = Path(place)
+    elif rank == 0:
+        store, port = serve_store(place["host"], job.tp, job.timeout)
+        channel.send({"store": port})
+    else:
+        store = join_store(place["host"], channel.expect("store"), job.tp, job.timeout)
+    if job.device != "cuda":
+        return ProcessComm(rank, job.tp, store, backend="gloo", timeout=job.timeout)
+    comm = ProcessComm(rank, job.tp, store, backend="nccl", timeout=job.timeout)
+    comm.sums = open_sums(comm, torch.device(start["device"]), job.timeout)
+    return comm
+
+
 def _serve(channel: _Channel, start: Message) -> None:
     """Load, then answer steps until told to close."""
     job, rank = RankJob(**start["job"]), int(start["rank"])
-    device = "cpu"
     if job.device == "cuda":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(rank)
-    backend = "nccl" if job.device == "cuda" else "gloo"
-    comm = ProcessComm(rank, job.tp, Path(start["store"]), backend=backend, timeout=job.timeout)
-    if job.device == "cuda":
-        comm.sums = open_sums(comm, torch.device(device), job.timeout)
-    runner = Runner(load_rank(job, comm, device), kv_fp8=job.kv_fp8)
-    comm.barrier()  # all have loaded: what is free now is free for keys and values
-    facts = rank_facts(runner.decoder, job)
+        torch.cuda.set_device(start["device"])
+    comm = _meet(channel, start, job)
+    runner = Runner(load_rank(job, comm, start["device"]), kv_fp8=job.kv_fp8, sequences=job.sequences)
+    channel.send({"loaded": True})
+    channel.expect("measure")  # all have loaded, whoever else shares the memory: what is free now is free for keys and values
+    facts = rank_facts(runner.decoder, job, start["host_ranks"])
     comm.barrier()
     channel.send({"ready": asdict(facts)})
+    drawn: queue.SimpleQueue[Drawn | None] = queue.SimpleQueue()
+    threading.Thread(target=_answer, args=(channel, drawn), name="answer", daemon=True).start()
     while True:
         message = channel.inbox.get()
         if "close" in message:
@@ -277,20 +315,35 @@ def _serve(channel: _Channel, start: Message) -> None:
             runner.open_cache(message["cache"])
             channel.send({"opened": message["cache"]})
             continue
-        sampled = runner.run(step_from_json(message["step"]))
+        tokens = runner.launch(step_from_json(message["step"]))
         if rank == 0:
-            channel.send({"sampled": sampled_to_json(sampled)})
+            drawn.put(tokens)
 
 
-def main(fd: int) -> int:
-    """Run a rank on the socket ``fd``; returns its exit code. An error of ours goes to the engine, a bug to stderr."""
+def _answer(channel: _Channel, drawn: queue.SimpleQueue[Drawn | None]) -> None:
+    """Send the tokens of each step when they are there, while the next one is started. On a thread of its own."""
+    try:
+        while True:
+            tokens = drawn.get()
+            channel.send({"sampled": sampled_to_json([] if tokens is None else tokens.result())})
+    except BaseException:  # noqa: BLE001  whatever it was, the rank ends with it
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(RuntimeDied.exit_code)
+
+
+def serve(connection: socket.socket) -> int:
+    """Be the rank that ``connection`` says, until it says that this is over; returns an exit code. An error of ours goes to the engine."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when ranks end
-    channel = _Channel(socket.socket(fileno=fd))
+    channel = _Channel(connection)
     logging.getLogger("quantkit").addHandler(_Logged(channel))
     start = channel.inbox.get()
-    _die_with(int(start["parent"]))
+    if "parent" in start:
+        _die_with(int(start["parent"]))
     try:
         _serve(channel, start)
+    except _Closed:
+        return 0
     except QuantkitError as exc:
         channel.send({"error": error_to_json(exc)})
         return exc.exit_code
@@ -305,6 +358,6 @@ def main(fd: int) -> int:
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]))
+    code = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.stderr.flush()
     os._exit(code)  # at once: the threads and torch have nothing left to do

@@ -24,7 +24,7 @@ from starlette.background import BackgroundTask
 
 from quantkit import __version__
 from quantkit.errors import QuantkitError
-from quantkit.runtime.engine import Delta, Engine
+from quantkit.runtime.engine import Delta, Front
 from quantkit.runtime.sampler import SamplingParams, TokenLogprob
 from quantkit.server import metrics
 from quantkit.server.dialect import CHAT, COMPLETION, Choice, Dialect, Json, Offsets, TokenTexts, prompt_offsets, prompt_scores
@@ -81,7 +81,7 @@ class Job:
 class Generation:
     """The engine requests behind one HTTP request, and what comes out of them, in the order in which it comes."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], cache_salt: str) -> None:
+    def __init__(self, engine: Front, jobs: Sequence[Job], cache_salt: str) -> None:
         """Submit all of ``jobs`` or, when one is refused, none. Raises as ``Engine.submit``. Runs in the event loop."""
         self._engine = engine
         self._silent = frozenset(index for index, job in enumerate(jobs) if job.silent)
@@ -219,7 +219,7 @@ class Answer:
 class _Endpoints:
     """What the OpenAI endpoints share."""
 
-    def __init__(self, engine: Engine, name: str, served: Served, texts: ThreadPoolExecutor) -> None:
+    def __init__(self, engine: Front, name: str, served: Served, texts: ThreadPoolExecutor) -> None:
         self._engine, self._name, self._served, self._texts = engine, name, served, texts
         self._started = int(time.time())
 
@@ -326,7 +326,7 @@ class _Endpoints:
         return Response(status_code=CLIENT_GONE) if body is None else JSONResponse(body)
 
 
-def _health(engine: Engine) -> JSONResponse:
+def _health(engine: Front) -> JSONResponse:
     if engine.failure is not None:
         return JSONResponse({"status": "failed", "reason": engine.failure.line}, 503)
     stats = engine.stats()
@@ -335,7 +335,7 @@ def _health(engine: Engine) -> JSONResponse:
     return JSONResponse({"status": "ok", **figures, **tokens})
 
 
-def create_app(engine: Engine, *, served_model_name: str, api_key: str | None) -> FastAPI:
+def create_app(engine: Front, *, served_model_name: str, api_key: str | None) -> FastAPI:
     """The application that serves ``engine`` under ``served_model_name``; with ``api_key``, ``/v1`` wants it as a bearer token.
 
     ``app.state.served`` counts what was answered (``Served``). Closing the engine is the caller's.

@@ -19,7 +19,7 @@ from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError, QuantkitError, RuntimeDied
 from quantkit.runtime import executor as executor_module
 from quantkit.runtime.engine import Delta, Engine, SamplingParams, start_engine
-from quantkit.runtime.executor import ProcessExecutor
+from quantkit.runtime.executor import RankExecutor
 from quantkit.shard import rank_file, shard_checkpoint
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
@@ -58,8 +58,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def pids(engine: Engine) -> tuple[int, ...]:
-    assert isinstance(engine._executor, ProcessExecutor)
-    return engine._executor.pids
+    assert isinstance(engine._executor, RankExecutor)
+    return tuple(rank.process.pid for rank in engine._executor.ranks)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ PARENT = """
 import sys, time
 from quantkit.runtime.engine import start_engine
 engine = start_engine(sys.argv[1], tp=2, device="cpu")
-print(*engine._executor.pids, flush=True)
+print(*(rank.process.pid for rank in engine._executor.ranks), flush=True)
 time.sleep(600)
 """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from quantkit.model.load import load_decoder
 from quantkit.plan import make_plan
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.engine import Delta, Engine, EngineLimits, SamplingParams
-from quantkit.runtime.sampler import Sampled, TokenLogprob
+from quantkit.runtime.sampler import Drawn, Sampled, TokenLogprob
 from quantkit.runtime.wire import RankJob, Step, step_from_json, step_to_json
 from quantkit.runtime.worker import Runner, rank_facts
 from quantkit.shard import open_rank
@@ -29,28 +30,37 @@ from quantkit.text.tokenizer import load_tokenizer
 class GroupExecutor:
     """All ranks as threads of this process, each with its own runner. ``source``: a checkpoint, or the directory of its shards."""
 
-    def __init__(self, source: Any, tp: int, dtype: torch.dtype = torch.float32, *, kv_fp8: bool = False, parity: bool = True) -> None:
+    def __init__(
+        self, source: Any, tp: int, dtype: torch.dtype = torch.float32, *, kv_fp8: bool = False, parity: bool = True, ahead: bool = False
+    ) -> None:
         decoder = _from_shards(source, dtype, parity) if isinstance(source, Path) else _from_checkpoint(source, tp, dtype, parity)
         self._threads = [ThreadPoolExecutor(1) for _ in range(tp)]
+        self.ahead = ahead
         self.steps: list[Step] = []
+        self._under_way: deque[list[Future[Drawn | None]]] = deque()
 
         def load(comm: Comm) -> Runner:
-            return Runner(decoder(comm), kv_fp8=kv_fp8)
+            return Runner(decoder(comm), kv_fp8=kv_fp8, sequences=64)
 
         comms: Sequence[Comm] = thread_group(tp) if tp > 1 else [Solo()]
         self.runners = [thread.submit(load, comm).result() for thread, comm in zip(self._threads, comms, strict=True)]
         job = RankJob("", False, tp, "float32", "cpu", True, 60.0, kv_fp8, 0.9, 1024, 8)
-        self.facts = tuple(rank_facts(runner.decoder, job) for runner in self.runners)
+        self.facts = tuple(rank_facts(runner.decoder, job, tp) for runner in self.runners)
 
     def open_cache(self, blocks: int) -> None:
         for runner in self.runners:
             runner.open_cache(blocks)
 
-    def execute(self, step: Step) -> list[Sampled]:
+    def launch(self, step: Step) -> None:
         self.steps.append(step_from_json(step_to_json(step)))
-        futures = [thread.submit(runner.run, self.steps[-1]) for thread, runner in zip(self._threads, self.runners, strict=True)]
-        first, *others = [future.result() for future in futures]
-        assert others == [[]] * len(others)
+        self._under_way.append(
+            [thread.submit(runner.launch, self.steps[-1]) for thread, runner in zip(self._threads, self.runners, strict=True)]
+        )
+
+    def collect(self) -> list[Sampled]:
+        drawn = [future.result() for future in self._under_way.popleft()]
+        first, *others = [[] if one is None else one.result() for one in drawn]
+        assert all([one.token for one in other] == [one.token for one in first] for other in others)
         return first
 
     def check(self) -> None:

@@ -224,7 +224,8 @@ class KeptExecutor(GroupExecutor):
     """One for many engines, one after the other."""
 
     def close(self) -> None:
-        return
+        while self._under_way:  # launched ahead for a request that was done
+            self.collect()
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +263,7 @@ ASKS = st.builds(
             st.integers(1, 30),
             st.integers(0, 9),
         ),
+        st.builds(lambda seed: SamplingParams(40, seed=seed, stop_ids=tuple(range(0, 250, 5)), ignore_eos=True), st.integers(0, 9)),
     ),
 )
 UNDISTURBED: dict[Ask, list[int]] = {}
@@ -284,6 +286,7 @@ def undisturbed(executor: GroupExecutor, llama: Checkpoint, ask: Ask) -> list[in
     spare=st.integers(0, 20),
     extra=st.integers(0, 4),
     prefix_caching=st.booleans(),
+    ahead=st.booleans(),
 )
 def test_no_text_depends_on_seats_budget_blocks_ranks_or_company(
     executors: dict[int, KeptExecutor],
@@ -294,11 +297,15 @@ def test_no_text_depends_on_seats_budget_blocks_ranks_or_company(
     spare: int,
     extra: int,
     prefix_caching: bool,
+    ahead: bool,
 ) -> None:
-    """Requests beside each other in memory that is hardly enough for the longest of them: preempted, resumed, with shared beginnings."""
+    """Requests beside each other in memory that is hardly enough for the longest of them: preempted, resumed, with shared beginnings;
+    each pass launched before the tokens of the last are known, or after."""
+    executors[tp].ahead = executors[1].ahead = False
     want = [undisturbed(executors[1], llama, ask) for ask in asks]
     blocks = max(-(-(len(ask.prompt) + ask.params.max_tokens) // BLOCK) for ask in asks) + extra
     limits = {"max_num_seqs": seats, "step_tokens": seats + spare, "kv_blocks": blocks, "prefix_caching": prefix_caching}
+    executors[tp].ahead = ahead
     engine = engine_on(executors[tp], MODELS / "llama", llama, max_model_len=blocks * BLOCK, **limits)
     try:
         clients = [Client(engine, ask.prompt, ask.params) for ask in asks]
@@ -310,14 +317,17 @@ def test_no_text_depends_on_seats_budget_blocks_ranks_or_company(
         engine.close()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_preempted_is_undisturbed_and_hot_is_cold(executors: dict[int, KeptExecutor], llama: Checkpoint, tp: int) -> None:
+def test_preempted_is_undisturbed_and_hot_is_cold(executors: dict[int, KeptExecutor], llama: Checkpoint, tp: int, ahead: bool) -> None:
     """Four requests that grow where there is room for two and a half; then each again, with what is left of its blocks."""
     asks = [
         Ask(34, (number,), SamplingParams(60, temperature=number % 2 * 0.7, seed=number, presence_penalty=0.2, ignore_eos=True))
         for number in range(4)
     ]
+    executors[1].ahead = False
     want = [undisturbed(executors[1], llama, ask) for ask in asks]
+    executors[tp].ahead = ahead
     engine = engine_on(executors[tp], MODELS / "llama", llama, max_num_seqs=4, kv_blocks=14)
     try:
         clients = [Client(engine, ask.prompt, ask.params) for ask in asks]
@@ -437,8 +447,9 @@ def test_nothing_ends_a_text_before_min_tokens(engine: Engine) -> None:
 # cancellation and refusal
 
 
-def test_a_cancelled_request_says_and_computes_nothing_more(llama: Checkpoint) -> None:
-    executor = GroupExecutor(llama, 2)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_cancelled_request_says_and_computes_nothing_more(llama: Checkpoint, ahead: bool) -> None:
+    executor = GroupExecutor(llama, 2, ahead=ahead)
     engine = engine_on(executor, MODELS / "llama", llama, max_num_seqs=1)
     said: list[Delta | QuantkitError] = []
     third, cancelled = threading.Event(), threading.Event()
@@ -520,10 +531,10 @@ def test_refusals_of_requests(llama: Checkpoint) -> None:
 class Broken(GroupExecutor):
     """Loses a rank in its third step."""
 
-    def execute(self, step: Step) -> list[Sampled]:
+    def collect(self) -> list[Sampled]:
         if len(self.steps) == 2:
             raise RuntimeDied("rank 1", "was killed by SIGKILL", "every rank alive")
-        return super().execute(step)
+        return super().collect()
 
 
 def test_a_lost_rank_ends_every_request_with_the_reason(llama: Checkpoint) -> None:

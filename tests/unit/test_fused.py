@@ -109,15 +109,15 @@ def test_a_fused_decoder_is_the_decoder(family: str, monkeypatch: pytest.MonkeyP
     _, checkpoint = random_twin(config_of(family), torch.bfloat16)
     decoder = load_decoder(checkpoint, dtype=torch.bfloat16)
     called: set[str] = set()
-    for name in ("silu_mul", "rms_norm", "add_rms_norm", "rotary_write"):
+    for name in ("silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"):
         monkeypatch.setattr(fused, name, _counted(getattr(fused, name), name, called))
     plain = _served(decoder)
     assert called == set()
     monkeypatch.setattr(fused, "usable", lambda x: True)
     assert all(torch.equal(one, other) for one, other in zip(plain, _served(decoder), strict=True))
-    missing = {"gpt2": {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write"}, "qwen2-moe": {"silu_mul"}}
+    missing = {"gpt2": {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"}, "qwen2-moe": {"silu_mul"}}
     activation = {"silu_mul"} if family.startswith("gemma") else set()
-    assert called == {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write"} - missing.get(family, set()) - activation
+    assert called == {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"} - missing.get(family, set()) - activation
 
 
 def _counted(operator: Callable[..., object], name: str, called: set[str]) -> Callable[..., object]:

@@ -64,8 +64,9 @@ def test_neighbouring_blocks_are_not_copied() -> None:
     cache.write(0, batch, torch.ones(40, 3, 4), torch.ones(40, 3, 4))
     keys, values = cache.held(0, 0)
     assert keys.data_ptr() == cache.pool[0, 0, 2].data_ptr() and values.data_ptr() == cache.pool[0, 1, 2].data_ptr()
-    ((there, _),) = cache.places(1, batch)
-    assert there.data_ptr() == cache.pool[1, 0, 2].data_ptr() and there.shape == (40, 3, 4)
+    keys, values = cache.places(1)
+    assert keys[2 * BLOCK].data_ptr() == cache.pool[1, 0, 2].data_ptr() and values.shape == (9 * BLOCK, 3, 4)
+    assert cache.slots(batch).tolist() == list(range(2 * BLOCK, 2 * BLOCK + 40)) and cache.nowhere == 8 * BLOCK
     with pytest.raises(AssertionError):
         cache.write(0, batch_of([(40, 49)], (0,)), torch.ones(9, 3, 4), torch.ones(9, 3, 4))
 
@@ -90,7 +91,7 @@ def test_a_second_sequence_sees_the_blocks_of_the_first() -> None:
 
 def test_float8_takes_half_of_16_bits_and_large_values_stay_numbers() -> None:
     cache = PagedCache(2, 3, 4, torch.bfloat16, CPU, 5, fp8=True)
-    assert cache.nbytes * 2 == PagedCache(2, 3, 4, torch.bfloat16, CPU, 5).nbytes == 2 * 2 * 5 * BLOCK * 3 * 4 * 2
+    assert cache.nbytes * 2 == PagedCache(2, 3, 4, torch.bfloat16, CPU, 5).nbytes == 2 * 2 * 6 * BLOCK * 3 * 4 * 2
     cache.extend(0, [4], 0)
     cache.write(1, batch_of([(0, 1)], (0,)), torch.full((1, 3, 4), 1e4), torch.full((1, 3, 4), -1e4))
     keys, values = cache.held(1, 0)
@@ -117,9 +118,31 @@ def test_cached_is_uncached(family: str) -> None:
     want = logits_of(decoder, [text])[0]
     scattered = cache_for(decoder, 9)
     scattered.extend(0, [7, 2, 4], 0)
-    assert scattered.nbytes == 9 * kv_block_bytes(decoder, False)
+    assert scattered.nbytes == 10 * kv_block_bytes(decoder, False)  # one is nobody's
     for cache in (whole_cache(decoder, 43), scattered):
         rows = []
         for start, stop in ((0, 19), (19, 24), *((i, i + 1) for i in range(24, 43))):
             rows.append(decoder.logits(decoder.forward(text[start:stop], batch_of([(start, stop)], (0,)), cache)))
         assert float((torch.cat(rows) - want).abs().max()) < 1e-10
+
+
+def test_what_a_graph_is_told() -> None:
+    """A token more of each: where it goes, how many keys there are with it, and a block that the table on the device lacks."""
+    cache = PagedCache(1, 1, 4, torch.float32, CPU, 9, sequences=2, longest=40)
+    assert cache.table.shape == (3, 3)
+    cache.extend(5, [8, 3], 0)
+    cache.extend(6, [1], 0)
+    batch = batch_of([(0, 16), (0, 3)], (5, 6))
+    cache.write(0, batch, torch.ones(19, 1, 4), torch.ones(19, 1, 4))
+    assert cache.decode((5, 6)) is None, "two blocks at once"
+    cache.pages(batch, 1)
+    first, second = cache.row(5), cache.row(6)
+    assert {first, second} == {1, 2} and cache.table[first].tolist() == [8, 3, 0]
+    assert cache.decode((5, 6)) == [(16, 3 * BLOCK, 17, first, 0, 0), (3, BLOCK + 3, 4, second, 0, 0)]
+    for _ in range(15):
+        cache.decode((5,))
+    cache.extend(5, [4], 0)
+    assert cache.decode((5,)) == [(32, 4 * BLOCK, 33, first, 3 * first + 2, 4)]
+    cache.free(5)
+    cache.extend(7, [0], 0)
+    assert cache.row(7) == first

@@ -65,7 +65,7 @@ def test_it_is_torch_s_attention(
 ) -> None:
     """Decoding, pieces of prompts and both at once; heads that are no power of two; keys long enough to be split."""
     tables, keys, values = scattered([stop for _, stop in spans], heads, kv_heads, dim, dtype)
-    pages = paged_attention.make_pages(tables, spans, heads // kv_heads, torch.device(DEVICE))
+    pages = paged_attention.make_pages(paged_attention.table_of(tables, torch.device(DEVICE)), range(len(tables)), spans, heads // kv_heads)
     total = sum(stop - start for start, stop in spans)
     q = torch.randn(total, heads, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     got = paged_attention.attend(q, keys, values, pages, scale=0.3, window=window, softcap=softcap)

@@ -37,7 +37,7 @@ def sampler(columns: range, vocab: int, comm: Comm, requests: list[SamplingParam
 def draws(logits: list[float], positions: int, **params: Any) -> list[Sampled]:
     """What one request gets at its first positions, whose logits are all the same."""
     made = sampler(range(len(logits)), len(logits), Solo(), [SamplingParams(1 << 20, **{"seed": 0, **params})])
-    return [made.sample([0], torch.tensor([logits]))[0] for _ in range(positions)]
+    return [made.sample([0], torch.tensor([logits])).result()[0] for _ in range(positions)]
 
 
 def draw(logits: list[float], **params: Any) -> Sampled:
@@ -119,7 +119,7 @@ def test_random_numbers_are_fixed_by_seed_position_and_token() -> None:
 def test_greedy_takes_the_lowest_of_equals_and_refuses_what_is_no_number() -> None:
     rows = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [0.0, float("nan"), 1.0, 2.0], [float("inf"), 0.0, 0.0, 0.0]])
     made = sampler(range(4), 4, Solo(), [SamplingParams(8, temperature=0)] * 4)
-    assert [got.token for got in made.sample([0, 1, 2, 3], rows)] == [1, 0, INVALID, INVALID]
+    assert [got.token for got in made.sample([0, 1, 2, 3], rows).result()] == [1, 0, INVALID, INVALID]
     for broken in ([0.0, math.nan], [math.inf, 0.0]):
         assert draw(broken, temperature=0, logprobs=1) == draw(broken, temperature=1, logprobs=1) == Sampled(INVALID)
     masked = [-math.inf, 0.0, -math.inf]
@@ -193,7 +193,7 @@ def test_repetition_penalty_and_bias_are_those_of_transformers(data: st.DataObje
         want = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([text]), want)
         state = made._states[0]
         assert torch.equal(made._shaped([state], logits), want)
-        text.append(made.sample([0], logits)[0].token)
+        text.append(made.sample([0], logits).result()[0].token)
         assert text[-1] == int(want.argmax())
 
 
@@ -206,7 +206,7 @@ def test_presence_and_frequency_penalties_are_of_the_answer_alone() -> None:
     for _ in range(8):
         want = logits - torch.tensor([[0.25 * (count > 0) + 0.5 * count for count in counts]])
         assert torch.equal(made._shaped([made._states[0]], logits), want)
-        tokens.append(made.sample([0], logits)[0].token)
+        tokens.append(made.sample([0], logits).result()[0].token)
         counts[tokens[-1]] += 1
     assert tokens[:4] == [0, 1, 0, 0] and logits.tolist() == [[3.0, 2.5, 1.0, 0.0]], "the model's logits are left alone"
 
@@ -215,10 +215,10 @@ def test_what_a_sequence_leaves_behind_does_not_penalize_the_next() -> None:
     params = SamplingParams(64, temperature=0, repetition_penalty=50.0, frequency_penalty=2.0)
     logits = torch.tensor([[3.0, 2.5, 2.0]])
     made = sampler(range(3), 3, Solo(), [params], [[0]])
-    assert made.sample([0], logits)[0].token == 1
+    assert made.sample([0], logits).result()[0].token == 1
     made.forget(0)
     made.begin(9, params, 0, (), ())
-    assert made.sample([9], logits)[0].token == 0
+    assert made.sample([9], logits).result()[0].token == 0
 
 
 def test_no_end_before_min_tokens() -> None:
@@ -255,7 +255,7 @@ def test_prompt_logprobs_come_with_the_first_token() -> None:
     for start, stop in ((0, 3), (1, 2), (3, 4)):  # in pieces, one of them again, as after a preemption
         tokens = made.unscored(0, start, stop - start)
         made.score_prompt(0, start, logits[start : start + len(tokens)], tokens)
-    first, second = (made.sample([0], logits[-1:])[0] for _ in range(2))
+    first, second = (made.sample([0], logits[-1:]).result()[0] for _ in range(2))
     want = logits.double().log_softmax(-1)
     assert [one.token for one in first.prompt] == prompt[1:] and second.prompt == ()
     assert [one.logprob for one in first.prompt] == pytest.approx([want[at, token].item() for at, token in enumerate(prompt[1:])], abs=1e-6)
@@ -298,7 +298,7 @@ def test_ranks_sample_what_one_would_and_company_changes_nothing(data: st.DataOb
     def run(comm: Comm, columns: range, who: list[int]) -> list[list[Sampled]]:
         made = sampler(columns, vocab, comm, requests, prompts)
         local = [rows[who][:, columns.start : columns.stop] if columns else torch.full((len(who), 1), -math.inf) for rows in steps]
-        return [made.sample(who, rows) for rows in local]
+        return [made.sample(who, rows).result() for rows in local]
 
     want = run(Solo(), range(vocab), everyone)
     ranks = run_threads(size, lambda comm: run(comm, range(cuts[comm.rank], cuts[comm.rank + 1]), everyone))
@@ -323,7 +323,7 @@ def test_ranks_sample_what_one_would_from_a_large_vocabulary(top_p: float) -> No
 
     def run(comm: Comm, columns: range) -> list[int]:
         local = logits[:, columns.start : columns.stop] if columns else torch.full((6, 1), -math.inf)
-        return [one.token for one in sampler(columns, vocab, comm, requests).sample(range(6), local)]
+        return [one.token for one in sampler(columns, vocab, comm, requests).sample(range(6), local).result()]
 
     want = run(Solo(), range(vocab))
     assert run_threads(3, lambda comm: run(comm, range(cuts[comm.rank], cuts[comm.rank + 1]))) == [want] * 3

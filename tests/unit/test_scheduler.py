@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.runtime.blocks import BLOCK, blocks_for
-from quantkit.runtime.scheduler import Chunk, Limits, Schedule, Scheduler
+from quantkit.runtime.scheduler import UNKNOWN, Chunk, Limits, Schedule, Scheduler
 
 
 @dataclass(frozen=True)
 class Wish:
     """A request: passes between its arrival and the one before, whose prompt it begins with and with how many of its tokens, its own
-    prompt tokens, the tokens to make, after how many passes it is cancelled, and its salt."""
+    prompt tokens, the tokens to make, how many of them are left out as it stops by itself, after how many passes it is cancelled, and its
+    salt."""
 
     gap: int
     like: int
     common: int
     prompt: int
     count: int
+    early: int
     patience: int | None
     salt: str
 
@@ -34,6 +36,7 @@ REQUESTS = st.lists(
         common=st.integers(0, 70),
         prompt=st.integers(1, 40),
         count=st.integers(1, 40),
+        early=st.just(0) | st.integers(0, 40),
         patience=st.none() | st.integers(0, 60),
         salt=st.sampled_from(["", "", "other"]),
     ),
@@ -77,7 +80,8 @@ class Ranks:
             table += chunk.blocks
             stop = chunk.start + len(chunk.tokens)
             assert chunk.start == self.held[chunk.sequence] and stop <= BLOCK * len(table)
-            assert list(chunk.tokens) == text[chunk.start : stop] and chunk.sample == (stop == len(text))
+            assert [own if own != UNKNOWN else text[-1] for own in chunk.tokens] == text[chunk.start : stop]
+            assert chunk.sample == (stop == len(text)) and UNKNOWN not in chunk.tokens[:-1]
             self.held[chunk.sequence] = stop
             for number in range(chunk.start // BLOCK, blocks_for(stop)):
                 self.cells[table[number]] = salt, text[: min(stop, BLOCK * (number + 1))]
@@ -89,9 +93,12 @@ class Ranks:
 
 
 @settings(max_examples=300, deadline=None)
-@given(REQUESTS, st.integers(1, 5), st.integers(0, 60), st.integers(0, 6), st.booleans())
-def test_laws(requests: list[Wish], seats: int, spare: int, extra: int, prefix_caching: bool) -> None:
-    """Requests arrive at any time and some are cancelled; the others are all served, in order, within the limits, whoever is preempted."""
+@given(REQUESTS, st.integers(1, 5), st.integers(0, 60), st.integers(0, 6), st.booleans(), st.integers(0, 1))
+def test_laws(requests: list[Wish], seats: int, spare: int, extra: int, prefix_caching: bool, ahead: int) -> None:
+    """Requests arrive at any time and some are cancelled; the others are all served, in order, within the limits, whoever is preempted.
+
+    With ``ahead`` a pass is scheduled before what the last one sampled is known.
+    """
     tokens = dict(enumerate(prompts_of(requests)))
     prompts = {number: len(prompt) for number, prompt in tokens.items()}
     rooms = [prompts[number] + wish.count - 1 for number, wish in enumerate(requests)]
@@ -102,6 +109,8 @@ def test_laws(requests: list[Wish], seats: int, spare: int, extra: int, prefix_c
     admitted: list[int] = []
     gone: set[int] = set()
     left = set(range(len(requests)))
+    pending: list[list[tuple[int, int]]] = []
+    told = dict.fromkeys(tokens, 0)
     now = 0
     while left:
         for number, wish in enumerate(requests):
@@ -120,15 +129,22 @@ def test_laws(requests: list[Wish], seats: int, spare: int, extra: int, prefix_c
         assert len(ranks.tables) <= scheduler.running <= seats
         assert len(held) <= scheduler.blocks_held <= limits.blocks - scheduler.blocks_kept
         first = min((number for number in left if arrivals[number] <= now), default=None)
-        assert first is None or first in {chunk.sequence for chunk in schedule.chunks}, "the first to have come advances in every pass"
-        for number in sampled:
-            tokens[number].append(1000 * number + 500 + len(tokens[number]))
-            if len(tokens[number]) == prompts[number] + requests[number].count:
+        waits = first is not None and told[first] + sum(who == first for each in pending for who, _ in each) == requests[first].count
+        assert first is None or waits or first in {chunk.sequence for chunk in schedule.chunks}, (
+            "the first to have come advances in every pass"
+        )
+        scheduler.expect(schedule)
+        pending.append([(number, 1000 * number + 500 + len(tokens[number])) for number in sampled])
+        for number, token in pending[-1]:
+            tokens[number].append(token)
+        for number, token in pending.pop(0) if len(pending) > ahead else ():
+            told[number] += number in left
+            if number in left and told[number] >= max(1, requests[number].count - requests[number].early):
                 left.remove(number)
                 gone.add(number)
                 scheduler.remove(number)
-            else:
-                scheduler.append(number, tokens[number][-1])
+            elif number in left:
+                scheduler.append(number, token)
         now += 1
     assert admitted == sorted(admitted), "first come, first served"
     ranks.run(scheduler.schedule(), tokens, salts)
