@@ -1,8 +1,9 @@
 """shard and unshard: byte slicing between a checkpoint and one file per rank, without torch and in bounded memory.
 
-A shard directory holds ``rank-R-of-TP.safetensors`` (the parent's tensor names, in load order, data on a page boundary),
-the parent's small files, a ``parent.*`` copy of whatever else is needed to restore it byte for byte, ``quantkit.json``
-and ``SHA256SUMS``. This module knows ranges and bytes; it never computes with a weight (``formats.md`` section 9).
+A shard directory holds ``rank-R-of-TP.safetensors`` (the parent's tensor names, in load order, data on a page boundary; whose
+file it is and the parent's hash in its metadata), the parent's small files, a ``parent.*`` copy of whatever else is needed to
+restore it byte for byte, ``quantkit.json`` and ``SHA256SUMS``. This module knows ranges and bytes; it never computes with a weight
+(``formats.md`` section 9).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from quantkit import __version__, fs
 from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import INDEX, MANIFEST, SUMS, encode_json, encode_sums, parse_sums
-from quantkit.checkpoint.reader import Checkpoint, TensorRef, read_manifest
+from quantkit.checkpoint.reader import Checkpoint, TensorRef, fingerprint_of, read_manifest
 from quantkit.errors import CheckFailed, InputError
 from quantkit.formats.jsonfile import parse_object
 from quantkit.formats.safetensors import Header, TensorEntry, encode_header, parse_header, read_header
@@ -36,12 +37,20 @@ CHUNK_BYTES = 64 << 20
 PAGE = 4096
 SMALL_FILE_LIMIT = 256 << 20
 PARENT, HEADER = "parent.", ".header"
+PARENT_SHA256, RANK = "parent_sha256", "rank"
+"""Keys in the metadata of a rank file."""
+AGAIN = "shard the parent again"
 KEPT_FACTS = ("method", "recipe", "source", "environment", "totals")
 
 
 def rank_file(rank: int, tp: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank}-of-{tp}.safetensors"
+
+
+def _metadata(rank: int, tp: int, parent_sha256: str) -> dict[str, str]:
+    """What a rank file says of itself."""
+    return {"format": "pt", PARENT_SHA256: parent_sha256, RANK: f"{rank} of {tp}"}
 
 
 def _entries(slices: Iterable[RankSlice]) -> list[TensorEntry]:
@@ -86,15 +95,17 @@ def _partial(out: Path, source: Path, overwrite: bool, need_bytes: int) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """What ``shard_checkpoint`` wrote: the plan, and the tensor bytes of each rank."""
+    """What ``shard_checkpoint`` wrote: the plan, the tensor bytes of each rank, and the hash of what was cut."""
 
     plan: ParallelPlan
     rank_bytes: tuple[int, ...]
+    parent_sha256: str
 
 
 def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: bool, progress: Progress = silent) -> Sharded:
     """Cut ``checkpoint`` (safetensors) into ``tp`` rank files under ``out``, reading each tensor once.
 
+    The parent's hash is the sha256 of its SHA256SUMS, or where it has none its fingerprint, for which all of it is read once more.
     Raises InputError when the model cannot be cut or ``out`` exists, MachineError when the disk is too small.
     """
     where = checkpoint.root.name
@@ -108,9 +119,11 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
     plan = make_plan(spec, assignment, tp, dtype="BF16")
     ranks = [list(rank_slices(spec, assignment, plan, rank, checkpoint.tensors)) for rank in range(tp)]
-    heads = [encode_header(_entries(pieces), {"format": "pt"}, align=PAGE) for pieces in ranks]
     sizes = tuple(sum(piece.nbytes for piece in pieces) for pieces in ranks)
     restored, kept = _kept_files(checkpoint, tp)
+    sums_sha256 = _digest(kept[PARENT + SUMS]) if PARENT + SUMS in kept else None
+    parent_sha256 = sums_sha256 or checkpoint.fingerprint()
+    heads = [encode_header(_entries(ranks[rank]), _metadata(rank, tp, parent_sha256), align=PAGE) for rank in range(tp)]
     need = sum(sizes) + sum(map(len, heads)) + sum(map(len, kept.values()))
     with _partial(out, checkpoint.root, overwrite, need) as partial:
         hashes = _write_ranks(checkpoint, ranks, heads, partial, progress)
@@ -123,7 +136,8 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
             "plan": plan.to_json(),
             "assignment": assignment_to_json(assignment),
             "parent": {
-                "sums_sha256": _digest(kept[PARENT + SUMS]) if PARENT + SUMS in kept else None,
+                "sha256": parent_sha256,
+                "sums_sha256": sums_sha256,
                 "weights": {ref.file.name: PARENT + ref.file.name + HEADER for ref in checkpoint.tensors.values()},
                 "files": {name: PARENT + name if PARENT + name in kept else name for name in restored},
             },
@@ -131,7 +145,7 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
         }
         hashes[MANIFEST] = _write_small(partial, MANIFEST, encode_json(manifest))
         _write_small(partial, SUMS, encode_sums(hashes))
-    return Sharded(plan, sizes)
+    return Sharded(plan, sizes, parent_sha256)
 
 
 def _write_ranks(
@@ -217,6 +231,8 @@ class _Shards:
     """Other file of the parent -> its name here."""
     headers: tuple[str, ...]
     """The files here that hold the headers of the parent's weight files."""
+    sha256: str | None
+    """The parent's hash, which every rank file has too; directories of earlier versions have none."""
     sums_sha256: object
     """What the manifest says is the sha256 of the parent's SHA256SUMS."""
 
@@ -231,6 +247,7 @@ class _Shards:
         if not path.is_file():
             raise InputError(str(path), "is missing", f"the file of rank {rank}")
         header = read_header(path)
+        self._check_metadata(header, rank, str(path))
         for entry in _entries(pieces):
             if header.entries.get(entry.name) != entry:
                 raise InputError(str(path), f"{entry.name} is not as the plan says", f"{entry.dtype} {list(entry.shape)} at {entry.begin}")
@@ -241,6 +258,20 @@ class _Shards:
             for entry in header.entries.values()
         }
         return pieces, Checkpoint(self.root, "hf", self.config, refs)
+
+    def _check_metadata(self, header: Header, rank: int, where: str) -> None:
+        """Raise InputError for the file of another rank or of another parent, and for one that shard did not write."""
+        if header.data_start % PAGE:
+            raise InputError(where, f"its data begin at byte {header.data_start}", f"a multiple of {PAGE}", AGAIN)
+        if self.sha256 is None:
+            return
+        of, parent, want = header.metadata.get(RANK), header.metadata.get(PARENT_SHA256), f"{rank} of {self.plan.tp}"
+        if of is None or parent is None:
+            raise InputError(where, "does not say whose file it is", f"{RANK} and {PARENT_SHA256} in its metadata", AGAIN)
+        if of != want:
+            raise InputError(where, f"is the file of rank {of:.50}", f"that of rank {want}", AGAIN)
+        if parent != self.sha256:
+            raise InputError(where, f"was cut from a checkpoint of sha256 {parent:.64}", f"{self.sha256} as in {MANIFEST}", AGAIN)
 
 
 def _open_shards(path: Path) -> _Shards:
@@ -264,7 +295,10 @@ def _open_shards(path: Path) -> _Shards:
     if len(names) != len(set(names)):
         raise InputError(where, "names a tensor in two files of the parent", "each tensor once")
     assert isinstance(parent, dict)
-    shards = _Shards(path, config, spec, {}, plan, parents, files, tuple(weights.values()), parent.get("sums_sha256"))
+    sha256, sums_sha256 = parent.get("sha256"), parent.get("sums_sha256")
+    if sha256 is not None and (not isinstance(sha256, str) or sums_sha256 not in (None, sha256)):
+        raise InputError(f"{where}: parent.sha256", f"is {sha256!r:.80}", f"{sums_sha256 or 'a hash'!s:.80}")
+    shards = _Shards(path, config, spec, {}, plan, parents, files, tuple(weights.values()), sha256, sums_sha256)
     assignment = stored_assignment(config, spec, shards.tensors)
     plan.check(spec, assignment, dtype="BF16", where=where)
     return replace(shards, assignment=assignment)
@@ -273,6 +307,16 @@ def _open_shards(path: Path) -> _Shards:
 def read_plan(path: Path) -> ParallelPlan:
     """The stored plan of a shard directory, checked against its ``config.json``. Raises InputError when ``path`` is none."""
     return _open_shards(path).plan
+
+
+def parent_sha256(path: Path) -> str | None:
+    """The hash of what a shard directory was cut from, None in those of earlier versions.
+
+    Raises InputError as ``read_plan``, and CheckFailed when the parent's SHA256SUMS, of which a copy is kept, has another.
+    """
+    shards = _open_shards(path)
+    _parent_sums(shards)
+    return shards.sha256
 
 
 def open_rank(path: Path, rank: int) -> tuple[Checkpoint, ParallelPlan, Assignment]:
@@ -329,6 +373,9 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
             if hashes.get(name) != digest:
                 raise CheckFailed(name, "was not restored as the parent recorded it", digest, "the shards or their parent were changed")
         if parent_sums is None:
+            found = fingerprint_of(shards.config, [hashes[name] for name in sorted(shards.parents)])
+            if shards.sha256 not in (None, found):
+                raise CheckFailed(str(path), f"gives a checkpoint of fingerprint {found}", f"{shards.sha256}, its parent's")
             _write_small(partial, SUMS, encode_sums(hashes))
         else:
             _write_small(partial, SUMS, _read_small(path, shards.files[SUMS], str(path)))
@@ -342,7 +389,7 @@ def _parent_sums(shards: _Shards) -> dict[str, str] | None:
         return None
     data, where = _read_small(shards.root, stored, str(shards.root)), str(shards.root / stored)
     if _digest(data) != shards.sums_sha256:
-        raise CheckFailed(where, "was changed", f"sha256 {shards.sums_sha256!s:.64} as in {MANIFEST}", "shard the parent again")
+        raise CheckFailed(where, "was changed", f"sha256 {shards.sums_sha256!s:.64} as in {MANIFEST}", AGAIN)
     return parse_sums(data, where)
 
 
@@ -353,7 +400,7 @@ def _check_own_sums(shards: _Shards) -> None:
     ranks = [rank_file(rank, shards.plan.tp) for rank in range(shards.plan.tp)]
     for name in (*ranks, *shards.headers, *sorted(shards.files.values())):
         if fs.sha256_file(fs.confined(path, name, str(path))) != sums.get(name):
-            raise CheckFailed(str(path / name), f"is not what {SUMS} says", f"sha256 {sums.get(name)}", "shard the parent again")
+            raise CheckFailed(str(path / name), f"is not what {SUMS} says", f"sha256 {sums.get(name)}", AGAIN)
 
 
 def _assembled(entry: TensorEntry, parts: list[tuple[RankSlice, Checkpoint]]) -> Iterator[NDArray[Any]]:
@@ -377,7 +424,7 @@ def _assembled(entry: TensorEntry, parts: list[tuple[RankSlice, Checkpoint]]) ->
             key = tuple((s.start, s.stop) for s in inside)
             if key in seen:
                 if _bytes(chunk[inside]) != _bytes(values):
-                    raise InputError(entry.name, "differs between ranks that hold copies of it", "equal copies", "shard the parent again")
+                    raise InputError(entry.name, "differs between ranks that hold copies of it", "equal copies", AGAIN)
                 continue
             seen.add(key)
             chunk[inside] = values

@@ -17,13 +17,13 @@ from quantkit.arch.spec import ModelSpec
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.artifact import INDEX, MANIFEST, MANIFEST_SCHEMA, SUMS, SUMS_LIMIT, parse_sums
 from quantkit.checkpoint.reader import EXTRA_FILES, Checkpoint, open_checkpoint, read_manifest, resolve_path
-from quantkit.errors import InputError
+from quantkit.errors import CheckFailed, InputError
 from quantkit.geometry import FLOAT_LAYOUTS, FLOATS, Geometry
 from quantkit.plan import EMBEDDING, HEAD, embedding_geometry, quantized_size, stored_linears
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import is_kept, leaves_out, stored_assignment
 from quantkit.scheme import Assignment, assignment_to_json
-from quantkit.shard import open_rank, rank_file, read_plan
+from quantkit.shard import open_rank, parent_sha256, rank_file, read_plan
 from quantkit.slices import Stored, fused_name
 
 if TYPE_CHECKING:
@@ -296,6 +296,11 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
     plan, manifest = read_plan(root), read_manifest(root)
     found = Verification("shards")
     _check_hashes(root, True, found, progress)
+    try:
+        found.checks["parent"] = f"sha256 {parent_sha256(root) or 'not recorded'}"
+    except CheckFailed as exc:
+        found.checks["parent"] = "not what was recorded"
+        found.defects.append(Defect("parent", exc.where, exc.what, exc.expected))
     found.checks["ranks"] = f"{plan.tp} files against the stored plan"
     for rank in range(plan.tp):
         try:

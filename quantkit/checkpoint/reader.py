@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -152,12 +152,17 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """The sha256 that stands for the configuration and every byte of the weight files, whatever they are called."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         files = {ref.file for ref in self.tensors.values()} if self.gguf is None else {*self.gguf.file.paths}
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run, and a model of 140 GB takes minutes
-            for found in pool.map(fs.sha256_file, sorted(files)):
-                digest.update(found.encode())
-        return digest.hexdigest()
+            return fingerprint_of(self.config, pool.map(fs.sha256_file, sorted(files)))
+
+
+def fingerprint_of(config: Mapping[str, Any], hashes: Iterable[str]) -> str:
+    """The fingerprint of a checkpoint of ``config`` whose weight files, in the order of their names, have these sha256."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for found in hashes:
+        digest.update(found.encode())
+    return digest.hexdigest()
 
 
 def _fill(out: NDArray[Any], ref: TensorRef, index: tuple[slice, ...]) -> None:

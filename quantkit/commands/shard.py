@@ -26,11 +26,16 @@ def run(options: ShardOptions, progress: Progress = silent) -> Report:
     """Shard ``options.path`` into ``options.out``; errors as ``shard_checkpoint``."""
     done = shard_checkpoint(open_checkpoint(options.path), options.out, options.tp, overwrite=options.overwrite, progress=progress)
     files = [rank_file(rank, options.tp) for rank in range(options.tp)]
-    sizes = dict(zip(files, done.rank_bytes, strict=True))
     return Report(
         command="shard",
-        data={"out": str(options.out), "tp": options.tp, "plan": done.plan.to_json(), "rank_bytes": sizes},
-        facts=(("written", str(options.out)), *mode_facts(done.plan)),
+        data={
+            "out": str(options.out),
+            "tp": options.tp,
+            "plan": done.plan.to_json(),
+            "rank_bytes": dict(zip(files, done.rank_bytes, strict=True)),
+            "parent_sha256": done.parent_sha256,
+        },
+        facts=(("written", str(options.out)), ("parent", f"sha256 {done.parent_sha256}"), *mode_facts(done.plan)),
         tables=(ranges_table(done.plan, done.rank_bytes),),
         next_steps=(next_step("serve", options.out), next_step("verify", options.out)),
     )

@@ -83,6 +83,12 @@ def synthetic(root: Path, config: dict[str, Any], group: int | None, *, files: i
     return root
 
 
+LOAD_ORDER = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
 def contents(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.iterdir()}
 
@@ -163,6 +169,7 @@ def test_rank_files_are_valid_page_aligned_and_as_large_as_the_plan_says(tmp_pat
     done = shard_checkpoint(checkpoint, tmp_path / "shards", 4, overwrite=False)
     memory = rank_memory(spec, assignment, done.plan, dtype="F16", kv_dtype="F16")
     assert list(done.rank_bytes) == [rank.weights for rank in memory]
+    parent = hashlib.sha256((source / "SHA256SUMS").read_bytes()).hexdigest()
     for rank in range(4):
         path = tmp_path / "shards" / rank_file(rank, 4)
         start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -170,6 +177,13 @@ def test_rank_files_are_valid_page_aligned_and_as_large_as_the_plan_says(tmp_pat
         assert path.stat().st_size == start + done.rank_bytes[rank]
         with safe_open(path, "np") as reference:
             assert set(reference.keys()) == set(checkpoint.tensors)
+            assert reference.metadata() == {"format": "pt", "rank": f"{rank} of 4", "parent_sha256": parent}
+            where = json.loads(path.read_bytes()[8:start])
+            ends = [0, *(where[name]["data_offsets"][1] for name in reference.offset_keys())]
+            assert [where[name]["data_offsets"][0] for name in reference.offset_keys()] == ends[:-1]
+        layer = [f"model.layers.1.{linear}.qweight" for linear in LOAD_ORDER]
+        order = ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.qweight", *layer, "model.norm.weight", "lm_head.weight"]
+        assert [name for name in where if name in order] == order
 
 
 def test_a_shard_directory_lists_its_files_and_its_plan(tmp_path: Path) -> None:
@@ -303,11 +317,107 @@ def test_missing_truncated_and_foreign_rank_files_are_refused(shards: Path) -> N
     with pytest.raises(InputError):
         open_rank(shards, 1)
     shutil.copy(shards / rank_file(0, 3), file)
-    with pytest.raises(InputError, match="is not as the plan says"):
+    with pytest.raises(InputError, match=r"rank-1-of-3\.safetensors: is the file of rank 0 of 3, expected that of rank 1 of 3$"):
         open_rank(shards, 1)
     file.unlink()
     with pytest.raises(InputError, match="is missing"):
         open_rank(shards, 1)
+
+
+def rewritten(file: Path, metadata: dict[str, str] | None, pad: int = 0) -> None:
+    """``file`` with other metadata, and ``pad`` more spaces behind its header."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__")
+    text = json.dumps(({} if metadata is None else {"__metadata__": metadata}) | header).encode()
+    text += b" " * (-(8 + len(text)) % 4096 + pad)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+def test_rank_files_of_equal_shapes_are_not_mistaken_for_one_another(tmp_path: Path) -> None:
+    out = cut(synthetic(tmp_path / "art", {**TINY, "vocab_size": 1024}, 64), tmp_path / "shards", 2)
+    one, two = (out / rank_file(rank, 2) for rank in range(2))
+    one.rename(tmp_path / "kept")
+    two.rename(one)
+    (tmp_path / "kept").rename(two)
+    for rank, file in enumerate((one, two)):
+        with pytest.raises(InputError) as caught:
+            open_rank(out, rank)
+        assert caught.value.line == f"{file}: is the file of rank {1 - rank} of 2, expected that of rank {rank} of 2"
+
+
+def test_a_rank_file_of_another_parent_is_refused(tmp_path: Path) -> None:
+    shards = [
+        cut(synthetic(tmp_path / name, {**TINY, "rms_norm_eps": eps}, 64), tmp_path / f"{name}-2", 2)
+        for name, eps in (("a", 1e-5), ("b", 1e-6))
+    ]
+    hashes = [json.loads((path / "quantkit.json").read_text())["parent"]["sha256"] for path in shards]
+    shutil.copy(shards[1] / rank_file(1, 2), shards[0] / rank_file(1, 2))
+    open_rank(shards[0], 0)
+    with pytest.raises(InputError) as caught:
+        open_rank(shards[0], 1)
+    file = shards[0] / rank_file(1, 2)
+    assert caught.value.line == f"{file}: was cut from a checkpoint of sha256 {hashes[1]}, expected {hashes[0]} as in quantkit.json"
+    rewritten(file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"does not say whose file it is, expected rank and parent_sha256 in its metadata$"):
+        open_rank(shards[0], 1)
+    _edit(shards[0], lambda manifest: manifest["parent"].update(sha256=hashes[1]))
+    with pytest.raises(InputError, match=rf"parent\.sha256: is '{hashes[1]}', expected {hashes[0]}$"):
+        open_rank(shards[0], 0)
+
+
+def test_data_that_begin_between_pages_are_refused(shards: Path) -> None:
+    file = shards / rank_file(0, 3)
+    with safe_open(file, "np") as reference:
+        metadata = reference.metadata()
+    rewritten(file, metadata, pad=8)
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    with pytest.raises(InputError) as caught:
+        open_rank(shards, 0)
+    assert caught.value.line == f"{file}: its data begin at byte {start}, expected a multiple of 4096"
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_directories_of_earlier_versions_still_load(tmp_path: Path, sums: bool) -> None:
+    """Their rank files do not say whose they are, nor their manifest what the parent's hash is."""
+    source = synthetic(tmp_path / "art", TINY, 64, sums=sums)
+    shards = cut(source, tmp_path / "shards", 3)
+    want = [
+        {name: checkpoint.read(name) for name in checkpoint.tensors} for checkpoint, _, _ in (open_rank(shards, rank) for rank in range(3))
+    ]
+    _edit(shards, lambda manifest: manifest["parent"].pop("sha256"))
+    for rank in range(3):
+        rewritten(shards / rank_file(rank, 3), {"format": "pt"})
+        checkpoint, _, _ = open_rank(shards, rank)
+        assert all(checkpoint.read(name).tobytes() == value.tobytes() for name, value in want[rank].items())
+    names = sorted(set(contents(shards)) - {"SHA256SUMS"})
+    lines = [f"{hashlib.sha256((shards / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (shards / "SHA256SUMS").write_text("".join(lines))
+    unshard(shards, tmp_path / "back", overwrite=False)
+    back = contents(tmp_path / "back")
+    assert {name: back[name] for name in contents(source)} == contents(source)
+
+
+def test_a_parent_without_sums_has_its_fingerprint_for_a_hash(tmp_path: Path) -> None:
+    source = synthetic(tmp_path / "art", TINY, 64, sums=False)
+    shards = cut(source, tmp_path / "shards", 2)
+    parent = json.loads((shards / "quantkit.json").read_text())["parent"]
+    assert (parent["sha256"], parent["sums_sha256"]) == (open_checkpoint(source).fingerprint(), None)
+    with safe_open(shards / rank_file(1, 2), "np") as reference:
+        assert reference.metadata()["parent_sha256"] == parent["sha256"]
+        metadata = reference.metadata()
+    unshard(shards, tmp_path / "back", overwrite=False)
+    other = "0" * 64
+    _edit(shards, lambda manifest: manifest["parent"].update(sha256=other))
+    for rank in range(2):
+        rewritten(shards / rank_file(rank, 2), {**metadata, "rank": f"{rank} of 2", "parent_sha256": other})
+    names = sorted(set(contents(shards)) - {"SHA256SUMS"})
+    lines = [f"{hashlib.sha256((shards / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (shards / "SHA256SUMS").write_text("".join(lines))
+    with pytest.raises(CheckFailed, match=rf"gives a checkpoint of fingerprint {parent['sha256']}, expected {other}, its parent's"):
+        unshard(shards, tmp_path / "forged", overwrite=False)
+    assert not (tmp_path / "forged").exists()
 
 
 def test_one_flipped_bit_is_found_before_anything_is_published(shards: Path, tmp_path: Path) -> None:

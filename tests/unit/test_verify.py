@@ -95,7 +95,7 @@ def test_what_is_sound_passes(request: pytest.FixtureRequest, name: str) -> None
     assert {row[1] for row in report.tables[0].rows} == {"ok"}
     checks = {check["check"] for check in report.data["checks"]}
     assert checks == (
-        {"hashes", "ranks", "values"} if name == "shards" else {"headers", "hashes", "tensors", "config", "manifest", "values"}
+        {"hashes", "parent", "ranks", "values"} if name == "shards" else {"headers", "hashes", "tensors", "config", "manifest", "values"}
     )
     unpacked = {"artifact": 13, "symmetric": 14, "shards": 3 * 13}[name]
     looked_at = {check["check"]: check["looked_at"] for check in report.data["checks"]}
@@ -436,6 +436,16 @@ def test_a_rank_that_is_not_of_the_plan(shards: Path, tmp_path: Path, damage: st
     found = verify(seal(out), deep=True)
     assert [defect.check for defect in found.defects] == ["ranks"]
     assert "rank-1-of-3.safetensors" in found.defects[0].where
+
+
+def test_the_parents_hash_is_compared_with_the_copy_of_its_sums(shards: Path, tmp_path: Path) -> None:
+    out = copy(shards, tmp_path)
+    recorded = json.loads((out / "quantkit.json").read_text())["parent"]["sha256"]
+    assert verify(out, deep=False).checks["parent"] == f"sha256 {recorded}"
+    sums = out / "parent.SHA256SUMS"
+    sums.write_text(sums.read_text().replace("0", "1"))
+    found = verify(seal(out), deep=False)
+    assert lines(found) == [f"parent: {sums}: was changed, expected sha256 {recorded} as in quantkit.json"]
 
 
 def test_values_of_a_rank_are_looked_at(shards: Path, tmp_path: Path) -> None:
