@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import fs
+from quantkit.commands.prompt_file import Line, read_prompts
 from quantkit.errors import InputError
+from quantkit.runtime.params import SamplingParams
 
 TOKENS = range(100, 1000)
 """Of which random prompts are made: ordinary ones in every vocabulary of a useful size."""
-MAX_FILE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """``num_prompts`` prompts of ``input_len`` random tokens, answered by ``output_len`` tokens; both uniform within ``spread`` of that.
 
-    With ``prompts`` the lines of a file instead: a text each, or in a ``.jsonl`` file objects with prompt and perhaps max_tokens.
+    With ``prompts`` those of a file instead, as ``prompt_file`` reads it, of at most ``output_len`` greedy tokens where it says no other.
     """
 
     num_prompts: int = 128
@@ -33,50 +34,24 @@ class Load:
     prompts: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A prompt and the most tokens of its answer; ``whole``: so many exactly, whatever the model says."""
-
-    prompt: str | list[int]
-    output: int
-    whole: bool
+def whole(tokens: list[int], output: int) -> Line:
+    """A prompt of ``tokens``, answered by ``output`` tokens exactly, whatever the model says."""
+    return Line(tokens, False, SamplingParams(output, temperature=0.0, ignore_eos=True), {})
 
 
-def asks(load: Load) -> list[Ask]:
+def asks(load: Load) -> list[Line]:
     """The requests, the same for the same seed. Raises InputError for a bad option or file."""
     if not 0 <= load.spread < 1:
         raise InputError("--spread", f"is {load.spread:g}", "0 to below 1")
     if load.prompts is not None:
-        return _from_file(load, load.prompts)[: load.num_prompts]
+        return read_prompts(load.prompts, SamplingParams(load.output_len, temperature=0.0))[: load.num_prompts]
     draw = random.Random(load.seed)
 
     def length(mean: int) -> int:
         return max(1, draw.randint(round(mean * (1 - load.spread)), round(mean * (1 + load.spread))))
 
     sizes = [(length(load.input_len), length(load.output_len)) for _ in range(load.num_prompts)]
-    return [Ask(draw.choices(TOKENS, k=size), output, True) for size, output in sizes]
-
-
-def _from_file(load: Load, path: Path) -> list[Ask]:
-    found = []
-    rows = fs.read_bytes(path, MAX_FILE).decode("utf-8", "replace").splitlines()
-    for number, row in enumerate(rows, 1):
-        if not row.strip():
-            continue
-        fields: Any = {"prompt": row}
-        if path.suffix == ".jsonl":
-            try:
-                fields = json.loads(row)
-            except (ValueError, RecursionError) as exc:
-                raise InputError(f"{path}: line {number}", "is not JSON", "an object with a prompt") from exc
-        prompt = fields.get("prompt") if isinstance(fields, dict) else None
-        output = fields.get("max_tokens", load.output_len) if isinstance(fields, dict) else None
-        if not isinstance(prompt, str) or not prompt or type(output) is not int or output < 1:
-            raise InputError(f"{path}: line {number}", "has no prompt or a bad max_tokens", "a text, and a number from 1")
-        found.append(Ask(prompt, output, False))
-    if not found:
-        raise InputError(str(path), "holds no prompt", "a prompt per line")
-    return found
+    return [whole(draw.choices(TOKENS, k=size), output) for size, output in sizes]
 
 
 @dataclass(frozen=True, slots=True)

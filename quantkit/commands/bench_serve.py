@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.commands.bench_requests import Ask, Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.prompt_file import Line, api_fields
 from quantkit.errors import InputError, MachineError
 from quantkit.progress import Progress, silent
 from quantkit.report import Report
@@ -50,13 +51,13 @@ def run(options: BenchServeOptions, progress: Progress = silent) -> Report:
     start = time.perf_counter()
     stop = threading.Event()
 
-    def send(ask: Ask, moment: float) -> Timed:
+    def send(line: Line, moment: float) -> Timed:
         stop.wait(max(0.0, moment - (time.perf_counter() - start)))
-        return client.complete(model, ask, start)
+        return client.complete(model, line, start)
 
     answers = []
     with ThreadPoolExecutor(options.concurrency) as pool:
-        sent = [pool.submit(send, ask, moment) for ask, moment in zip(wanted, moments, strict=True)]
+        sent = [pool.submit(send, line, moment) for line, moment in zip(wanted, moments, strict=True)]
         try:
             for number, one in enumerate(as_completed(sent), 1):
                 answers.append(one.result())
@@ -111,15 +112,14 @@ class _Client:
         except (ValueError, LookupError, TypeError) as exc:
             raise InputError(self._url, "does not say which models it has", "an OpenAI-compatible server", "--model NAME") from exc
 
-    def complete(self, model: str, ask: Ask, start: float) -> Timed:
-        """One streamed completion; its times are since ``start``."""
-        body: dict[str, Any] = {"model": model, "prompt": ask.prompt, "max_tokens": ask.output, "temperature": 0, "stream": True}
-        body |= {"stream_options": {"include_usage": True}} | ({"ignore_eos": True} if ask.whole else {})
+    def complete(self, model: str, line: Line, start: float) -> Timed:
+        """One streamed answer; its times are since ``start``."""
+        body = {"model": model, **api_fields(line), "stream": True, "stream_options": {"include_usage": True}}
         sent, came, usage = time.perf_counter() - start, list[float](), dict[str, int]()
         try:
-            with self._send("POST", "completions", body) as response:
+            with self._send("POST", "chat/completions" if line.chat else "completions", body) as response:
                 for event in _events(response):
-                    if event.get("choices"):
+                    if event.get("choices") and not _opens(event["choices"][0]):
                         came.append(time.perf_counter() - start)
                     if isinstance(event.get("error"), dict):
                         raise MachineError(self._url, f"ends an answer: {event['error'].get('message')!s:.300}", "a whole answer")
@@ -129,6 +129,12 @@ class _Client:
         if not came or "completion_tokens" not in usage:
             raise MachineError(self._url, "gives an answer without tokens or usage", "a stream that ends with its usage")
         return Timed(sent, tuple(came), usage.get("prompt_tokens", 0), usage["completion_tokens"])
+
+
+def _opens(choice: Any) -> bool:
+    """Whether an item of a stream only says who speaks."""
+    delta = choice.get("delta") if isinstance(choice, dict) else None
+    return isinstance(delta, dict) and "role" in delta and not delta.get("content")
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

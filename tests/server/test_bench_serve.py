@@ -14,9 +14,11 @@ import pytest
 from quantkit.commands import bench_serve
 from quantkit.commands.bench_requests import Load, asks
 from quantkit.commands.bench_serve import BenchServeOptions
+from quantkit.commands.prompt_file import api_fields
 from quantkit.errors import InputError, MachineError
 from quantkit.runtime.engine import Engine
 from quantkit.server.app import create_app
+from quantkit.text.chat import render_chat
 
 
 def test_every_request_is_answered_and_counted(url: str, engine: Engine, tmp_path: Path) -> None:
@@ -25,9 +27,33 @@ def test_every_request_is_answered_and_counted(url: str, engine: Engine, tmp_pat
     report = bench_serve.run(BenchServeOptions(url, load, concurrency=4, out=out))
     after, wanted = engine.stats(), asks(load)
     assert report.data["model"] == "tiny/llama" and report.data["requests"] == 10
-    assert report.data["completion_tokens"] == sum(ask.output for ask in wanted) == after.generated_tokens - before.generated_tokens
+    assert (
+        report.data["completion_tokens"]
+        == sum(ask.sampling.max_tokens for ask in wanted)
+        == after.generated_tokens - before.generated_tokens
+    )
     assert report.data["prompt_tokens"] == sum(len(ask.prompt) for ask in wanted) == after.prompt_tokens - before.prompt_tokens
     assert report.data["itl_ms"]["p50"] > 0 and json.loads(out.read_text())["requests"] == 10
+
+
+def test_requests_of_a_file_are_sent_as_they_are_written(url: str, engine: Engine, tmp_path: Path) -> None:
+    """A text, tokens with what else shapes an answer, and a conversation, which goes to the chat endpoint."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "The capital", "max_tokens": 3, "ignore_eos": True},
+        {"prompt": [5, 6], "max_tokens": 4, "logit_bias": {"5": 100}, "stop_token_ids": [7], "seed": 3, "temperature": 0.5, "logprobs": 1},
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "ignore_eos": True, "logprobs": 2},
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    report = bench_serve.run(BenchServeOptions(url, Load(9, prompts=file), concurrency=1))
+    assert report.data["requests"] == 3 and report.data["completion_tokens"] == 3 + 4 + 5
+    template = engine.tokenizer.encode(render_chat(engine.tokenizer, rows[2]["messages"]), special=False)
+    assert report.data["prompt_tokens"] == len(engine.tokenizer.encode("The capital", special=True)) + 2 + len(template)
+    text, _, chat = asks(Load(9, prompts=file))
+    client = bench_serve._Client(BenchServeOptions(url))
+    timed = client.complete("tiny/llama", chat, time.perf_counter())
+    assert timed.tokens == 5 and len(timed.came) <= 6, "who speaks is no token"
+    assert api_fields(text) == {"prompt": "The capital", "max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
 
 
 def test_requests_come_at_their_rate(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 from quantkit import LLM
 from quantkit.commands import bench_latency, bench_throughput
 from quantkit.commands.bench_latency import BenchLatencyOptions
-from quantkit.commands.bench_requests import TOKENS, Ask, Load, Timed, asks, figures
+from quantkit.commands.bench_requests import TOKENS, Load, Timed, asks, figures
 from quantkit.commands.bench_throughput import BenchThroughputOptions
 from quantkit.commands.generate import EngineOptions
+from quantkit.commands.prompt_file import Line, text_line
 from quantkit.errors import InputError
+from quantkit.runtime.params import SamplingParams
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
+HELLO = [{"role": "user", "content": "Hi"}]
 
 
 @settings(max_examples=100, deadline=None)
@@ -31,21 +35,28 @@ def test_random_requests_are_within_the_spread_and_repeat(count: int, prompt: in
     assert made == asks(load) and len(made) == count
     assert made != asks(Load(count, prompt, output, spread, seed + 1))
     for ask in made:
-        assert isinstance(ask.prompt, list) and ask.whole and set(ask.prompt) <= set(TOKENS)
-        for length, mean in ((len(ask.prompt), prompt), (ask.output, output)):
+        tokens, params = ask.prompt, ask.sampling
+        assert isinstance(tokens, list) and params.greedy and params.ignore_eos and set(tokens) <= set(TOKENS) and not ask.chat
+        for length, mean in ((len(tokens), prompt), (params.max_tokens, output)):
             assert max(1, round(mean * (1 - spread))) <= length <= round(mean * (1 + spread))
 
 
 def test_requests_from_a_file(tmp_path: Path) -> None:
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("one\n\ntwo\nthree\n")
-    rows.write_text('{"prompt": "one", "max_tokens": 3}\n{"prompt": "two", "id": 1}\n')
-    assert asks(Load(2, prompts=text, output_len=7)) == [Ask("one", 7, False), Ask("two", 7, False)]
-    assert asks(Load(9, prompts=rows, output_len=7)) == [Ask("one", 3, False), Ask("two", 7, False)]
+    lines = ({"prompt": "one", "max_tokens": 3}, {"prompt": "two", "id": 1}, {"messages": HELLO, "temperature": 0.5})
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        '{"prompt": "one", "max_tokens": 3}\n{"prompt": "two", "id": 1}\n{"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5}\n'
+    )
+    greedy = SamplingParams(7, temperature=0)
+    assert asks(Load(2, prompts=text, output_len=7)) == [text_line("one", greedy), text_line("two", greedy)]
+    first, second, third = asks(Load(9, prompts=rows, output_len=7))
+    assert (first.prompt, first.sampling) == ("one", replace(greedy, max_tokens=3)) and second == Line("two", False, greedy, second.given)
+    assert third.chat and third.prompt == HELLO and third.sampling == replace(greedy, temperature=0.5)
     for row, words in (
-        ("{", "line 3: is not JSON"),
-        ('{"prompt": 5}', "line 3: has no prompt"),
-        ('{"prompt": "a", "max_tokens": 0}', "line 3"),
+        ("{", "line 4: is not JSON"),
+        ('{"prompt": 5}', "line 4: prompt: is int"),
+        ('{"prompt": "a", "max_tokens": 0}', "line 4: max_tokens: is 0"),
     ):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(rows.read_text() + row)
@@ -88,7 +99,7 @@ def test_throughput_counts_every_token(loaded: LLM, tmp_path: Path) -> None:
     before = loaded.engine.stats()
     report = bench_throughput.run(BenchThroughputOptions("m", load, out))
     after, wanted = loaded.engine.stats(), asks(load)
-    made = sum(ask.output for ask in wanted)
+    made = sum(ask.sampling.max_tokens for ask in wanted)
     assert report.data["completion_tokens"] == made == after.generated_tokens - before.generated_tokens - 2, "2 are of the warm-up"
     assert report.data["prompt_tokens"] == sum(len(ask.prompt) for ask in wanted) and report.data["requests"] == 9
     assert report.data["tokens_per_second"] == pytest.approx(made / report.data["seconds"])
