@@ -46,8 +46,6 @@ def test_requests_from_a_file(tmp_path: Path) -> None:
     text.write_text("one\n\ntwo\nthree\n")
     lines = ({"prompt": "one", "max_tokens": 3}, {"prompt": "two", "id": 1}, {"messages": HELLO, "temperature": 0.5})
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        '{"prompt": "one", "max_tokens": 3}\n{"prompt": "two", "id": 1}\n{"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5}\n'
-    )
     greedy = SamplingParams(7, temperature=0)
     assert asks(Load(2, prompts=text, output_len=7)) == [text_line("one", greedy), text_line("two", greedy)]
     first, second, third = asks(Load(9, prompts=rows, output_len=7))
