@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import socket
 import sys
 import threading
@@ -261,6 +262,8 @@ def main(connection: socket.socket) -> int:
         return exc.exit_code
     finally:
         keeper.close()
+        if asked["folder"] is not None:  # the engine does so too, but it may be dead
+            shutil.rmtree(asked["folder"], ignore_errors=True)
     return 0
 
 
