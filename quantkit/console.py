@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from quantkit.errors import QuantkitError
-from quantkit.progress import Progress, silent
+from quantkit.progress import BYTES, Progress, silent
 from quantkit.report import Report, Table, printable, shown, to_json
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class _StageBars:
         if self._bars is None:
             if done >= total:  # nothing to wait for, or told again that it is over
                 return
-            self._bars, self._task = self._start(printable(stage), total)
+            self._bars, self._task = self._start(printable(stage), total, stage in BYTES)
             self._stage = stage
         assert self._task is not None
         self._bars.update(self._task, completed=done, total=total)
@@ -219,14 +219,22 @@ class _StageBars:
             self.stop()
 
     @staticmethod
-    def _start(stage: str, total: int) -> tuple[Bars, TaskID]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    def _start(stage: str, total: int, of_bytes: bool) -> tuple[Bars, TaskID]:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
         from rich.progress import Progress as Bars
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -247,10 +255,16 @@ class _StageLines:
 
     def __init__(self) -> None:
         self._stage: str | None = None
-        self._last = 0.0
+        self._began = self._last = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if stage != self._stage:
+            self._began = now
         if stage != self._stage or done >= total or now - self._last >= LINE_SECONDS:
-            _tell(f"{printable(stage)} {done}/{total}\n")
+            amount = f"{done}/{total}" if stage not in BYTES else f"{done / 1e9:.2f}/{total / 1e9:.2f} GB{self._rate(done, now)}"
+            _tell(f"{printable(stage)} {amount}\n")
             self._stage, self._last = stage, now
+
+    def _rate(self, done: int, now: float) -> str:
+        return f", {done / 1e9 / (now - self._began):.2f} GB/s" if now > self._began else ""

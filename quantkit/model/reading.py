@@ -100,7 +100,7 @@ class _Started:
 class ReadAhead:
     """``wanted`` of ``checkpoint`` on ``device``, to be taken in that order, within ``with``: after it no thread reads any more.
 
-    ``progress("load", bytes, of all)``. At most AHEAD_BYTES and one tensor are held that were not taken; for a GPU they are there, and
+    ``progress("weights", bytes, of all)``. At most AHEAD_BYTES and one tensor are held that were not taken; for a GPU they are there, and
     READERS * BUFFERS * CHUNK_BYTES here.
     """
 
@@ -112,6 +112,7 @@ class ReadAhead:
         self._ahead = self._done = self._told = 0
         self._total = sum(self._nbytes(want) for want in self._left)
         self._pool = ThreadPoolExecutor(READERS, "read")
+        progress("weights", 0, self._total)
         self._buffers = threading.local()
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -135,7 +136,7 @@ class ReadAhead:
             self._done += nbytes
             if self._done - self._told >= CHUNK_BYTES or self._done == self._total:
                 self._told = self._done
-                self._progress("load", self._done, self._total)
+                self._progress("weights", self._done, self._total)
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
         return found.tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -229,6 +230,26 @@ def test_progress_of_stages_that_come_and_go(capsys: pytest.CaptureFixture[str])
             for done in range(4):
                 say(stage, done, 3)
     assert capsys.readouterr().err == "load 0/3\nload 3/3\nquan\\x1btize 0/3\nquan\\x1btize 3/3\n"
+
+
+def test_progress_in_bytes_says_how_fast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((100.0, 100.5, 101.0, 102.5))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    with console.progress(Output(verbose=True)) as say:
+        for done in (0, 1_000_000_000, 2_000_000_000, 3_500_000_000):
+            say("weights", done, 3_500_000_000)
+    assert capsys.readouterr().err == "weights 0.00/3.50 GB\nweights 2.00/3.50 GB, 2.00 GB/s\nweights 3.50/3.50 GB, 1.40 GB/s\n"
+
+
+def test_progress_in_bytes_is_drawn_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setattr(drawn, "isatty", lambda: True)
+    monkeypatch.setattr(console.sys, "stderr", drawn)
+    monkeypatch.setenv("COLUMNS", "100")
+    with console.progress(Output()) as say:
+        for done in range(0, 3_000_000_001, 500_000_000):
+            say("weights", done, 3_000_000_000)
+    assert re.search(r"weights .*3\.0/3\.0 GB.* [GT]B/s", drawn.getvalue())
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
