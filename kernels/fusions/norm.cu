@@ -24,6 +24,7 @@ __device__ float block_sum(float x) {
 
 template <typename T, int V, bool ADD>
 __global__ void rms_norm(const T* x, const T* residual, const T* weight, T* sum, T* out, int64_t columns, float eps, float offset) {
+  begin();
   const int64_t row = blockIdx.x * columns;
   const T* values = ADD ? sum : x;
   float squares = 0.0f;
@@ -52,14 +53,13 @@ __global__ void rms_norm(const T* x, const T* residual, const T* weight, T* sum,
 }
 
 template <typename T, int V>
-void start(const void* x, const void* residual, const void* weight, void* sum, void* out, int64_t rows, int64_t columns, float eps,
-           float offset, cudaStream_t stream) {
+int start(const void* x, const void* residual, const void* weight, void* sum, void* out, int64_t rows, int64_t columns, float eps,
+          float offset, cudaStream_t stream) {
   const int64_t warps = (columns + V * WARP - 1) / (V * WARP);
   const unsigned threads = unsigned(warps * WARP < MOST ? warps * WARP : MOST);
-  const auto kernel = residual ? rms_norm<T, V, true> : rms_norm<T, V, false>;
-  kernel<<<unsigned(rows), threads, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(residual),
-                                                 static_cast<const T*>(weight), static_cast<T*>(sum), static_cast<T*>(out), columns,
-                                                 eps, offset);
+  return launch(residual ? rms_norm<T, V, true> : rms_norm<T, V, false>, dim3(unsigned(rows)), threads, stream, static_cast<const T*>(x),
+                static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<T*>(sum), static_cast<T*>(out), columns, eps,
+                offset);
 }
 
 }  // namespace
@@ -70,6 +70,5 @@ extern "C" int quantkit_rms_norm(const void* x, const void* residual, const void
   const bool whole = columns % WIDE == 0 && aligned(x) && aligned(residual) && aligned(weight) && aligned(sum) && aligned(out);
   const auto run = type == QK_BF16 ? (whole ? start<__nv_bfloat16, WIDE> : start<__nv_bfloat16, 1>)
                                    : (whole ? start<__half, WIDE> : start<__half, 1>);
-  run(x, residual, weight, sum, out, rows, columns, eps, offset, stream);
-  return cudaGetLastError();
+  return run(x, residual, weight, sum, out, rows, columns, eps, offset, stream);
 }

@@ -50,6 +50,7 @@ __device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int pie
 template <typename T, int V>
 __global__ void rotary_write(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
                              const T* sin, T* q_out, const Targets targets, int sequences, int heads, int kv_heads, int dim, int width) {
+  begin();
   const int token = blockIdx.x;
   int low = 0, high = sequences;  // the sequence with starts[low] <= token < starts[low + 1]
   while (high - low > 1) {
@@ -75,6 +76,7 @@ template <typename T, typename C, int V>
 __global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
                                    const T* sin, const int64_t* slots, T* q_out, C* keys, C* values, int heads, int kv_heads, int dim,
                                    int width) {
+  begin();
   const int64_t token = blockIdx.x, slot = slots[token];
   q += token * q_stride, q_out += token * heads * dim, cos += token * (width / 2), sin += token * (width / 2);
   const int pieces = (dim - width / 2) / V, rotated = heads + (slot < 0 ? 0 : kv_heads);
@@ -109,14 +111,12 @@ extern "C" int quantkit_rotary_write(const void* q, int64_t q_stride, const void
   const unsigned threads = work >= MOST ? MOST : unsigned(work + 31) / 32 * 32;
   const auto run = [&](auto zero, auto kernel) {
     using T = decltype(zero);
-    kernel<<<unsigned(tokens), threads, 0, stream>>>(static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
-                                                     static_cast<const T*>(v), v_stride, static_cast<const T*>(cos),
-                                                     static_cast<const T*>(sin), static_cast<T*>(q_out), targets, sequences, heads,
-                                                     kv_heads, dim, width);
+    return launch(kernel, dim3(unsigned(tokens)), threads, stream, static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
+                  static_cast<const T*>(v), v_stride, static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(q_out),
+                  targets, sequences, heads, kv_heads, dim, width);
   };
-  if (type == QK_BF16) run(__nv_bfloat16(), whole ? rotary_write<__nv_bfloat16, WIDE> : rotary_write<__nv_bfloat16, 1>);
-  else run(__half(), whole ? rotary_write<__half, WIDE> : rotary_write<__half, 1>);
-  return cudaGetLastError();
+  if (type == QK_BF16) return run(__nv_bfloat16(), whole ? rotary_write<__nv_bfloat16, WIDE> : rotary_write<__nv_bfloat16, 1>);
+  return run(__half(), whole ? rotary_write<__half, WIDE> : rotary_write<__half, 1>);
 }
 
 extern "C" int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
@@ -134,12 +134,10 @@ extern "C" int quantkit_rotary_write_slots(const void* q, int64_t q_stride, cons
     using T = decltype(zero);
     using C = decltype(kept);
     const auto kernel = whole ? rotary_write_slots<T, C, WIDE> : rotary_write_slots<T, C, 1>;
-    kernel<<<unsigned(tokens), threads, 0, stream>>>(static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
-                                                     static_cast<const T*>(v), v_stride, static_cast<const T*>(cos),
-                                                     static_cast<const T*>(sin), slots, static_cast<T*>(q_out), static_cast<C*>(keys),
-                                                     static_cast<C*>(values), heads, kv_heads, dim, width);
+    return launch(kernel, dim3(unsigned(tokens)), threads, stream, static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
+                  static_cast<const T*>(v), v_stride, static_cast<const T*>(cos), static_cast<const T*>(sin), slots,
+                  static_cast<T*>(q_out), static_cast<C*>(keys), static_cast<C*>(values), heads, kv_heads, dim, width);
   };
-  if (type == QK_BF16) fp8 ? run(__nv_bfloat16(), __nv_fp8_e4m3()) : run(__nv_bfloat16(), __nv_bfloat16());
-  else fp8 ? run(__half(), __nv_fp8_e4m3()) : run(__half(), __half());
-  return cudaGetLastError();
+  if (type == QK_BF16) return fp8 ? run(__nv_bfloat16(), __nv_fp8_e4m3()) : run(__nv_bfloat16(), __nv_bfloat16());
+  return fp8 ? run(__half(), __nv_fp8_e4m3()) : run(__half(), __half());
 }

@@ -10,6 +10,7 @@ constexpr int THREADS = 256;
 
 template <typename T, int V>
 __global__ void silu_mul(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* out, int64_t columns) {
+  begin();
   const int64_t row = blockIdx.y;
   const int64_t column = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V;
   if (column >= columns) return;
@@ -24,16 +25,18 @@ __global__ void silu_mul(const T* gate, int64_t gate_stride, const T* up, int64_
 }
 
 template <typename T, int V>
-void start(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t columns,
-           cudaStream_t stream) {
+int start(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t columns,
+          cudaStream_t stream) {
   const unsigned x = unsigned((columns + int64_t(THREADS) * V - 1) / (int64_t(THREADS) * V));
   const int64_t limit = 65535;  // of a grid's second size
   for (int64_t row = 0; row < rows; row += limit) {
     const int64_t count = rows - row < limit ? rows - row : limit;
-    silu_mul<T, V><<<dim3(x, unsigned(count)), THREADS, 0, stream>>>(static_cast<const T*>(gate) + row * gate_stride, gate_stride,
-                                                                    static_cast<const T*>(up) + row * up_stride, up_stride,
-                                                                    static_cast<T*>(out) + row * columns, columns);
+    const int error = launch(silu_mul<T, V>, dim3(x, unsigned(count)), THREADS, stream, static_cast<const T*>(gate) + row * gate_stride,
+                             gate_stride, static_cast<const T*>(up) + row * up_stride, up_stride, static_cast<T*>(out) + row * columns,
+                             columns);
+    if (error) return error;
   }
+  return 0;
 }
 
 }  // namespace
@@ -44,6 +47,5 @@ extern "C" int quantkit_silu_mul(const void* gate, int64_t gate_stride, const vo
   const bool whole = columns % WIDE == 0 && gate_stride % WIDE == 0 && up_stride % WIDE == 0 && aligned(gate) && aligned(up) && aligned(out);
   const auto run = type == QK_BF16 ? (whole ? start<__nv_bfloat16, WIDE> : start<__nv_bfloat16, 1>)
                                    : (whole ? start<__half, WIDE> : start<__half, 1>);
-  run(gate, gate_stride, up, up_stride, out, rows, columns, stream);
-  return cudaGetLastError();
+  return run(gate, gate_stride, up, up_stride, out, rows, columns, stream);
 }
