@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -193,6 +194,37 @@ def test_a_killed_rank_is_503_then_exit_4(model: Path) -> None:
         "error: rank 1: was killed by SIGKILL, expected every rank alive",
         "hint: the system may have run out of memory",
     ]
+
+
+def test_two_replicas_share_the_requests_and_one_death_ends_both(model: Path, url: str) -> None:
+    """Figures are of both; a client that leaves frees its seat on the replica that has it; then one replica's rank is killed."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        wanted = client.chat.completions.create(**{**GREEDY, "model": "tiny/llama"}).choices[0].message.content
+    long: dict[str, Any] = {"model": NAME, "prompt": "Once", "max_tokens": 1000, "stream": True, "extra_body": {"ignore_eos": True}}
+    with serving(*command(model, "--dp", "2", "--max-num-seqs", "2")) as server, server.client() as client:
+        assert len(server.family()) == 3
+        assert [client.chat.completions.create(**GREEDY).choices[0].message.content for _ in range(3)] == [wanted] * 3
+        streams = [client.completions.create(**long) for _ in range(4)]
+        for stream in streams:
+            next(iter(stream))
+        assert httpx.get(f"{server.url}/health").json()["running"] == 4, "twice the seats of one"
+        for stream in streams[:3]:
+            stream.close()
+        end = time.monotonic() + 30
+        while httpx.get(f"{server.url}/health").json()["running"] > 1:
+            assert time.monotonic() < end
+        figures = httpx.get(f"{server.url}/metrics").text
+        prompts = re.search(r"^quantkit_prompt_tokens_total (\d+)$", figures, re.MULTILINE)
+        assert prompts is not None and int(prompts[1]) > 0 and "quantkit_requests_running 1\n" in figures
+        server.family()[-1].kill()
+        while (health := httpx.get(f"{server.url}/health")).status_code == 200:
+            assert time.monotonic() < end
+        assert health.status_code == 503 and re.match(r"replica 1, rank 0: was killed by SIGKILL", health.json()["reason"])
+        with contextlib.suppress(openai.APIError):  # the last stream may be of the replica that lives
+            list(streams[3])
+        code, out = server.end()
+    assert (code, out) == (4, "")
+    assert server.log[1] == "error: replica 1, rank 0: was killed by SIGKILL, expected every rank alive"
 
 
 def test_a_taken_port_is_one_error_before_anything_is_loaded(tmp_path: Path) -> None:
