@@ -24,7 +24,8 @@ def place_for(device: str, gpus: int = 1) -> str:
 
 
 def default_dtype(device: str, parity: bool) -> str:
-    """What activations are computed in where nobody says: bfloat16, or float16 on a GPU without it; float32 with ``parity``."""
+    """What activations are computed in where nobody says: bfloat16, or float16 on a GPU here without it; float32 with ``parity``."""
     if parity:
         return "float32"
-    return "float16" if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bfloat16"
+    ours = device == "cuda" and torch.cuda.is_available()  # of another host's nothing is known
+    return "float16" if ours and not torch.cuda.is_bf16_supported(including_emulation=False) else "bfloat16"
