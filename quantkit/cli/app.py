@@ -19,6 +19,7 @@ from typer.core import TyperGroup, TyperOption
 from quantkit import __version__
 from quantkit.cli.options import (
     VERBATIM,
+    AttentionBackend,
     Calib,
     ComputeDtype,
     Device,
@@ -709,6 +710,7 @@ def serve(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     prefix_caching: PrefixCaching = True,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait; more are answered 429.")] = 64,
     timeout: Timeout = 60.0,
@@ -739,6 +741,7 @@ def serve(
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_dtype=kv_cache_dtype,
             lm_head=lm_head,
+            attention_backend=attention_backend,
             prefix_caching=prefix_caching,
             max_queue=max_queue,
             timeout=timeout,

@@ -1,4 +1,4 @@
-"""The benchmarks as the command line shows them: of the kernels, and of whole models: throughput, latency and serve."""
+"""The benchmarks as the command line shows them: of the kernels, and of whole models: throughput, latency, serve and study."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from quantkit.cli.app import Group, app, help_or_refuse, perform
 from quantkit.cli.options import (
+    AttentionBackend,
     Device,
     Dtype,
     ExecutorKind,
@@ -55,7 +56,7 @@ Prompts = Annotated[
         "--prompts",
         metavar="FILE",
         readable=False,
-        help="Prompts from a file instead: a text per line, or .jsonl objects with prompt and perhaps max_tokens.",
+        help="Prompts from a file instead, as generate reads it: a text per line, or .jsonl objects.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", readable=False, help="Also write every figure as JSON.")]
@@ -137,6 +138,36 @@ def bench_kernels(
 
 
 @bench_app.command(
+    "load",
+    short_help="How fast weights come from their files",
+    epilog=examples("quantkit bench load SHARDS --rank 1", "quantkit bench load ARTIFACT --tp 2 --device cpu --out load.json"),
+)
+def load(
+    context: typer.Context,
+    path: Served,
+    tp: Ranks = None,
+    rank: Annotated[int, typer.Option("--rank", min=0, metavar="R", help="The rank whose part is loaded, alone.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="How often each is measured; medians are shown.")] = 3,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Load the weights of one rank, with its files in the page cache and without, beside a plain read of the same files in the same run:
+    as many reads at once, of as many bytes."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import bench_load
+
+        options = bench_load.BenchLoadOptions(path=path, tp=tp, rank=rank, device=device, dtype=dtype, rounds=rounds, out=out)
+        return bench_load.run(options, progress)
+
+    perform(context, Output(json, quiet, verbose), work)
+
+
+@bench_app.command(
     "throughput",
     short_help="Tokens per second of many requests at once",
     epilog=examples(
@@ -165,6 +196,7 @@ def throughput(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     prefix_caching: PrefixCaching = True,
     timeout: Timeout = 60.0,
     json: Json = False,
@@ -215,6 +247,7 @@ def latency(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     timeout: Timeout = 60.0,
     json: Json = False,
     quiet: Quiet = False,
@@ -291,5 +324,78 @@ def serve(
             out=out,
         )
         return bench_serve.run(options, progress)
+
+    perform(context, Output(json, quiet, verbose), work)
+
+
+@bench_app.command(
+    "study",
+    short_help="Ranks against replicas on word problems: time and accuracy",
+    epilog=examples(
+        "quantkit bench study ARTIFACT --modes tp1,tp2,dp2,tp2dp2 --data gsm8k_test.jsonl --limit 200 --out study",
+        "quantkit bench study MODEL --device cpu --dtype float32 --same",
+    ),
+)
+def study(
+    context: typer.Context,
+    path: Served,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes", metavar="MODE,...", help="tpN ranks, dpN replicas, or tpNdpM: replicas of N ranks. Default: those that use all GPUs."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", readable=False, help="GSM8K's test.jsonl. Default: 32 problems of our own."),
+    ] = None,
+    examples_file: Annotated[
+        Path | None,
+        typer.Option("--examples", metavar="FILE", readable=False, help="Worked examples in its form. Default: 8 of our own."),
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", min=0, metavar="N", help="Worked examples before each question.")] = 8,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N questions alone.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens of an answer at most.")] = 256,
+    same: Annotated[bool, typer.Option("--same", help="Exit 1 when modes answer differently.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", readable=False, help="Also write study.json, study.md and answers.jsonl there."),
+    ] = None,
+    executor: ExecutorKind = "local",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 64,
+    max_num_batched_tokens: MaxBatchedTokens = 1024,
+    gpu_memory_utilization: MemoryShare = 0.9,
+    kv_cache_dtype: KvDtype = "auto",
+    lm_head: LmHead = "auto",
+    prefix_caching: PrefixCaching = True,
+    timeout: Timeout = 60.0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer word problems greedily on one rank, on tensor-parallel ranks and on data-parallel replicas, one mode after the other, and say
+    of each how long it takes, how many tokens a second come, how many answers are right, and whether they are the same in all."""
+
+    def work(progress: Progress) -> Report:
+        from quantkit.commands import bench_study
+
+        options = bench_study.BenchStudyOptions(
+            path=path,
+            modes=() if modes is None else tuple(modes.split(",")),
+            data=data,
+            examples=examples_file,
+            shots=shots,
+            limit=limit,
+            chat=chat,
+            max_tokens=max_tokens,
+            out=out,
+            same=same,
+            engine=engine_options(context),
+        )
+        return bench_study.run(options, progress)
 
     perform(context, Output(json, quiet, verbose), work)

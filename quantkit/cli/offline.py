@@ -9,6 +9,7 @@ import typer
 
 from quantkit.cli.app import app, perform
 from quantkit.cli.options import (
+    AttentionBackend,
     Device,
     Dtype,
     ExecutorKind,
@@ -111,6 +112,7 @@ def generate(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     prefix_caching: PrefixCaching = True,
     timeout: Timeout = 60.0,
     json: Json = False,
@@ -186,6 +188,7 @@ def chat(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     timeout: Timeout = 60.0,
     json: Json = False,
     quiet: Quiet = False,

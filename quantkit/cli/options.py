@@ -134,6 +134,15 @@ LmHead = Annotated[
         help="The output head: auto (as stored) or q8_0 (encoded to 8-bit blocks when it is loaded).",
     ),
 ]
+AttentionBackend = Annotated[
+    str,
+    typer.Option(
+        "--attention-backend",
+        metavar="NAME",
+        autocompletion=one_of("auto", "triton", "flashinfer", "torch"),
+        help="Whose attention: triton, flashinfer (prompts; decoding is triton's) or torch. auto: the best that works here.",
+    ),
+]
 PrefixCaching = Annotated[
     bool, typer.Option("--enable-prefix-caching/--disable-prefix-caching", help="Compute what prompts begin with alike once.")
 ]

@@ -42,6 +42,7 @@ class EngineOptions:
     dp: int = 1
     executor: str = "local"
     lm_head: str = "auto"
+    attention_backend: str = "auto"
 
     def start(self, path: str, progress: Progress) -> LLM:
         """Load the model. Raises InputError and MachineError."""
@@ -60,6 +61,7 @@ class EngineOptions:
             memory_share=self.gpu_memory_utilization,
             kv_cache_dtype=self.kv_cache_dtype,
             lm_head=self.lm_head,
+            attention_backend=self.attention_backend,
             prefix_caching=self.prefix_caching,
             timeout=self.timeout,
             progress=progress,

@@ -58,6 +58,7 @@ class ServeOptions:
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
     lm_head: str = "auto"
+    attention_backend: str = "auto"
     prefix_caching: bool = True
     max_queue: int = 64
     timeout: float = 60.0
@@ -235,6 +236,7 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
             memory_share=options.gpu_memory_utilization,
             kv_cache_dtype=options.kv_cache_dtype,
             lm_head=options.lm_head,
+            attention_backend=options.attention_backend,
             prefix_caching=options.prefix_caching,
             max_queue=options.max_queue,
             timeout=options.timeout,

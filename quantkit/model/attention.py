@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from quantkit.errors import MachineError
+from quantkit.ops import flashinfer_attention
 from quantkit.ops.paged_attention import Pages, attend, usable
+
+BACKENDS = ("auto", "triton", "flashinfer", "torch")
+"""Whose attention over a cache: "flashinfer" takes pieces of prompts and leaves decoding to Triton's kernel, "triton" takes both; "auto" is
+the best of them that works, and where none does torch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,24 @@ class Attention:
     window: int | None
     softcap: float | None
     kv_index: tuple[int, ...] | None = None
+    backend: str = "auto"
+
+    def require(self, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
+        """Have ``backend`` tried for queries of ``dtype`` over keys and values of dtype ``stored``. Raises MachineError when it was named
+        and cannot be used."""
+        q = torch.empty(0, 1, self.head_dim, dtype=dtype, device=device)
+        reads, reason = self.reads_blocks(q, stored), None
+        if self.backend in ("triton", "flashinfer") and not reads:
+            reason = "Triton's kernel does not run here" if self.kv_index is None else "this rank's query heads are no equal groups"
+        elif reads and self.backend in ("auto", "flashinfer"):
+            reason = self._obstacle(q, stored)
+        if reason is not None and self.backend != "auto":
+            raise MachineError("--attention-backend", f"is {self.backend}, and {reason}", "one that works here", "auto chooses among those")
+
+    def _obstacle(self, q: Tensor, stored: torch.dtype) -> str | None:
+        """Why FlashInfer does not take pieces of prompts; None when it does."""
+        windowed, capped = self.window is not None, self.softcap is not None
+        return flashinfer_attention.obstacle(q.device, q.dtype, stored, q.shape[-1], windowed=windowed, capped=capped)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: KVCache | None, layer: int) -> Tensor:
         """``q [T, H, D]``, ``k``, ``v [T, KV, D]`` -> ``[T, H * D]``."""
@@ -83,13 +107,15 @@ class Attention:
             keys, values = cache.blocks(layer)
             if self.reads_blocks(q, keys.dtype):
                 pages = cache.pages(batch, q.shape[1] // keys.shape[2])
-                return attend(q, keys, values, pages, scale=self.scale, window=self.window, softcap=self.softcap)
+                flash = pages.pieces and self.backend in ("auto", "flashinfer") and self._obstacle(q, keys.dtype) is None
+                run = flashinfer_attention.attend if flash else attend
+                return run(q, keys, values, pages, scale=self.scale, window=self.window, softcap=self.softcap)
         parts = [self._over(q[start : start + length], *cache.held(layer, sequence)) for start, length, sequence in spans(batch)]
         return self._joined(parts, q)
 
     def reads_blocks(self, q: Tensor, stored: torch.dtype) -> bool:
         """Whether keys and values for queries like ``q``, stored as ``stored``, are read where they lie."""
-        return self.kv_index is None and usable(q, stored)
+        return self.kv_index is None and self.backend != "torch" and usable(q, stored)
 
     def _joined(self, parts: list[Tensor], q: Tensor) -> Tensor:
         if len(parts) == 1:

@@ -206,6 +206,7 @@ class _Loader:
     parity: bool
     head_blocks: Geometry | None = None
     """What a head in floats is encoded to, whole; None: it stays as it is."""
+    attention: str = "auto"
 
     def _op(self, geometry: Geometry, parts: dict[str, Wanted]) -> LinearOp:
         read = {suffix: self.reader.take(part) for suffix, part in parts.items()}
@@ -242,7 +243,7 @@ class _Loader:
             layer,
             {role: self.linear(path, role) for role, path in spec.block_linears(layer).items()},
             norms,
-            Attention(spec.head_dim, spec.attention_scale, spec.windows[layer], spec.attention_softcap, index),
+            Attention(spec.head_dim, spec.attention_scale, spec.windows[layer], spec.attention_softcap, index, self.attention),
             rotary,
             spec.activation,
             spec.moe if spec.moe is not None and spec.moe.sparse[layer] else None,
@@ -307,6 +308,15 @@ def _rotary(spec: ModelSpec, layer: int, dtype: torch.dtype, device: str) -> Rot
     return Rotary(spec.ropes[layer], spec.rotary_dim, spec.max_positions, dtype, device)
 
 
+def rank_tensors(
+    checkpoint: Checkpoint, *, plan: ParallelPlan | None = None, rank: int = 0, presliced: Assignment | None = None
+) -> tuple[Wanted, ...]:
+    """What ``load_decoder`` reads of ``checkpoint``, in its order."""
+    spec = spec_for(checkpoint.config)
+    assignment = presliced or stored_assignment(checkpoint.config, spec, checkpoint.tensors)
+    return tuple(_Source(checkpoint, spec, assignment, plan, rank, presliced is not None).everything())
+
+
 def load_decoder(
     checkpoint: Checkpoint,
     *,
@@ -318,6 +328,7 @@ def load_decoder(
     presliced: Assignment | None = None,
     merge: bool = False,
     lm_head: str = "auto",
+    attention: str = "auto",
     progress: Progress = silent,
 ) -> Decoder:
     """The model of ``checkpoint``, or with ``plan`` the slices of rank ``comm.rank``.
@@ -326,8 +337,9 @@ def load_decoder(
 
     ``dtype`` is that of activations and unquantized weights. ``parity`` dequantizes packed linears exactly in ``dtype`` at
     each call instead of using a fast kernel. ``merge``: linears of one input become one product where they can. ``lm_head``: a key of
-    ``plan.LM_HEADS``. Raises InputError, before anything is read, for a tensor that is missing, has another shape or dtype than the model
-    needs, or has no place in it, for a plan that is not for this model and group, and for a head that cannot be as ``lm_head`` says.
+    ``plan.LM_HEADS``. ``attention``: one of ``attention.BACKENDS``. Raises InputError, before anything is read, for a tensor that is
+    missing, has another shape or dtype than the model needs, or has no place in it, for a plan that is not for this model and group, and
+    for a head that cannot be as ``lm_head`` says.
     """
     spec, comm = spec_for(checkpoint.config), comm or Solo()
     assignment = presliced or stored_assignment(checkpoint.config, spec, checkpoint.tensors)
@@ -344,7 +356,7 @@ def load_decoder(
         rotaries.append(known or _rotary(spec, layer, dtype, device))
     _check(source)
     with ReadAhead(checkpoint, source.everything(), device, progress) as reader:
-        loader = _Loader(source, reader, dtype, device, comm, parity, head_blocks)
+        loader = _Loader(source, reader, dtype, device, comm, parity, head_blocks, attention)
         embedding = loader.embedding()
         blocks = []
         for layer, rotary in enumerate(rotaries):

@@ -88,7 +88,8 @@ class Pages:
     """Of a pass: where each sequence's keys are, and which rows each program takes; int32 on the device.
 
     ``tables [.., N]`` block numbers, of sequence b in row ``rows[b]``; ``lengths [B]`` keys per sequence, those of the pass included;
-    ``starts [B + 1]`` first query rows; ``tasks [P, 2]`` (sequence, first token of its queries).
+    ``starts [B + 1]`` first query rows; ``tasks [P, 2]`` (sequence, first token of its queries). ``spans``: of each sequence the tokens of
+    this pass, on the host; none in a graph.
     """
 
     tables: Tensor
@@ -101,6 +102,12 @@ class Pages:
     height: int
     """Rows of a program, which hold the ``group`` query heads of a key head for some tokens."""
     group: int
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def pieces(self) -> bool:
+        """Whether a sequence has more than one token in this pass."""
+        return any(stop - start > 1 for start, stop in self.spans)
 
 
 def table_of(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -119,7 +126,7 @@ def make_pages(tables: Tensor, rows: Sequence[int], spans: Sequence[tuple[int, i
     lengths = [stop for _, stop in spans]
     packed = upload([*rows, *lengths, *starts, *(x for task in tasks for x in task)], torch.int32, tables.device)  # one transfer
     row, length, first, task = torch.split(packed, [len(rows), len(rows), len(starts), 2 * len(tasks)])
-    return Pages(tables, row, length, first, task.view(-1, 2), max(lengths), height, group)
+    return Pages(tables, row, length, first, task.view(-1, 2), max(lengths), height, group, tuple(spans))
 
 
 def decode_pages(tables: Tensor, rows: Tensor, lengths: Tensor, group: int, longest: int) -> Pages:

@@ -20,6 +20,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
+from quantkit.model.attention import BACKENDS
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import LM_HEADS, PASS_SEQUENCES, PASS_TOKENS, make_plan
 from quantkit.progress import Progress, silent
@@ -406,6 +407,7 @@ def start_engine(
     memory_share: float = MEMORY_SHARE,
     kv_cache_dtype: str = "auto",
     lm_head: str = "auto",
+    attention_backend: str = "auto",
     prefix_caching: bool = True,
     max_queue: int = 64,
     timeout: float = 60.0,
@@ -424,6 +426,7 @@ def start_engine(
     it, float32 with ``parity``). ``max_model_len`` None is what the model was trained for, or less where the memory is less.
     ``memory_share`` of a GPU's memory (on a CPU of what is free) is for weights, passes, and keys and values; those are stored in
     ``kv_cache_dtype``: "auto" as computed, "fp8" in half the memory of 16 bits. ``lm_head`` "q8_0" encodes a head in floats to 8 bits.
+    ``attention_backend``: one of ``attention.BACKENDS``.
     ``max_num_batched_tokens`` are tokens of one pass.
     ``timeout`` in seconds ends a rank that others wait for. Raises InputError and MachineError for what cannot be.
     """
@@ -437,6 +440,8 @@ def start_engine(
         raise InputError("--kv-cache-dtype", f"is {kv_cache_dtype!r}", f"one of {', '.join(KV_DTYPES)}")
     if lm_head not in LM_HEADS:
         raise InputError("--lm-head", f"is {lm_head!r}", f"one of {', '.join(LM_HEADS)}")
+    if attention_backend not in BACKENDS:
+        raise InputError("--attention-backend", f"is {attention_backend!r}", f"one of {', '.join(BACKENDS)}")
     from quantkit.runtime.replicas import Replicas  # which is made of engines
 
     root = resolve_path(path)
@@ -456,7 +461,7 @@ def start_engine(
     place, name = hosts.place, dtype or default_dtype(hosts.place, parity)
     fp8 = kv_cache_dtype == "fp8"
     given = (str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, max_num_batched_tokens, max_num_seqs)
-    job = RankJob(*given, lm_head=lm_head)
+    job = RankJob(*given, lm_head=lm_head, attention=attention_backend)
     alone = executor == "local" and ranks == dp == 1
     executors: Sequence[Executor] = [LocalExecutor(job, progress)] if alone else start_executors(job, hosts, dp, progress)
     engines: list[Engine] = []

@@ -42,6 +42,8 @@ class RankJob:
     sequences: int
     lm_head: str = "auto"
     """How the head is held: a key of ``plan.LM_HEADS``."""
+    attention: str = "auto"
+    """One of ``attention.BACKENDS``."""
 
 
 @dataclass(frozen=True, slots=True)

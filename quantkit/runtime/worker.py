@@ -132,7 +132,7 @@ class Runner:
 def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
     """The decoder of rank ``comm.rank``. Raises InputError for a checkpoint that does not fit, MachineError when memory is short."""
     how: dict[str, Any] = {"dtype": float_dtype(job.dtype), "device": device, "parity": job.parity, "lm_head": job.lm_head}
-    how["merge"] = job.device == "cuda" and not job.parity
+    how["attention"], how["merge"] = job.attention, job.device == "cuda" and not job.parity
     try:
         if job.sharded:
             checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
@@ -152,8 +152,13 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
     """What the rank holds, and how many blocks fit into its share of the memory: on a GPU of all of it, on a CPU of what is free, divided
     among the ``host_ranks`` ranks, of this model and of its replicas, that share the host.
 
-    On a GPU a pass is run to see what it takes, on a CPU that is an estimate. Every rank calls this at the same time.
+    On a GPU a pass is run to see what it takes, on a CPU that is an estimate. Every rank calls this at the same time. Raises MachineError
+    for an attention that was asked for and does not run here.
     """
+    if decoder.kv_heads:
+        stored = torch.float8_e4m3fn if job.kv_fp8 else decoder.dtype
+        for each in decoder.blocks:
+            each.attention.require(decoder.dtype, stored, decoder.device)
     sequences, device = min(job.sequences, job.step_tokens), decoder.device
     if device.type == "cuda":
         taken = _measured_pass(decoder, job.step_tokens, sequences) + graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)

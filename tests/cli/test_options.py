@@ -80,10 +80,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--num-prompts 3 --input-len 4 --output-len 5 --spread 0.5 --seed 6 --prompts p.txt --out o.json --tp 2 --device cuda "
             "--dtype float32 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 "
-            "--kv-cache-dtype fp8 --disable-prefix-caching --timeout 1.5 --dp 3 --executor ray --lm-head q8_0"
+            "--kv-cache-dtype fp8 --disable-prefix-caching --timeout 1.5 --dp 3 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
         {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt")), "out": Path("o.json")}
-        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, lm_head="q8_0", dp=3, executor="ray")},
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, 3, "ray", "q8_0", "torch")},
     ),
     "bench latency": (
         "m",
@@ -91,10 +91,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--batch-size 3 --input-len 4 --output-len 5 --seed 6 --rounds 7 --warmup 0 --out o.json --tp 2 --device cuda --dtype float32 "
             "--max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 "
-            "--timeout 1.5 --executor ray --lm-head q8_0"
+            "--timeout 1.5 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
         {"load": Load(3, 4, 5, 0.0, 6), "rounds": 7, "warmup": 0, "out": Path("o.json")}
-        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", True, 1.5, lm_head="q8_0", executor="ray")},
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", True, 1.5, 1, "ray", "q8_0", "torch")},
     ),
     "bench serve": (
         "",
@@ -121,11 +121,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--host ::1 --port 0 --api-key k --served-model-name n --tp 2 --device cuda --dtype float32 --max-model-len 9 --max-num-seqs 3 "
             "--max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 --disable-prefix-caching "
-            "--max-queue 0 --timeout 1.5 --dp 3 --executor ray --lm-head q8_0"
+            "--max-queue 0 --timeout 1.5 --dp 3 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
         {"host": "::1", "port": 0, "api_key": "k", "served_model_name": "n", "tp": 2, "device": "cuda", "dtype": "float32"}
         | {"max_model_len": 9, "max_num_seqs": 3, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
-        | {"kv_cache_dtype": "fp8", "prefix_caching": False, "max_queue": 0, "timeout": 1.5, "dp": 3, "executor": "ray", "lm_head": "q8_0"},
+        | {"kv_cache_dtype": "fp8", "prefix_caching": False, "max_queue": 0, "timeout": 1.5, "dp": 3, "executor": "ray"}
+        | {"lm_head": "q8_0", "attention_backend": "torch"},
     ),
     "generate": (
         "m",
@@ -135,11 +136,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
             "--top-k 7 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.3 --seed 4 --stop a --stop b "
             "--stop-token-id 5 --stop-token-id 6 --ignore-eos --logprobs 3 --prompt-logprobs 0 --tp 2 --device cuda --dtype float32 "
             "--max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8 "
-            "--disable-prefix-caching --timeout 1.5 --dp 3 --executor ray --lm-head q8_0"
+            "--disable-prefix-caching --timeout 1.5 --dp 3 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
         {"prompt": "p", "prompts": Path("f.jsonl"), "out": Path("o.jsonl"), "overwrite": True, "chat": True, "system": "s"}
         | {"sampling": SamplingParams(9, 0.5, 0.9, 7, 0.1, 4, ("a", "b"), (5, 6), True, 3, 0.2, -0.3, 1.1, (), 2, 0)}
-        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, lm_head="q8_0", dp=3, executor="ray")},
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, 3, "ray", "q8_0", "torch")},
     ),
     "chat": (
         "m",
@@ -147,11 +148,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         (
             "--system s --max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 "
             "--frequency-penalty -0.3 --seed 4 --stop a --tp 2 --device cuda --dtype float32 --max-model-len 99 "
-            "--gpu-memory-utilization 0.5 --kv-cache-dtype fp8 --timeout 1.5 --executor ray --lm-head q8_0"
+            "--gpu-memory-utilization 0.5 --kv-cache-dtype fp8 --timeout 1.5 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
         {"system": "s", "max_tokens": 9}
         | {"sampling": SamplingParams(16, 0.5, 0.9, 7, 0.1, 4, ("a",), (), False, None, 0.2, -0.3, 1.1)}
-        | {"engine": EngineOptions(2, "cuda", "float32", 99, 1, 1024, 0.5, "fp8", True, 1.5, lm_head="q8_0", executor="ray")},
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 1, 1024, 0.5, "fp8", True, 1.5, 1, "ray", "q8_0", "torch")},
     ),
     "report": (
         "m a",
