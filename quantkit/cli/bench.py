@@ -371,6 +371,7 @@ def study(
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
+    attention_backend: AttentionBackend = "auto",
     prefix_caching: PrefixCaching = True,
     timeout: Timeout = 60.0,
     json: Json = False,

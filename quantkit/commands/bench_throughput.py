@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,10 @@ from quantkit.report import Report
 from quantkit.runtime.params import SamplingParams
 
 if TYPE_CHECKING:
+    from quantkit.runtime.engine import Delta
     from quantkit.runtime.llm import LLM
+
+    Keep = Callable[[int, Delta], None]
 
 LOAD, WARMUP = Load(), whole(list(TOKENS[:32]), 2)
 
@@ -50,8 +53,15 @@ def _named(data: dict[str, Any]) -> str:
     return f"{data['model']}, {ranks_named(data['tp'], data['dp'])}, {data['dtype']}, {data['max_num_seqs']} at once"
 
 
-def timed(llm: LLM, wanted: Sequence[Line], progress: Progress) -> tuple[list[Timed], float]:
-    """Run ``wanted``, as many under way as the engine takes, and say when what came; and the seconds of it all."""
+def _forget(number: int, delta: Delta) -> None:
+    return
+
+
+def timed(llm: LLM, wanted: Sequence[Line], progress: Progress, keep: Keep = _forget) -> tuple[list[Timed], float]:
+    """Run ``wanted``, as many under way as the engine takes, and say when what came; and the seconds of it all.
+
+    ``keep(number, delta)`` is told what comes of each.
+    """
     jobs = []
     for line in wanted:
         ids, params = line.tokens(llm), line.sampling
@@ -74,6 +84,7 @@ def timed(llm: LLM, wanted: Sequence[Line], progress: Progress) -> tuple[list[Ti
         for number, when, delta in deltas:
             came[number].append(when - start)
             made[number] += len(delta.tokens)
+            keep(number, delta)
             if delta.finish_reason is not None:
                 done += 1
                 progress("measure", done, len(jobs))

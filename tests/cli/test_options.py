@@ -106,6 +106,18 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"url": "http://h:1", "model": "m", "api_key": "k", "concurrency": 2, "request_rate": 0.5, "timeout": 1.5, "out": Path("o.json")}
         | {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt"))},
     ),
+    "bench study": (
+        "m",
+        {"path": "m"},
+        (
+            "--modes tp2,dp2 --data d.jsonl --examples e.jsonl --shots 3 --limit 4 --chat --max-tokens 5 --same --out o --device cuda "
+            "--dtype float32 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 "
+            "--kv-cache-dtype fp8 --disable-prefix-caching --timeout 1.5 --executor ray --lm-head q8_0 --attention-backend torch"
+        ),
+        {"modes": ("tp2", "dp2"), "data": Path("d.jsonl"), "examples": Path("e.jsonl"), "shots": 3, "limit": 4, "chat": True}
+        | {"max_tokens": 5, "same": True, "out": Path("o")}
+        | {"engine": EngineOptions(None, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, 1, "ray", "q8_0", "torch")},
+    ),
     "pad": (
         "m o --tp 2",
         {"path": "m", "out": Path("o"), "tp": 2},
