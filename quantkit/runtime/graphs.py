@@ -115,17 +115,28 @@ class DecodeGraphs:
         return found.logits[: len(chunks)], found.winners[: len(chunks)]
 
 
+def _agreed(decoder: Decoder, reason: str | None) -> str | None:
+    """``reason``, or that another rank has one: a pass must be of the same shapes on all. A collective, on GPUs."""
+    if decoder.device.type != "cuda":
+        return reason
+    return None if decoder.comm.agree(reason is None) else reason or "another rank cannot"
+
+
 def make_graphs(decoder: Decoder, cache: PagedCache, sampler: Sampler, last: Tensor, sequences: int) -> DecodeGraphs | None:
-    """Graphs for up to ``sequences`` at once; None where there can be none, with a warning where that is no property of the model."""
-    reason = obstacle(decoder, cache)
+    """Graphs for up to ``sequences`` at once; None where there can be none on some rank, with a warning where that is no property of the
+    model. A collective, on GPUs."""
+    reason, made = _agreed(decoder, obstacle(decoder, cache)), None
     if reason is None:
         try:
-            return DecodeGraphs(decoder, cache, sampler, last, sizes_for(sequences))
+            made = DecodeGraphs(decoder, cache, sampler, last, sizes_for(sequences))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as exc:
             reason = (str(exc).splitlines() or [type(exc).__name__])[0]
             _LOG.warning("warning: decoding is not captured as CUDA graphs (%s), and slower for it", reason)
+        reason = _agreed(decoder, reason)
+    if reason is None:
+        return made
     _LOG.info("decoding runs without CUDA graphs: %s", reason)
     return None
 
@@ -134,7 +145,7 @@ def graph_bytes(decoder: Decoder, sequences: int, *, fp8: bool) -> int:
     """Bytes of a GPU that the graphs for up to ``sequences`` take: two are made to see. A collective."""
     cache = cache_for(decoder, 1, fp8=fp8, sequences=sequences)
     sizes = sizes_for(sequences)
-    if not sizes or obstacle(decoder, cache) is not None:
+    if not sizes or _agreed(decoder, obstacle(decoder, cache)) is not None:
         return 0
     sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
     last = torch.zeros(cache.table.shape[0], dtype=torch.int64, device=decoder.device)
