@@ -22,6 +22,7 @@ from engine_fixtures import Client, GroupExecutor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantkit import LLM
 from quantkit.arch.table import TABLE, spec_for
 from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
@@ -333,6 +334,18 @@ def test_a_trained_model_says_the_same_on_any_ranks(name: str, tmp_path: Path) -
         finally:
             engine.close()
     assert said[1] == said[2] == said[3] == said[4] and said[1][0] != said[1][1]
+
+
+@pytest.mark.parametrize(("name", "tp"), [("nf4", 2), ("w8a8", 3)])
+def test_ranks_that_are_processes_say_what_one_rank_says(name: str, tp: int, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    quantize(QuantizeOptions(str(MODELS / "llama"), out, device="cpu", **METHODS[name]))
+    said = []
+    for ranks in (1, tp):
+        with LLM(str(out), tp=ranks, device="cpu", dtype="float32") as llm:
+            params = SamplingParams(TOKENS, temperature=0, ignore_eos=True)
+            said.append([one.token_ids for one in llm.generate(["The capital", "If you want to know"], params)])
+    assert said[0] == said[1] and said[0][0] != said[0][1]
 
 
 @pytest.mark.slow
