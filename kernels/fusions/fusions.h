@@ -3,8 +3,6 @@
 #pragma once
 #include "quantkit.h"
 
-#define QK_ROTARY_SEQUENCES 64  // that one launch serves
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -18,14 +16,8 @@ int quantkit_rms_norm(const void* x, const void* residual, const void* weight, v
                       float eps, float offset, int type, cudaStream_t stream);
 
 // Rotate the first `width` elements of every head of q [tokens, heads, dim] into q_out and of k [tokens, kv_heads, dim] into a cache, and
-// copy v there. cos, sin [tokens, width / 2]. Token t is of sequence s, starts[s] <= t < starts[s + 1], and goes to row t - starts[s]
-// ([kv_heads, dim]) of keys[s] and values[s]. starts, keys and values are the host's; starts[0] is 0.
-int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                          const void* cos, const void* sin, void* q_out, int sequences, const int64_t* starts, void* const* keys,
-                          void* const* values, int heads, int kv_heads, int dim, int width, int type, cudaStream_t stream);
-
-// The same where every token has a place of its own in one store: token t goes to row slots[t] of keys and values [places, kv_heads, dim],
-// or nowhere where that is negative. slots are the device's. fp8: keys and values are float8 e4m3, of scale 1, and saturate.
+// copy v there: token t goes to row slots[t] of keys and values [places, kv_heads, dim], or nowhere where that is negative. cos, sin
+// [tokens, width / 2]; slots is the device's. fp8: keys and values are float8 e4m3, of scale 1, and saturate.
 int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
                                 const void* cos, const void* sin, const int64_t* slots, void* q_out, void* keys, void* values,
                                 int64_t tokens, int heads, int kv_heads, int dim, int width, int type, int fp8, cudaStream_t stream);

@@ -10,12 +10,6 @@ using namespace fusions;
 
 constexpr int MOST = 256;
 
-struct Targets {
-  void* keys[QK_ROTARY_SEQUENCES];
-  void* values[QK_ROTARY_SEQUENCES];
-  int starts[QK_ROTARY_SEQUENCES + 1];
-};
-
 // As the cache keeps them: what is larger than float8 has becomes its largest, as a clamp before torch's cast makes it.
 template <int V, typename T>
 __device__ void keep(T* to, const Vector<T, V>& v) { store<V>(to, v); }
@@ -47,31 +41,6 @@ __device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int pie
   keep<V>(to + i + half, second);
 }
 
-template <typename T, int V>
-__global__ void rotary_write(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
-                             const T* sin, T* q_out, const Targets targets, int sequences, int heads, int kv_heads, int dim, int width) {
-  begin();
-  const int token = blockIdx.x;
-  int low = 0, high = sequences;  // the sequence with starts[low] <= token < starts[low + 1]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (targets.starts[middle] <= token ? low : high) = middle;
-  }
-  const int64_t row = int64_t(token - targets.starts[low]) * kv_heads * dim;
-  T* const key = static_cast<T*>(targets.keys[low]) + row;
-  T* const value = static_cast<T*>(targets.values[low]) + row;
-  q += token * q_stride, k += token * k_stride, v += token * v_stride;
-  q_out += int64_t(token) * heads * dim, cos += int64_t(token) * (width / 2), sin += int64_t(token) * (width / 2);
-  const int pieces = (dim - width / 2) / V, copies = kv_heads * dim / V;
-  for (int i = threadIdx.x; i < (heads + kv_heads) * pieces; i += blockDim.x) {
-    const int head = i / pieces, piece = i % pieces;
-    if (head < heads) rotate<V>(q + head * dim, q_out + head * dim, cos, sin, piece, width);
-    else rotate<V>(k + (head - heads) * dim, key + (head - heads) * dim, cos, sin, piece, width);
-  }
-  for (int i = threadIdx.x; i < copies; i += blockDim.x) store<V>(value + i * V, load<V>(v + i * V));
-}
-
-// `slots` says where each token goes; pieces and values as above.
 template <typename T, typename C, int V>
 __global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
                                    const T* sin, const int64_t* slots, T* q_out, C* keys, C* values, int heads, int kv_heads, int dim,
@@ -91,33 +60,6 @@ __global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int
 }
 
 }  // namespace
-
-extern "C" int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                     const void* cos, const void* sin, void* q_out, int sequences, const int64_t* starts,
-                                     void* const* keys, void* const* values, int heads, int kv_heads, int dim, int width, int type,
-                                     cudaStream_t stream) {
-  if (sequences < 1 || sequences > QK_ROTARY_SEQUENCES || width < 0 || width > dim || width % 2) return QK_UNSUPPORTED;
-  const int64_t tokens = starts[sequences];
-  if (tokens == 0 || heads + kv_heads == 0) return 0;
-  bool whole = dim % WIDE == 0 && width / 2 % WIDE == 0 && q_stride % WIDE == 0 && k_stride % WIDE == 0 && v_stride % WIDE == 0 &&
-               aligned(q) && aligned(k) && aligned(v) && aligned(cos) && aligned(sin) && aligned(q_out);
-  Targets targets;
-  for (int i = 0; i < sequences; ++i) {
-    targets.keys[i] = keys[i], targets.values[i] = values[i], targets.starts[i] = int(starts[i]);
-    whole = whole && aligned(keys[i]) && aligned(values[i]);
-  }
-  targets.starts[sequences] = int(tokens);
-  const int work = (heads + kv_heads) * (dim - width / 2) / (whole ? WIDE : 1);
-  const unsigned threads = work >= MOST ? MOST : unsigned(work + 31) / 32 * 32;
-  const auto run = [&](auto zero, auto kernel) {
-    using T = decltype(zero);
-    return launch(kernel, dim3(unsigned(tokens)), threads, stream, static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
-                  static_cast<const T*>(v), v_stride, static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(q_out),
-                  targets, sequences, heads, kv_heads, dim, width);
-  };
-  if (type == QK_BF16) return run(__nv_bfloat16(), whole ? rotary_write<__nv_bfloat16, WIDE> : rotary_write<__nv_bfloat16, 1>);
-  return run(__half(), whole ? rotary_write<__half, WIDE> : rotary_write<__half, 1>);
-}
 
 extern "C" int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
                                            int64_t v_stride, const void* cos, const void* sin, const int64_t* slots, void* q_out,

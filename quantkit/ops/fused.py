@@ -24,13 +24,10 @@ from quantkit.ops.cuda_library import find_library, load_library
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _FLOAT8, _FLOAT8_MAX = torch.float8_e4m3fn, 448.0
-_SEQUENCES = 64
-"""That one launch of ``rotary_write`` serves: QK_ROTARY_SEQUENCES."""
 _P, _I64, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "silu_mul": (_P, _I64, _P, _I64, _P, _I64, _I64, _I, _P),
     "rms_norm": (_P, _P, _P, _P, _P, _I64, _I64, _F, _F, _I, _P),
-    "rotary_write": (_P, _I64, _P, _I64, _P, _I64, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _I, _P),
     "rotary_write_slots": (_P, _I64, _P, _I64, _P, _I64, *(_P,) * 6, _I64, _I, _I, _I, _I, _I, _I, _P),
 }
 
@@ -102,20 +99,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def rotary_write_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """``rotate(q)``, and ``rotate(k)`` and ``v`` written into a cache: ``q [T, H, D]``, ``k``, ``v [T, KV, D]`` -> ``[T, H, D]``.
-
-    ``keys``, ``values``: of each sequence the rows that its tokens get, ``[t, KV, D]`` contiguous; T is the sum of t.
-    """
-    rotated, start = rotate(k, cos, sin), 0
-    for key, value in zip(keys, values, strict=True):
-        rows = slice(start, start + key.shape[0])
-        key.copy_(rotated[rows])
-        value.copy_(v[rows])
-        start = rows.stop
-    return rotate(q, cos, sin)
-
-
 def rotary_write_slots_reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -175,30 +158,6 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return _norm(x, None, weight, eps, offset)[1]
 
 
-def _rotary_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    q, k, v, cos, sin = _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous()
-    _, heads, dim = q.shape
-    kv_heads, half, size = k.shape[1], cos.shape[-1], q.element_size()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    assert len(keys) == len(values) and sum(key.shape[0] for key in keys) == q.shape[0] == k.shape[0] == v.shape[0]
-    assert all(each.is_contiguous() and each.dtype == q.dtype and each.shape[1:] == (kv_heads, dim) for each in (*keys, *values))
-    done = 0
-    for first in range(0, len(keys), _SEQUENCES):
-        some = keys[first : first + _SEQUENCES]
-        starts = [0]
-        for key in some:
-            starts.append(starts[-1] + key.shape[0])
-        count = len(some)
-        targets = [(_P * count)(*(each.data_ptr() for each in part)) for part in (some, values[first : first + count])]
-        given = [x for each in (q, k, v) for x in (each.data_ptr() + done * each.stride(0) * size, each.stride(0))]
-        angles = [each.data_ptr() + done * half * size for each in (cos, sin)]
-        place = out.data_ptr() + done * heads * dim * size
-        shape = (heads, kv_heads, dim, 2 * half, _TYPES[q.dtype])
-        _launch("rotary_write", q.device, *given, *angles, place, count, (_I64 * (count + 1))(*starts), *targets, *shape)
-        done += starts[-1]
-    return out
-
-
 def _rotary_write_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     q, k, v, cos, sin, slots = _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots.contiguous()
     tokens, heads, dim = q.shape
@@ -240,12 +199,6 @@ _OPERATORS: tuple[tuple[str, _Implementation, _Implementation, _Implementation],
         lambda x, residual, weight, eps, offset: (torch.empty_like(x), torch.empty_like(x)),
     ),
     (
-        "rotary_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!)[] keys, Tensor(b!)[] values) -> Tensor",
-        rotary_write_reference,
-        _rotary_write,
-        lambda q, k, v, cos, sin, keys, values: torch.empty(q.shape, dtype=q.dtype, device=q.device),
-    ),
-    (
         f"rotary_write_slots(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, {_SLOTS}) -> Tensor",
         rotary_write_slots_reference,
         _rotary_write_slots,
@@ -266,5 +219,4 @@ for _schema, _reference, _kernel, _fake in _OPERATORS:
 silu_mul = torch.ops.quantkit.silu_mul.default
 rms_norm = torch.ops.quantkit.rms_norm.default
 add_rms_norm = torch.ops.quantkit.add_rms_norm.default
-rotary_write = torch.ops.quantkit.rotary_write.default
 rotary_write_slots = torch.ops.quantkit.rotary_write_slots.default

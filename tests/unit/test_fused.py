@@ -39,11 +39,6 @@ def rotary_case(
     return q, k, v, *angles(tokens, half, dtype, device)
 
 
-def rows_for(lengths: Sequence[int], kv_heads: int, dim: int, like: Tensor) -> list[Tensor]:
-    """The last rows of stores that hold more, full of NaN."""
-    return [like.new_full((3 + length, kv_heads, dim), float("nan"))[3:] for length in lengths]
-
-
 def test_the_operators_are_sound() -> None:
     """Schema, fake and what they say they write, by torch's own check."""
     x, w = values(3, 16), values(16)
@@ -52,19 +47,8 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(fused.silu_mul, (x, values(3, 16, seed=1)), test_utils=tests)
     torch.library.opcheck(fused.rms_norm, (x, w, 1e-5, 1.0), test_utils=tests)
     torch.library.opcheck(fused.add_rms_norm, (x, values(3, 16, seed=1), w, 1e-5, 0.0), test_utils=tests)
-    keys, store = rows_for((2, 1), 2, 8, q), rows_for((2, 1), 2, 8, q)
-    torch.library.opcheck(fused.rotary_write, (q, k, v, cos, sin, keys, store), test_utils=tests)
     pool = values(2, 9, 2, 8)
     torch.library.opcheck(fused.rotary_write_slots, (q, k, v, cos, sin, torch.tensor([4, -1, 7]), *pool.unbind()), test_utils=tests)
-
-
-def test_rotary_writes_every_row() -> None:
-    lengths = (2, 5, 1)
-    q, k, v, cos, sin = rotary_case(lengths, 4, 2, 8, 3, torch.float32)
-    keys, store = rows_for(lengths, 2, 8, q), rows_for(lengths, 2, 8, q)
-    assert torch.equal(fused.rotary_write(q, k, v, cos, sin, keys, store), fused.rotate(q, cos, sin))
-    assert torch.equal(torch.cat(keys), fused.rotate(k, cos, sin))
-    assert torch.equal(torch.cat(store), v)
 
 
 def pool_case(tokens: int, kv_heads: int, dim: int, stored: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -180,23 +164,6 @@ def test_gpu_norms(shape: tuple[int, ...], offset: float, dtype: torch.dtype, gp
     total, normed = fused.add_rms_norm(x, residual, weight, 1e-5, offset)
     assert torch.equal(total, x + residual)
     assert near(normed, fused.rms_norm_reference(total, weight, 1e-5, offset), steps)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    "lengths,heads,kv_heads,dim,half",
-    [((1,), 32, 8, 128, 64), ((1,) * 150, 4, 2, 64, 32), ((9, 1, 300), 6, 3, 16, 6), ((3, 2), 5, 5, 12, 6), ((4,), 3, 0, 128, 64)],
-)
-def test_gpu_rotary_write(lengths: tuple[int, ...], heads: int, kv_heads: int, dim: int, half: int, dtype: torch.dtype, gpu: str) -> None:
-    q, k, v, cos, sin = rotary_case(lengths, heads, kv_heads, dim, half, dtype, gpu)
-    joined = torch.cat([q, k, v], 1)  # as one fused product would give them: tokens further apart
-    views = joined.split([heads, kv_heads, kv_heads], 1)
-    for given in ((q, k, v), views):
-        keys, store = rows_for(lengths, kv_heads, dim, q), rows_for(lengths, kv_heads, dim, q)
-        assert torch.equal(fused.rotary_write(*given, cos, sin, keys, store), fused.rotate(q, cos, sin))
-        assert torch.equal(torch.cat(keys), fused.rotate(k, cos, sin))
-        assert torch.equal(torch.cat(store), v)
 
 
 @pytest.mark.gpu
