@@ -249,11 +249,11 @@ class _Keeper:
         self.tell({"close": True})
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # what a cluster that began here has left, had it no time to end
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         self._connection.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

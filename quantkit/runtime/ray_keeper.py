@@ -87,8 +87,10 @@ class _Keeper:
                 uses = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
                 actors.append(remote.options(**uses, max_restarts=0, max_task_retries=0, scheduling_strategy=spot).remote())
             places = self._where(actors)
-            hosts = list(dict.fromkeys(where["address"] for where in places))
-            order = sorted(range(tp), key=lambda bundle: hosts.index(places[bundle]["address"]))  # ranks of one host are neighbours
+            here = self._ray.util.get_node_ip_address()
+            hosts = list(dict.fromkeys([here, *(where["address"] for where in places)]))
+            # Ranks of one host are neighbours, and rank 0, which answers, is near the engine.
+            order = sorted(range(tp), key=lambda bundle: hosts.index(places[bundle]["address"]))
             self._placed += [_Placed(actors[bundle], places[bundle], replica, rank) for rank, bundle in enumerate(order)]
 
     def _group(self, kind: str, tp: int, timeout: float) -> Any:

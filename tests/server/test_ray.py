@@ -195,6 +195,21 @@ def test_a_cluster_of_its_own_is_started_and_ends_with_the_command(alone: Path, 
             running.wait()
 
 
+def test_the_end_of_the_process_that_speaks_with_ray_is_the_engines(alone: Path) -> None:
+    engine = start_engine(str(LLAMA), device="cpu", executor="ray")
+    try:
+        [keeper] = [one for one in psutil.Process().children() if "quantkit.runtime.ray_keeper" in one.cmdline()]
+        family = keeper.children(recursive=True)
+        assert ask(engine, "The capital")
+        keeper.kill()
+        with pytest.raises(RuntimeDied, match="rank 0: was lost with the connection to Ray"):
+            while True:
+                ask(engine, "The capital")
+        assert psutil.wait_procs(family, timeout=10)[1] == [] and list(alone.iterdir()) == []
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize(
     ("where", "kind", "line"),
     [
