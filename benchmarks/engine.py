@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import tempfile
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where models are written and found again")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
     speed = read_speed()
     _, hidden, *_, vocab = SHAPES[args.shape]

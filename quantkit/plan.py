@@ -471,7 +471,10 @@ def rank_memory(
 
 KV_BLOCK = 16
 """Tokens of a block of the KV cache."""
-PASS_TOKENS, PASS_SEQUENCES = 1024, 8
+KV_DTYPES: Mapping[str, str | None] = MappingProxyType({"auto": None, "fp8": "F8_E4M3"})
+"""How keys and values may be stored: as computed, or as a dtype of safetensors'."""
+PASS_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 1024, "cuda": 4096})
+PASS_SEQUENCES: Mapping[str, int] = MappingProxyType({"cpu": 8, "cuda": 128})
 """What one pass of the runtime is over at most, where nobody says otherwise: tokens, and sequences that get one more."""
 
 

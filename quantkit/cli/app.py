@@ -30,6 +30,7 @@ from quantkit.cli.options import (
     LmHead,
     MaxBatchedTokens,
     MaxModelLen,
+    MaxNumSeqs,
     MemoryShare,
     Model,
     Offload,
@@ -257,6 +258,10 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")
     ] = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxBatchedTokens = None,
+    gpu_memory_utilization: MemoryShare = 0.9,
+    kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -272,7 +277,21 @@ def plan(
         for name, value in (("--bits", bits), ("--group-size", group_size)):
             if value is not None and method is None:
                 raise InputError(name, "is given without --method", "--method METHOD, or none of them")
-        return plan.run(plan.PlanOptions(path, tp, method, bits, group_size, gpu_memory, max_model_len, lm_head), progress)
+        options = plan.PlanOptions(
+            path=path,
+            tp=tp,
+            method=method,
+            bits=bits,
+            group_size=group_size,
+            gpu_memory=gpu_memory,
+            max_model_len=max_model_len,
+            lm_head=lm_head,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        return plan.run(options, progress)
 
     perform(context, Output(json, quiet, verbose), work)
 
@@ -705,8 +724,11 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once.")] = 8,
-    max_num_batched_tokens: MaxBatchedTokens = 1024,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", min=1, metavar="N", help="Requests decoded at once. Default: 128 on a GPU, 8 on a CPU."),
+    ] = None,
+    max_num_batched_tokens: MaxBatchedTokens = None,
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",

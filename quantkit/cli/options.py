@@ -105,10 +105,18 @@ Dtype = Annotated[
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's.")
 ]
-MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Prompts decoded at once.")]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option("--max-num-seqs", min=1, metavar="N", help="Prompts decoded at once. Default: 128 on a GPU, 64 on a CPU."),
+]
 MaxBatchedTokens = Annotated[
-    int,
-    typer.Option("--max-num-batched-tokens", min=1, metavar="TOKENS", help="Tokens of one pass: longer prompts are computed in pieces."),
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        min=1,
+        metavar="TOKENS",
+        help="Tokens of one pass: longer prompts are computed in pieces. Default: 4096 on a GPU, 1024 on a CPU.",
+    ),
 ]
 MemoryShare = Annotated[
     float,

@@ -30,11 +30,12 @@ class BenchLatencyOptions:
 def run(options: BenchLatencyOptions, progress: Progress = silent) -> Report:
     """Measure. Raises InputError for a batch that the engine does not run at once, MachineError, RuntimeDied."""
     batch = options.load.num_prompts
-    if batch > options.engine.max_num_seqs:
-        raise InputError("--batch-size", f"is {batch}", f"at most --max-num-seqs, {options.engine.max_num_seqs}")
+    seats = options.engine.max_num_seqs or batch
+    if batch > seats:
+        raise InputError("--batch-size", f"is {batch}", f"at most --max-num-seqs, {seats}")
     rounds = options.warmup + options.rounds
     answers, seconds = [], 0.0
-    with options.engine.start(options.path, progress) as llm:
+    with replace(options.engine, max_num_seqs=seats).start(options.path, progress) as llm:
         for number in range(rounds):
             progress("measure", number, rounds)
             # Other tokens in each round, so that none finds its prompt computed already.

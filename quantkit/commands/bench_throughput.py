@@ -43,7 +43,7 @@ def run(options: BenchThroughputOptions, progress: Progress = silent) -> Report:
         timed(llm, [WARMUP], silent)  # what is built or tuned on first use is not timed
         answers, seconds = timed(llm, wanted, progress)
         data = {"model": options.path, "tp": llm.engine.tp, "dp": llm.engine.dp, "dtype": llm.engine.dtype}
-        data["max_num_seqs"] = options.engine.max_num_seqs
+        data["max_num_seqs"] = llm.engine.max_num_seqs
         data |= figures(answers, seconds)
     write_figures(options.out, data)
     return Report("bench throughput", data, facts=(("model", _named(data)), *facts_of(data)))

@@ -33,8 +33,8 @@ class EngineOptions:
     device: str = "auto"
     dtype: str | None = None
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True

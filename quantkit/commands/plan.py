@@ -18,6 +18,7 @@ from quantkit.geometry import DTYPE_BYTES, FLOATS
 from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
     KV_BLOCK,
+    KV_DTYPES,
     LM_HEADS,
     PASS_SEQUENCES,
     PASS_TOKENS,
@@ -38,8 +39,6 @@ from quantkit.scheme import KEEP, Assignment, assignment_to_json
 UNITS: Mapping[str, int] = {"": 1, "B": 1} | {
     f"{letter}{tail}": base**power for power, letter in enumerate("KMGT", start=1) for tail, base in (("B", 1000), ("iB", 1024), ("", 1000))
 }
-RESERVE = 0.10
-"""Part of a GPU's memory that the runtime leaves alone (``serve --gpu-memory-utilization``)."""
 CONFIG_LIMIT = 16 << 20
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EQUAL_SPLIT = "equal split (vLLM, SGLang)"
@@ -50,7 +49,7 @@ class PlanOptions:
     """Options of ``quantkit plan``. ``path`` may also be a ``config.json`` or a directory with nothing else in it.
 
     With ``method`` the linears are planned as if quantized that way. ``gpu_memory`` is per rank: ``24GiB``, ``24GB`` or bytes.
-    ``lm_head``: what the runtime is to make of the head.
+    ``lm_head``: what the runtime is to make of the head. The rest as the runtime has it on a GPU: they decide what is left for tokens.
     """
 
     path: str
@@ -61,6 +60,10 @@ class PlanOptions:
     gpu_memory: str | None = None
     max_model_len: int | None = None
     lm_head: str = "auto"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: str = "auto"
 
 
 def parse_bytes(text: str, where: str) -> int:
@@ -217,15 +220,15 @@ class _Fit:
         return self.tokens >= self.length
 
 
-def _fit(memory: tuple[RankMemory, ...], limit: int, length: int, passes: int) -> _Fit:
-    usable = int(limit * (1 - RESERVE)) - passes
+def _fit(memory: tuple[RankMemory, ...], limit: int, share: float, length: int, passes: int) -> _Fit:
+    usable = int(limit * share) - passes
     needs = [m.weights + length * m.kv_per_token for m in memory]
     left = [(usable - m.weights) // m.kv_per_token for m in memory if m.kv_per_token]
     tokens = 0 if any(m.weights > usable for m in memory) else min(left)
     return _Fit(limit, length, tokens, needs.index(max(needs)), max(needs), usable, passes)
 
 
-def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None) -> tuple[tuple[str, str], ...]:
+def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit | None, share: float) -> tuple[tuple[str, str], ...]:
     name, layers = model.spec.architecture.name, model.spec.layers
     stored = {s for s in assignment.values() if not is_kept(s)}
     layouts = sorted(s.code if s.layout == "ggml" else f"{s.layout}, {s.bits} bits, group {s.group_size}" for s in stored)
@@ -236,7 +239,7 @@ def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit 
         *mode_facts(plan),
     ]
     if fit is not None:
-        left = f"beside {human(fit.passes)} for a pass (estimate) and {RESERVE:.0%} left alone"
+        left = f"beside {human(fit.passes)} for a pass (estimate) and {1 - share:.0%} left alone"
         facts.append(("KV cache", f"{fit.tokens} tokens fit in {human(fit.limit)} per rank, {left}"))
         facts.append(("fits", f"{'yes' if fit.fits else 'no'}, for {fit.length} tokens"))
     return tuple(facts)
@@ -275,16 +278,26 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     limit = parse_bytes(options.gpu_memory, "--gpu-memory") if options.gpu_memory is not None else None
     if options.max_model_len is not None and options.max_model_len < 1:
         raise InputError("--max-model-len", f"is {options.max_model_len}", "at least 1")
+    seats = options.max_num_seqs or PASS_SEQUENCES["cuda"]
+    tokens = options.max_num_batched_tokens or max(seats, PASS_TOKENS["cuda"])
+    if tokens < seats:
+        raise InputError("--max-num-batched-tokens", f"is {tokens}", f"at least --max-num-seqs, {seats}")
+    if not 0 < options.gpu_memory_utilization <= 1:
+        raise InputError("--gpu-memory-utilization", f"is {options.gpu_memory_utilization}", "more than 0, up to 1")
+    if options.kv_cache_dtype not in KV_DTYPES:
+        raise InputError("--kv-cache-dtype", f"is {options.kv_cache_dtype!r}", f"one of {', '.join(KV_DTYPES)}")
     model = _read(options)
     assignment = _as_quantized(model, options)
     plan = make_plan(model.spec, assignment, options.tp, dtype=model.dtype)
-    memory = rank_memory(model.spec, assignment, plan, dtype=model.dtype, kv_dtype=model.dtype, lm_head=options.lm_head)
+    memory = rank_memory(
+        model.spec, assignment, plan, dtype=model.dtype, kv_dtype=KV_DTYPES[options.kv_cache_dtype] or model.dtype, lm_head=options.lm_head
+    )
     obstacles = equal_split_obstacles(model.spec, assignment, options.tp, dtype=model.dtype)
     progress("plan", 1, 1)
     head = (("head", f"encoded to {options.lm_head} when it is loaded"),) if LM_HEADS[options.lm_head] else ()
     length = options.max_model_len or model.spec.max_positions
-    one = pass_bytes(model.spec, options.tp, tokens=PASS_TOKENS, sequences=PASS_SEQUENCES, itemsize=DTYPE_BYTES[model.dtype])
-    fit = None if limit is None else _fit(memory, limit, length, one)
+    one = pass_bytes(model.spec, options.tp, tokens=tokens, sequences=seats, itemsize=DTYPE_BYTES[model.dtype])
+    fit = None if limit is None else _fit(memory, limit, options.gpu_memory_utilization, length, one)
     failed = None
     if fit is not None and not fit.fits:
         needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
@@ -312,7 +325,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     return Report(
         command="plan",
         data=data,
-        facts=(*_facts(model, assignment, plan, fit), *head),
+        facts=(*_facts(model, assignment, plan, fit, options.gpu_memory_utilization), *head),
         tables=tables,
         next_steps=_next_steps(options, model),
         failed=failed,

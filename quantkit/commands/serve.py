@@ -53,8 +53,8 @@ class ServeOptions:
     device: str = "auto"
     dtype: str | None = None
     max_model_len: int | None = None
-    max_num_seqs: int = 8
-    max_num_batched_tokens: int = 1024
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
     lm_head: str = "auto"

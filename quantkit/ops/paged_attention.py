@@ -152,6 +152,12 @@ def _kernels() -> Any:
 
 
 @cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -176,6 +182,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: floa
         part = torch.empty(splits, total, heads, dim, dtype=torch.float32, device=q.device)
         peaks, sums = torch.empty(2, splits, total, heads, dtype=torch.float32, device=q.device)
     padded = max(16, 1 << (dim - 1).bit_length())
+    early = {"EARLY": True, "launch_pdl": True} if _starts_early(q.device) else {"EARLY": False}
     _kernels().attend[(pages.tasks.shape[0], kv_heads, splits)](
         q,
         keys,
@@ -207,7 +214,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, *, scale: floa
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=2,
+        **early,
     )
     if splits > 1:
-        _kernels().join[(total, heads)](part, peaks, sums, out, total, H=heads, D=dim, DP=padded, SPLITS=splits, num_warps=1)
+        _kernels().join[(total, heads)](part, peaks, sums, out, total, H=heads, D=dim, DP=padded, SPLITS=splits, num_warps=1, **early)
     return out.view(total, heads * dim)

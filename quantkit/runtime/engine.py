@@ -10,7 +10,8 @@ import itertools
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,13 +23,12 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifes
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.model.attention import BACKENDS
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import LM_HEADS, PASS_SEQUENCES, PASS_TOKENS, make_plan
+from quantkit.plan import KV_DTYPES, LM_HEADS, PASS_SEQUENCES, PASS_TOKENS, make_plan
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK, blocks_for
 from quantkit.runtime.devices import default_dtype, place_for
 from quantkit.runtime.executor import Executor, Hosts, LocalExecutor, start_executors
-from quantkit.runtime.kv_cache import KV_DTYPES
 from quantkit.runtime.processes import ThisHost
 from quantkit.runtime.ray_hosts import RayHosts
 from quantkit.runtime.sampler import INVALID, Sampled, SamplingParams, TokenLogprob
@@ -117,6 +117,8 @@ class Front(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
 
     @property
     def capacity(self) -> int: ...
@@ -170,7 +172,7 @@ class EngineLimits:
     max_num_seqs: int
     max_queue: int
     kv_blocks: int
-    step_tokens: int = PASS_TOKENS
+    step_tokens: int = PASS_TOKENS["cpu"]
     prefix_caching: bool = True
 
 
@@ -180,6 +182,7 @@ class Engine:
     def __init__(self, executor: Executor, tokenizer: Tokenizer, spec: ModelSpec, limits: EngineLimits, *, dtype: str) -> None:
         self.tokenizer, self.spec, self.dtype = tokenizer, spec, dtype
         self.max_model_len, self.tp, self.dp = limits.max_model_len, len(executor.facts), 1
+        self.max_num_seqs = limits.max_num_seqs
         self._executor, self._limits = executor, limits
         step_tokens = max(limits.step_tokens, limits.max_num_seqs)
         self._scheduler = Scheduler(Limits(limits.max_num_seqs, step_tokens, limits.kv_blocks, limits.prefix_caching))
@@ -402,8 +405,9 @@ def start_engine(
     device: str = "auto",
     dtype: str | None = None,
     max_model_len: int | None = None,
-    max_num_seqs: int = PASS_SEQUENCES,
-    max_num_batched_tokens: int = PASS_TOKENS,
+    max_num_seqs: int | None = None,
+    seqs_by_device: Mapping[str, int] = PASS_SEQUENCES,
+    max_num_batched_tokens: int | None = None,
     memory_share: float = MEMORY_SHARE,
     kv_cache_dtype: str = "auto",
     lm_head: str = "auto",
@@ -427,13 +431,11 @@ def start_engine(
     ``memory_share`` of a GPU's memory (on a CPU of what is free) is for weights, passes, and keys and values; those are stored in
     ``kv_cache_dtype``: "auto" as computed, "fp8" in half the memory of 16 bits. ``lm_head`` "q8_0" encodes a head in floats to 8 bits.
     ``attention_backend``: one of ``attention.BACKENDS``.
-    ``max_num_batched_tokens`` are tokens of one pass.
+    ``max_num_seqs`` None is what ``seqs_by_device`` says; ``max_num_batched_tokens``, of one pass, is 4096 then on a GPU and 1024 on a CPU.
     ``timeout`` in seconds ends a rank that others wait for. Raises InputError and MachineError for what cannot be.
     """
-    if max_num_seqs < 1 or max_queue < 0 or timeout <= 0:
+    if (max_num_seqs is not None and max_num_seqs < 1) or max_queue < 0 or timeout <= 0:
         raise InputError("engine", f"max_num_seqs {max_num_seqs}, max_queue {max_queue}, timeout {timeout}", "at least 1, 0 and above 0")
-    if max_num_batched_tokens < max_num_seqs:
-        raise InputError("--max-num-batched-tokens", f"is {max_num_batched_tokens}", f"at least --max-num-seqs, {max_num_seqs}")
     if not 0 < memory_share <= 1:
         raise InputError("--gpu-memory-utilization", f"is {memory_share}", "more than 0, up to 1")
     if kv_cache_dtype not in KV_DTYPES:
@@ -457,27 +459,30 @@ def start_engine(
         raise InputError("--executor", f"is {executor!r}", f"one of {', '.join(EXECUTORS)}")
     if dtype is not None:
         float_dtype(dtype)
-    hosts: Hosts = RayHosts(device, ranks, dp, timeout) if executor == "ray" else ThisHost(place_for(device, ranks * dp), ranks, dp)
-    place, name = hosts.place, dtype or default_dtype(hosts.place, parity)
-    fp8 = kv_cache_dtype == "fp8"
-    given = (str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, max_num_batched_tokens, max_num_seqs)
-    job = RankJob(*given, lm_head=lm_head, attention=attention_backend)
-    alone = executor == "local" and ranks == dp == 1
-    executors: Sequence[Executor] = [LocalExecutor(job, progress)] if alone else start_executors(job, hosts, dp, progress)
-    engines: list[Engine] = []
-    try:
-        rooms = [_kv_room(each, place, longest, max_model_len is not None, max_num_seqs) for each in executors]
-        longest = min(length for length, _ in rooms)
-        for each, (_, blocks) in zip(executors, rooms, strict=True):
-            limits = EngineLimits(longest, max_num_seqs, max_queue, blocks, max_num_batched_tokens, prefix_caching)
-            engines.append(Engine(each, tokenizer, spec, limits, dtype=name))
-    except BaseException:
-        for engine in engines:
-            engine.close()
+    with ExitStack() as undo:
+        hosts: Hosts = RayHosts(device, ranks, dp, timeout) if executor == "ray" else ThisHost(place_for(device, ranks * dp), ranks, dp)
+        undo.callback(hosts.close)
+        place, name = hosts.place, dtype or default_dtype(hosts.place, parity)
+        seats = max_num_seqs or seqs_by_device[place]
+        tokens = max_num_batched_tokens or max(seats, PASS_TOKENS[place])
+        if tokens < seats:
+            raise InputError("--max-num-batched-tokens", f"is {tokens}", f"at least --max-num-seqs, {seats}")
+        fp8 = kv_cache_dtype == "fp8"
+        given = (str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, tokens, seats)
+        job = RankJob(*given, lm_head=lm_head, attention=attention_backend)
+        alone = executor == "local" and ranks == dp == 1
+        executors: Sequence[Executor] = [LocalExecutor(job, progress)] if alone else start_executors(job, hosts, dp, progress)
         for each in executors:
-            each.close()
-        raise
-    return engines[0] if dp == 1 else Replicas(engines)
+            undo.callback(each.close)
+        rooms = [_kv_room(each, place, longest, max_model_len is not None, seats) for each in executors]
+        longest = min(length for length, _ in rooms)
+        engines: list[Engine] = []
+        for each, (_, blocks) in zip(executors, rooms, strict=True):
+            limits = EngineLimits(longest, seats, max_queue, blocks, tokens, prefix_caching)
+            engines.append(Engine(each, tokenizer, spec, limits, dtype=name))
+            undo.callback(engines[-1].close)
+        undo.pop_all()
+    return engines[0] if dp == 1 else Replicas(engines, prefix_caching=prefix_caching)
 
 
 def _open(root: Path, sharded: bool, tp: int | None) -> tuple[Checkpoint, int]:

@@ -18,7 +18,6 @@ from quantkit.ops.paged_attention import Pages, decode_pages, make_pages
 from quantkit.ops.transfer import upload
 from quantkit.runtime.blocks import BLOCK, blocks_for
 
-KV_DTYPES = ("auto", "fp8")
 _E4M3_MAX = 448.0
 
 Slots = tuple[tuple[int, int], ...]
@@ -158,8 +157,8 @@ class PagedCache:
         return found
 
     def stage(self, batch: Batch, slots: Tensor, rows: Tensor, lengths: Tensor) -> None:
-        """Have the pass of ``batch``, a token of each sequence, write to ``slots [T]`` int64 and read ``lengths [T]`` keys that ``rows [T]``
-        of the table say, both int32, whatever they are when it runs: for a graph.
+        """Have the pass of ``batch``, a token of each sequence, write to ``slots [T]`` int64 and read ``lengths [T]`` keys that ``rows
+        [T]`` of the table say, both int32, whatever they are when it runs: for a graph.
         """
         self._batch, self._slots, self._pages, self._staged = batch, slots, None, (rows, lengths)
 

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from quantkit.errors import InputError, QuantkitError
-from quantkit.plan import PASS_TOKENS
 from quantkit.progress import Progress, silent
 from quantkit.runtime.engine import MEMORY_SHARE, Delta, Front, start_engine
 from quantkit.runtime.params import SamplingParams, TokenLogprob
@@ -22,7 +21,7 @@ from quantkit.text.chat import render_chat
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-BATCH = 64
+BATCH = {"cpu": 64, "cuda": 128}
 """Sequences that run at once where nothing else is said: more than a server's, as nobody waits for a first token."""
 
 
@@ -61,10 +60,10 @@ class LLM:
     """A loaded model. Use it in ``with``, or ``close`` it.
 
     ``tp`` ranks (None: as sharded, else 1), ``device`` "auto", "cpu" or "cuda", ``dtype`` of the computation, ``max_model_len`` tokens of
-    prompt and answer together, ``max_num_seqs`` prompts at once, ``memory_share`` of the device's memory, ``kv_cache_dtype`` "auto" or
-    "fp8", ``lm_head`` "auto" or "q8_0", ``timeout`` in seconds for a rank that hangs. ``dp`` replicas, each of ``tp`` ranks and with
-    these limits, share the prompts; ``executor`` "local", or "ray" for the hosts of a cluster. Raises InputError and MachineError for what
-    cannot be.
+    prompt and answer together, ``max_num_seqs`` prompts at once (None: 128 on a GPU, 64 on a CPU), ``memory_share`` of the device's memory,
+    ``kv_cache_dtype`` "auto" or "fp8", ``lm_head`` "auto" or "q8_0", ``timeout`` in seconds for a rank that hangs. ``dp`` replicas, each of
+    ``tp`` ranks and with these limits, share the prompts; ``executor`` "local", or "ray" for the hosts of a cluster. Raises InputError and
+    MachineError for what cannot be.
     """
 
     def __init__(
@@ -75,8 +74,8 @@ class LLM:
         device: str = "auto",
         dtype: str | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = BATCH,
-        max_num_batched_tokens: int = PASS_TOKENS,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         memory_share: float = MEMORY_SHARE,
         kv_cache_dtype: str = "auto",
         lm_head: str = "auto",
@@ -94,13 +93,13 @@ class LLM:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            seqs_by_device=BATCH,
             max_num_batched_tokens=max_num_batched_tokens,
             memory_share=memory_share,
             kv_cache_dtype=kv_cache_dtype,
             lm_head=lm_head,
             attention_backend=attention_backend,
             prefix_caching=prefix_caching,
-            max_queue=max_num_seqs,
             timeout=timeout,
             dp=dp,
             executor=executor,

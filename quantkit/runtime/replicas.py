@@ -27,17 +27,19 @@ REMEMBERED = 1 << 16
 class Replicas:
     """``engines`` of one model, all alike, as one. When one dies all have: the front refuses requests with its failure.
 
-    A request gives the same text on any of them. Its callback must not call the front.
+    ``prefix_caching``: whether they remember what they have computed, so that it matters who gets a prompt. A request gives the same text
+    on any of them. Its callback must not call the front.
     """
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Engine], *, prefix_caching: bool = True) -> None:
         assert engines
         self._engines = tuple(engines)
         first = engines[0]
         self.tokenizer: Tokenizer = first.tokenizer
         self.spec: ModelSpec = first.spec
         self.dtype, self.tp, self.dp = first.dtype, first.tp, len(engines)
-        self.max_model_len = first.max_model_len
+        self.max_model_len, self.max_num_seqs = first.max_model_len, first.max_num_seqs
+        self._prefix_caching = prefix_caching
         self._lock = threading.Lock()
         self._computed: OrderedDict[bytes, int] = OrderedDict()  # a block's name -> the replica that computed it last
 
@@ -47,18 +49,25 @@ class Replicas:
         failure = self.failure
         if failure is not None:
             raise failure
-        names = [first_name(cache_salt)]
-        for at in range(0, len(prompt) - BLOCK + 1, BLOCK):
-            names.append(next_name(names[-1], prompt[at : at + BLOCK]))
-        for replica in self._order(names[1:]):
+        names = self._names(prompt, cache_salt) if self._prefix_caching else []
+        for replica in self._order(names):
             try:
                 number = self._engines[replica].submit(prompt, params, on_delta, cache_salt=cache_salt)
             except QueueFull:
                 continue
-            self._remember(names[1:], replica)
+            self._remember(names, replica)
             return number * self.dp + replica
         waiting = sum(engine.stats().waiting for engine in self._engines)
         raise QueueFull("engine", f"{waiting} requests wait on {self.dp} replicas", "fewer", "try again later")
+
+    @staticmethod
+    def _names(prompt: Sequence[int], cache_salt: str) -> list[bytes]:
+        """The names of the full blocks of ``prompt``."""
+        name, names = first_name(cache_salt), list[bytes]()
+        for at in range(0, len(prompt) - BLOCK + 1, BLOCK):
+            name = next_name(name, prompt[at : at + BLOCK])
+            names.append(name)
+        return names
 
     def _order(self, names: Sequence[bytes]) -> list[int]:
         """The replicas in the order in which a prompt of blocks ``names`` asks them."""

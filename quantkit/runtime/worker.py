@@ -34,7 +34,7 @@ from quantkit.model.load import load_decoder
 from quantkit.ops.dtypes import float_dtype
 from quantkit.ops.symmetric import open_sums
 from quantkit.ops.transfer import upload
-from quantkit.plan import PASS_SEQUENCES, make_plan, pass_bytes
+from quantkit.plan import make_plan, pass_bytes
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.graphs import graph_bytes, make_graphs
@@ -54,6 +54,7 @@ from quantkit.runtime.wire import (
 )
 from quantkit.shard import open_rank
 
+_LOG = logging.getLogger("quantkit")
 BEAT_SECONDS = 1.0
 SCORE_ROWS = 256
 """Positions of a prompt that are scored at a time: it bounds the memory of their logits."""
@@ -63,7 +64,7 @@ _PR_SET_PDEATHSIG = 1
 class Runner:
     """A rank's model, its cache and its part of sampling. Every rank runs the same steps."""
 
-    def __init__(self, decoder: Decoder, *, kv_fp8: bool = False, sequences: int = PASS_SEQUENCES) -> None:
+    def __init__(self, decoder: Decoder, *, kv_fp8: bool = False, sequences: int = 8) -> None:
         self.decoder, self._kv_fp8, self._sequences = decoder, kv_fp8, sequences
         self._sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
         self.open_cache(0, graphs=False)
@@ -161,10 +162,12 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
             each.attention.require(decoder.dtype, stored, decoder.device)
     sequences, device = min(job.sequences, job.step_tokens), decoder.device
     if device.type == "cuda":
-        taken = _measured_pass(decoder, job.step_tokens, sequences) + graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)
+        one, graphs = _measured_pass(decoder, job.step_tokens, sequences), graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        room = int(total * job.memory_share) - (total - free) - taken
+        room = int(total * job.memory_share) - (total - free) - one - graphs
+        told = (device, total - free, total, decoder.nbytes, one, graphs, room)
+        _LOG.info("%s: %d of %d bytes in use, %d of them weights; %d for a pass, %d for graphs, %d for keys and values", *told)
     else:
         free = free_memory() // host_ranks
         taken = pass_bytes(decoder.spec, job.tp, tokens=job.step_tokens, sequences=sequences, itemsize=decoder.dtype.itemsize)

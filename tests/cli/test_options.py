@@ -30,8 +30,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "plan": (
         "m --tp 3",
         {"path": "m", "tp": 3},
-        "--method awq --bits 3 --group-size 32 --gpu-memory 24GiB --max-model-len 99 --lm-head q8_0",
-        {"method": "awq", "bits": 3, "group_size": 32, "gpu_memory": "24GiB", "max_model_len": 99, "lm_head": "q8_0"},
+        (
+            "--method awq --bits 3 --group-size 32 --gpu-memory 24GiB --max-model-len 99 --lm-head q8_0 --max-num-seqs 3 "
+            "--max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --kv-cache-dtype fp8"
+        ),
+        {"method": "awq", "bits": 3, "group_size": 32, "gpu_memory": "24GiB", "max_model_len": 99, "lm_head": "q8_0"}
+        | {"max_num_seqs": 3, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5, "kv_cache_dtype": "fp8"},
     ),
     "convert": (
         "m o",
@@ -73,6 +77,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         ),
         {"formats": ("int4", "nf4"), "shapes": ("l3_o", "128x256"), "tokens": (1, 9), "dtype": "bfloat16", "peers": Path("p.json")}
         | {"out": Path("o.json"), "tune": True, "table": Path("t.json")},
+    ),
+    "bench load": (
+        "m",
+        {"path": "m"},
+        "--tp 2 --rank 1 --device cpu --dtype float32 --rounds 5 --out o.json",
+        {"tp": 2, "rank": 1, "device": "cpu", "dtype": "float32", "rounds": 5, "out": Path("o.json")},
     ),
     "bench throughput": (
         "m",
@@ -164,7 +174,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         ),
         {"system": "s", "max_tokens": 9}
         | {"sampling": SamplingParams(16, 0.5, 0.9, 7, 0.1, 4, ("a",), (), False, None, 0.2, -0.3, 1.1)}
-        | {"engine": EngineOptions(2, "cuda", "float32", 99, 1, 1024, 0.5, "fp8", True, 1.5, 1, "ray", "q8_0", "torch")},
+        | {"engine": EngineOptions(2, "cuda", "float32", 99, 1, None, 0.5, "fp8", True, 1.5, 1, "ray", "q8_0", "torch")},
     ),
     "report": (
         "m a",

@@ -103,7 +103,7 @@ def test_replicas_share_the_prompts_and_say_the_same(model: str, llm: LLM) -> No
     prompts = [[5 + number, 6, 7] for number in range(12)]
     params = [SamplingParams(12, temperature=1.0, seed=number, ignore_eos=True) for number in range(12)]
     with LLM(model, device="cpu", dtype="float32", dp=2, max_num_seqs=2) as two:
-        assert (two.engine.tp, two.engine.dp) == (1, 2) and two.engine.capacity == 8
+        assert (two.engine.tp, two.engine.dp) == (1, 2) and two.engine.capacity == 132
         assert two.generate(prompts, params) == llm.generate(prompts, params)
         assert all(engine.stats().generated_tokens > 12 for engine in two.engine._engines)  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="--dp: is 0, expected at least 1"):
