@@ -54,6 +54,10 @@ class Wanted:
         """What is read of it."""
         return self.index if self.shape is not None else tuple(slice(0, size) for size in checkpoint.tensors[self.name].shape)
 
+    def nbytes(self, checkpoint: Checkpoint) -> int:
+        """Of what is read of it."""
+        return int(math.prod(s.stop - s.start for s in self.part(checkpoint))) * NUMPY_DTYPES[checkpoint.dtype(self.name)].itemsize
+
 
 def pieces(index: tuple[slice, ...], item: int, limit: int) -> Iterator[tuple[tuple[slice, ...], int, int]]:
     """``index`` of a tensor whose values are ``item`` bytes long, in pieces of at most ``limit`` bytes that lie one after the other in
@@ -110,15 +114,11 @@ class ReadAhead:
         self._started: deque[_Started] = deque()
         self._open = _Batch()
         self._ahead = self._done = self._told = 0
-        self._total = sum(self._nbytes(want) for want in self._left)
+        self._total = sum(want.nbytes(checkpoint) for want in self._left)
         self._pool = ThreadPoolExecutor(READERS, "read")
         progress("weights", 0, self._total)
         self._buffers = threading.local()
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def _nbytes(self, want: Wanted) -> int:
-        part = want.part(self._checkpoint)
-        return int(math.prod(s.stop - s.start for s in part)) * NUMPY_DTYPES[self._checkpoint.dtype(want.name)].itemsize
 
     def take(self, want: Wanted) -> Tensor:
         """The next tensor, in its stored dtype, a scalar as ``[1]``: on a GPU, for what is asked of the current stream from now on.
@@ -226,3 +226,4 @@ class ReadAhead:
         self._pool.shutdown(cancel_futures=True)
         if self._side is not None:
             self._side.synchronize()
+            torch._C._host_emptyCache()  # page-locked memory is the machine's, and this is no longer needed

@@ -24,7 +24,7 @@ COMMANDS = (
     *("inspect", "plan", "convert", "quantize", "imatrix", "pad", "shard", "unshard", "verify", "serve", "report", "doctor", "version"),
     *("generate", "chat"),
 )
-GROUPS = {"recipe": ("show", "validate", "init"), "bench": ("kernels", "throughput", "latency", "serve", "study")}
+GROUPS = {"recipe": ("show", "validate", "init"), "bench": ("kernels", "load", "throughput", "latency", "serve", "study")}
 PAGES = ("", *COMMANDS, *GROUPS, *(f"{group} {name}" for group, names in GROUPS.items() for name in names))
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "rich", "yaml")
 HELP_SECONDS = 0.35

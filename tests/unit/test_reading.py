@@ -88,7 +88,7 @@ def test_what_is_taken_is_what_lies_there(
             assert np.array_equal(value[: len(expected)].cpu().numpy(), expected), want.name
             assert not value[len(expected) :].any()
     sizes = [done for done, _ in told]
-    assert sizes == sorted(set(sizes)) and told[-1] == (told[-1][1], sum(reader._nbytes(want) for want in wanted()))
+    assert sizes == sorted(set(sizes)) and told[-1] == (told[-1][1], sum(want.nbytes(checkpoint) for want in wanted()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
