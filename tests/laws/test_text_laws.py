@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from artifact_fixtures import artifact
-from decoder_fixtures import rope
+from decoder_fixtures import logits_of, rope
 from engine_fixtures import Client, GroupExecutor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.commands.quantize import run as quantize
 from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.geometry import CODES, LAYOUTS, ggml_scheme
+from quantkit.model.load import load_decoder
 from quantkit.runtime.engine import Engine, EngineLimits, SamplingParams
 from quantkit.scheme import KEEP, LinearScheme
 from quantkit.shard import shard_checkpoint
@@ -39,6 +40,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = Path(__file__).parent.parent / "data" / "models"
 DEGREES = (1, 2, 3, 4)
 TOKENS = 8
+BAR, BARS = 1e-12, {"gemma2": 5e-6}
+"""Differences to transformers' logits in float64, relative to the largest; it computes Gemma 2's softmax in float32."""
 PROMPTS = ((5, 17, 99, 3, 42, 8, 9, 10, 11, 77, 30), (7, 100))
 """Of different lengths, and cut into pieces by a pass of seven tokens."""
 
@@ -253,8 +256,8 @@ def tokenizer() -> Any:
 
 @pytest.mark.parametrize(("row", "layout"), CASES)
 def test_text_is_the_same_on_any_ranks_and_is_that_of_transformers(row: str, layout: str, tmp_path: Path) -> None:
-    """Three ranks read shards, the others the artifact. What rounds its inputs is compared in float64: in float32 a sum in another
-    order falls to the other side of a step now and then."""
+    """And so are the logits. Three ranks read shards, the others the artifact. What rounds its inputs is compared in float64: in float32
+    a sum in another order falls to the other side of a step now and then."""
     scheme = SCHEMES[layout]
     made = stored(tmp_path / "artifact", row, scheme)
     shard_checkpoint(made.checkpoint, tmp_path / "shards", 3, overwrite=False)
@@ -275,9 +278,14 @@ def test_text_is_the_same_on_any_ranks_and_is_that_of_transformers(row: str, lay
         engine = engine_of(tmp_path / "shards", 3, torch.float32, parity=True, spec_of=made.checkpoint)
         texts[1] = asked(engine, *PROMPTS)
         engine.close()
+    decoder = load_decoder(made.checkpoint, dtype=torch.float64, parity=True)
     for prompt, tokens in zip(PROMPTS, texts[1], strict=True):
-        theirs = their_logits(config_of(row, scheme), made.tensors, [*prompt, *tokens[:-1]])
+        text = [*prompt, *tokens[:-1]]
+        theirs = their_logits(config_of(row, scheme), made.tensors, text)
         assert theirs[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+        with torch.no_grad():
+            [ours] = logits_of(decoder, [torch.tensor(text)])
+        assert (ours - theirs).abs().max() < BARS.get(row, BAR) * theirs.abs().max()
 
 
 @pytest.mark.parametrize("layout", ["gptq-act", "awq", "nf4-nested", "fp8-weights", "q4_k"])
