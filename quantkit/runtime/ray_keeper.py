@@ -68,7 +68,8 @@ class _Keeper:
             raise
         except Exception as exc:  # what Ray raises at its start has no base of its own
             what = f"joins no cluster at {address}" if address else "starts no cluster here"
-            raise MachineError(WHERE, f"{what} ({_first_line(exc)})", "one that runs this version of Ray and of Python") from exc
+            hint = "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be those of its head" if address else None
+            raise MachineError(WHERE, f"{what} ({_first_line(exc)})", "one that runs this version of Ray and of Python", hint) from exc
         if asked["device"] != "auto":
             return str(asked["device"])
         return "cuda" if self._ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"

@@ -128,6 +128,14 @@ def test_replicas_share_the_cluster_and_give_their_places_back(address: str, wan
         engine.close()
 
 
+def test_a_cluster_of_another_token_is_not_joined(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "2")  # which Ray waits a second for each
+    with pytest.raises(MachineError, match=f"--executor ray: joins no cluster at {address}") as caught:
+        start_engine(str(LLAMA), tp=2, device="cpu", executor="ray")
+    assert caught.value.hint == "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be those of its head"
+
+
 def test_a_silent_actor_and_a_bad_file_on_another_host(
     address: str, tmp_path: Path, wanted: tuple[str, str], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
