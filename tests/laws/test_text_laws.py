@@ -244,7 +244,8 @@ def asked(engine: Engine, *prompts: tuple[int, ...]) -> list[list[int]]:
 def engine_of(
     source: Checkpoint | Path, tp: int, dtype: torch.dtype, *, parity: bool, spec_of: Checkpoint, blocks: int = 8, seats: int = 2
 ) -> Engine:
-    executor = GroupExecutor(source, tp, dtype, parity=parity)
+    as_on_gpus = tp == 4 and not parity
+    executor = GroupExecutor(source, tp, dtype, parity=parity, ahead=as_on_gpus, merge=as_on_gpus)
     limits = EngineLimits(max_model_len=64, max_num_seqs=seats, max_queue=4, kv_blocks=blocks, step_tokens=7)
     return Engine(executor, tokenizer(), spec_for(spec_of.config), limits, dtype=str(dtype).removeprefix("torch."))
 
@@ -256,7 +257,8 @@ def tokenizer() -> Any:
 
 @pytest.mark.parametrize(("row", "layout"), CASES)
 def test_text_is_the_same_on_any_ranks_and_is_that_of_transformers(row: str, layout: str, tmp_path: Path) -> None:
-    """And so are the logits. Three ranks read shards, the others the artifact. What rounds its inputs is compared in float64: in float32
+    """And so are the logits. Three ranks read shards, the others the artifact; four merge their linears and launch steps ahead, as they do
+    on GPUs. What rounds its inputs is compared in float64: in float32
     a sum in another order falls to the other side of a step now and then."""
     scheme = SCHEMES[layout]
     made = stored(tmp_path / "artifact", row, scheme)

@@ -31,9 +31,18 @@ class GroupExecutor:
     """All ranks as threads of this process, each with its own runner. ``source``: a checkpoint, or the directory of its shards."""
 
     def __init__(
-        self, source: Any, tp: int, dtype: torch.dtype = torch.float32, *, kv_fp8: bool = False, parity: bool = True, ahead: bool = False
+        self,
+        source: Any,
+        tp: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        kv_fp8: bool = False,
+        parity: bool = True,
+        ahead: bool = False,
+        merge: bool = False,
     ) -> None:
-        decoder = _from_shards(source, dtype, parity) if isinstance(source, Path) else _from_checkpoint(source, tp, dtype, parity)
+        how = {"dtype": dtype, "parity": parity, "merge": merge}
+        decoder = _from_shards(source, how) if isinstance(source, Path) else _from_checkpoint(source, tp, how)
         self._threads = [ThreadPoolExecutor(1) for _ in range(tp)]
         self.ahead = ahead
         self.steps: list[Step] = []
@@ -71,16 +80,16 @@ class GroupExecutor:
             thread.shutdown()
 
 
-def _from_checkpoint(checkpoint: Any, tp: int, dtype: torch.dtype, parity: bool) -> Callable[[Comm], Decoder]:
+def _from_checkpoint(checkpoint: Any, tp: int, how: dict[str, Any]) -> Callable[[Comm], Decoder]:
     spec = spec_for(checkpoint.config)
     plan = make_plan(spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), tp, dtype="BF16")
-    return lambda comm: load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=parity)
+    return lambda comm: load_decoder(checkpoint, plan=plan, comm=comm, **how)
 
 
-def _from_shards(root: Path, dtype: torch.dtype, parity: bool) -> Callable[[Comm], Decoder]:
+def _from_shards(root: Path, how: dict[str, Any]) -> Callable[[Comm], Decoder]:
     def load(comm: Comm) -> Decoder:
         checkpoint, plan, assignment = open_rank(root, comm.rank)
-        return load_decoder(checkpoint, dtype=dtype, plan=plan, comm=comm, parity=parity, presliced=assignment)
+        return load_decoder(checkpoint, plan=plan, comm=comm, presliced=assignment, **how)
 
     return load
 
