@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,10 @@ class _Placed:
     running: Any = None
 
 
-class _Keeper:
+class _Cluster:
     """Holds what was placed in the cluster."""
 
-    def __init__(self, ray: Any, say: Any, orders: queue.SimpleQueue[Message | None]) -> None:
+    def __init__(self, ray: Any, say: Callable[[Message], None], orders: queue.SimpleQueue[Message | None]) -> None:
         self._ray, self._say, self._orders = ray, say, orders
         self._groups: list[Any] = []
         self._placed: list[_Placed] = []
@@ -252,19 +252,19 @@ def main(connection: socket.socket) -> int:
 
     import ray
 
-    keeper = _Keeper(ray, say, orders)
+    cluster = _Cluster(ray, say, orders)
     try:
-        place = keeper.join(asked)
-        keeper.place(asked["tp"], asked["dp"], place, asked["timeout"])
-        say({"joined": {"place": place, **keeper.describe()}})
-        keeper.watch()
+        place = cluster.join(asked)
+        cluster.place(asked["tp"], asked["dp"], place, asked["timeout"])
+        say({"joined": {"place": place, **cluster.describe()}})
+        cluster.watch()
     except _Over:
         return 0
     except QuantkitError as exc:
         say({"error": error_to_json(exc)})
         return exc.exit_code
     finally:
-        keeper.close()
+        cluster.close()
         if asked["folder"] is not None:  # the engine does so too, but it may be dead
             shutil.rmtree(asked["folder"], ignore_errors=True)
     return 0
