@@ -258,8 +258,8 @@ def tokenizer() -> Any:
 @pytest.mark.parametrize(("row", "layout"), CASES)
 def test_text_is_the_same_on_any_ranks_and_is_that_of_transformers(row: str, layout: str, tmp_path: Path) -> None:
     """And so are the logits. Three ranks read shards, the others the artifact; four merge their linears and launch steps ahead, as they do
-    on GPUs. What rounds its inputs is compared in float64: in float32
-    a sum in another order falls to the other side of a step now and then."""
+    on GPUs. What rounds its inputs is compared in float64: in float32 a sum in another order falls to the other side of a step now and
+    then."""
     scheme = SCHEMES[layout]
     made = stored(tmp_path / "artifact", row, scheme)
     shard_checkpoint(made.checkpoint, tmp_path / "shards", 3, overwrite=False)
