@@ -39,7 +39,7 @@ class PackedCodec:
         if geometry.scheme.sym:
             zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
         else:
-            zeros = unpack_rows(parts["weight_zero_point"], bits, geometry.n)
+            zeros = unpack_rows(parts["weight_zero_point"], bits, geometry.n).contiguous()
         codes = unpack_rows(parts["weight_packed"].T, bits, geometry.k).T.contiguous()
         return GroupedInt(codes, scales, zeros, bits, parts.get("bias"))
 

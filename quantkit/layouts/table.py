@@ -26,7 +26,7 @@ class PackedTable:
         self._zeros: Tensor | None = None
         packed = self._parts.pop("weight_zero_point", None)
         if packed is not None:  # four rows to a word: taken apart here, they are as many bytes and each row has its own
-            self._zeros = unpack_rows(packed, geometry.scheme.bits, geometry.n)
+            self._zeros = unpack_rows(packed, geometry.scheme.bits, geometry.n).contiguous()
             geometry = replace(geometry, scheme=replace(geometry.scheme, sym=True))
         self._geometry = geometry
         self._by_row = frozenset(part.suffix for part in geometry.parts if part.axes[0] == Axis("N"))

@@ -24,7 +24,14 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of ``pack_rows``: int32 ``[words, N]`` -> uint8 codes ``[count, N]``."""
+    """Inverse of ``pack_rows``: int32 ``[words, N]`` -> uint8 codes ``[count, N]``, for widths of whole codes to a byte a view of
+    ``[N, count]``."""
+    if 8 % bits == 0:
+        stored = packed.T.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # [N, 4 * words]
+        codes = torch.empty(*stored.shape, 8 // bits, dtype=torch.uint8, device=packed.device)
+        for index in range(8 // bits):
+            codes[..., index] = (stored >> index * bits) & (2**bits - 1)
+        return codes.flatten(1)[:, :count].T
     per, words = _unit(bits)
     n = packed.shape[1]
     padded = torch.nn.functional.pad(packed, (0, 0, 0, -packed.shape[0] % words))
