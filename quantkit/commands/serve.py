@@ -220,7 +220,7 @@ def run(options: ServeOptions, progress: Progress = silent) -> Report:
         raise InputError("--api-key", "is empty", "a key, or no --api-key")
     name = options.served_model_name or model_name(options.path)
     with contextlib.closing(bind(options.host, options.port)) as sock:  # before the weights are read: a taken port is known at once
-        from quantkit.runtime.engine import start_engine
+        from quantkit.runtime.start import start_engine
 
         url = _url(sock, options.host)
         engine = start_engine(

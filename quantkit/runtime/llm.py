@@ -15,8 +15,9 @@ from typing import Any, Self
 
 from quantkit.errors import InputError, QuantkitError
 from quantkit.progress import Progress, silent
-from quantkit.runtime.engine import MEMORY_SHARE, Delta, Front, start_engine
+from quantkit.runtime.engine import Delta, Front
 from quantkit.runtime.params import SamplingParams, TokenLogprob
+from quantkit.runtime.start import MEMORY_SHARE, start_engine
 from quantkit.text.chat import render_chat
 
 Prompt = str | Sequence[int]

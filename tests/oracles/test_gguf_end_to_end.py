@@ -34,8 +34,9 @@ from quantkit.formats.gguf import GgufFile, read_gguf, tensor_bytes
 from quantkit.mixtures import FILE_TYPES
 from quantkit.model.decoder import Batch
 from quantkit.model.load import load_decoder
-from quantkit.runtime.engine import Delta, start_engine
+from quantkit.runtime.engine import Delta
 from quantkit.runtime.sampler import SamplingParams
+from quantkit.runtime.start import start_engine
 from quantkit.text.builtin import builtin_text
 from quantkit.text.tiktoken_ranks import SPECIAL
 from quantkit.text.tokenizer import load_tokenizer

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from quantkit.runtime.engine import Engine, QueueFull, start_engine
+from quantkit.runtime.engine import Engine, QueueFull
+from quantkit.runtime.start import start_engine
 from quantkit.server.app import create_app
 from quantkit.text.tokenizer import load_tokenizer
 

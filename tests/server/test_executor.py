@@ -18,8 +18,9 @@ from quantkit import fs
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError, QuantkitError, RuntimeDied
 from quantkit.runtime import executor as executor_module
-from quantkit.runtime.engine import Delta, Engine, SamplingParams, start_engine
+from quantkit.runtime.engine import Delta, Engine, SamplingParams
 from quantkit.runtime.executor import RankExecutor
+from quantkit.runtime.start import start_engine
 from quantkit.shard import rank_file, shard_checkpoint
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
@@ -127,7 +128,7 @@ def test_an_error_of_a_rank_comes_back_as_it_was(tmp_path: Path) -> None:
 
 PARENT = """
 import sys, time
-from quantkit.runtime.engine import start_engine
+from quantkit.runtime.start import start_engine
 engine = start_engine(sys.argv[1], tp=2, device="cpu")
 print(*(rank.process.pid for rank in engine._executor.ranks), flush=True)
 time.sleep(600)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.runtime.engine import start_engine
+from quantkit.runtime.start import start_engine
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
 SITE = """

@@ -21,9 +21,10 @@ from quantkit import fs
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.runtime import ray_hosts
-from quantkit.runtime.engine import Engine, SamplingParams, start_engine
+from quantkit.runtime.engine import Engine, SamplingParams
 from quantkit.runtime.network import interface_of
 from quantkit.runtime.ray_hosts import RayRank
+from quantkit.runtime.start import start_engine
 from quantkit.shard import rank_file, shard_checkpoint
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"

@@ -26,9 +26,10 @@ from quantkit.model.load import load_decoder
 from quantkit.plan import pass_bytes
 from quantkit.runtime import worker
 from quantkit.runtime.blocks import BLOCK
-from quantkit.runtime.engine import Delta, Engine, QueueFull, SamplingParams, start_engine
+from quantkit.runtime.engine import Delta, Engine, QueueFull, SamplingParams
 from quantkit.runtime.sampler import Sampled, TokenLogprob
 from quantkit.runtime.scheduler import Chunk
+from quantkit.runtime.start import start_engine
 from quantkit.runtime.stops import StopText
 from quantkit.runtime.wire import (
     Begin,

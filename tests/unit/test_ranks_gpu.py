@@ -15,7 +15,8 @@ from engine_fixtures import Client
 from rank_fixtures import heard_at
 
 from quantkit.errors import RuntimeDied
-from quantkit.runtime.engine import SamplingParams, start_engine
+from quantkit.runtime.engine import SamplingParams
+from quantkit.runtime.start import start_engine
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
 PROMPTS = ("The capital", "In the beginning of the year the", "One two three four", "A")
