@@ -7,6 +7,8 @@ Knows no file layout.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,20 @@ _DENSE_ROWS = 128
 """From this many tokens on, unpacking once and multiplying densely beats the int4 kernel (measured on AVX-512)."""
 
 
+def _packed_codes(packed: Tensor, k: int) -> Tensor:
+    """The codes int32 ``[N, K]`` that torch has packed, N a multiple of the block, if its order is as we know it."""
+    blocks = packed.reshape(-1, k, _BLOCK_N // 2)  # [N/64, K, 32]: low nibble n, high nibble n + 32
+    both = torch.cat([blocks & 15, blocks >> 4], -1)  # [N/64, K, 64]
+    return both.transpose(1, 2).reshape(-1, k).to(torch.int32)
+
+
+@cache
+def _order_known() -> bool:
+    """Whether codes are read back as they were packed. The packed order is torch's own affair: proven before it is relied on."""
+    codes = torch.randint(0, 16, (2 * _BLOCK_N, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return torch.equal(_packed_codes(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), codes.shape[1]), codes)
+
+
 class Int4CpuLinear:
     """A 4-bit linear on torch's CPU int4 kernel, bfloat16 activations; the caller adds ``bias``.
 
@@ -106,31 +122,24 @@ class Int4CpuLinear:
         scale = torch.nn.functional.pad(scales.float(), (0, 0, 0, pad))
         zero = torch.nn.functional.pad(middles, (0, 0, 0, pad))
         self._scales_and_zeros = torch.stack([scale.T, zero.T], -1).to(torch.bfloat16).contiguous()  # [G, N, 2]
-        # The packed order is torch's own affair: prove that we read it back before relying on it.
-        self._readable = bool(torch.equal(self._codes(), padded))
 
     @property
     def nbytes(self) -> int:
         """Bytes held: packed codes, scales with zeros, bias."""
         return self._packed.nbytes + self._scales_and_zeros.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def _codes(self) -> Tensor:
-        blocks = self._packed.reshape(-1, self.k, _BLOCK_N // 2)  # [N/64, K, 32]: low nibble n, high nibble n + 32
-        both = torch.cat([blocks & 15, blocks >> 4], -1)  # [N/64, K, 64]
-        return both.transpose(1, 2).reshape(-1, self.k).to(torch.int32)
-
     def weight(self) -> Tensor:
         """The dense bfloat16 weight ``[N, K]`` that this linear multiplies by."""
-        if not self._readable:
+        if not _order_known():
             eye = torch.eye(self.k, dtype=torch.bfloat16)
             return self(eye).T.contiguous()
         scale, zero = self._scales_and_zeros.unbind(-1)  # [G, N]
-        groups = _in_groups((self._codes() - 8).to(torch.bfloat16), scale.shape[0])
+        groups = _in_groups((_packed_codes(self._packed, self.k) - 8).to(torch.bfloat16), scale.shape[0])
         return torch.addcmul(zero.T.unsqueeze(-1), groups, scale.T.unsqueeze(-1)).flatten(-2)[: self.n]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [T, K]`` bfloat16 -> ``[T, N]`` bfloat16."""
-        if self._readable and x.shape[0] >= _DENSE_ROWS:
+        if _order_known() and x.shape[0] >= _DENSE_ROWS:
             return torch.nn.functional.linear(x, self.weight())
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self._packed, self.group_size, self._scales_and_zeros)
         return y[:, : self.n]
