@@ -15,6 +15,7 @@ from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError, RuntimeDied
 from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.engine import Engine, QueueFull, SamplingParams
+from quantkit.runtime.processes import ThisHost
 from quantkit.runtime.replicas import SLACK, Replicas, add_stats
 from quantkit.runtime.wire import Step
 from quantkit.server import metrics
@@ -136,3 +137,10 @@ def test_one_dead_replica_ends_all(pair: Any) -> None:
     assert engines[0].failure is None and front.failure is engines[1].failure is not None
     with pytest.raises(RuntimeDied, match="replica 1, rank 0"):
         Client(front, [5, 6, 7], SHORT)
+
+
+def test_gpus_are_dealt_to_replicas_in_turn_and_ranks_are_named_by_both() -> None:
+    homes = [ThisHost("cuda", 2, 3).home(replica) for replica in range(3)]
+    assert [home.devices for home in homes] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3"), ("cuda:4", "cuda:5")]
+    assert homes[1].names == ("replica 1, rank 0", "replica 1, rank 1") and {home.host_ranks for home in homes} == {6}
+    assert ThisHost("cpu", 2, 1).home(0).devices == ("cpu", "cpu") and ThisHost("cpu", 2, 1).home(0).names == ("rank 0", "rank 1")
