@@ -115,11 +115,12 @@ def _run_mode(options: BenchStudyOptions, mode: Mode, lines: Sequence[Line], pro
             said[number].texts.append(delta.text)
 
         answers, seconds = timed(llm, lines, progress, keep)
-        dtype = llm.engine.dtype
+        dtype, seats = llm.engine.dtype, llm.engine.max_num_seqs
     found = [answered(each.text) for each in said]
     right = [value == problem.value for (value, _), problem in zip(found, problems, strict=True)]
     low, high = interval(sum(right), len(right))
-    data = {"mode": mode.name, "tp": mode.tp, "dp": mode.dp, "dtype": dtype, "load_seconds": loading, **figures(answers, seconds)}
+    data = {"mode": mode.name, "tp": mode.tp, "dp": mode.dp, "dtype": dtype, "max_num_seqs": seats}
+    data |= {"load_seconds": loading, **figures(answers, seconds)}
     data |= {"right": sum(right), "accuracy": sum(right) / len(right), "accuracy_low": low, "accuracy_high": high}
     data["marked"] = sum(marked for _, marked in found)
     return _Outcome(mode, said, right, data)
@@ -249,7 +250,7 @@ def _report(options: BenchStudyOptions, problems: Sequence[Problem], examples: S
         "shots": len(examples),
         "chat": options.chat,
         "max_tokens": options.max_tokens,
-        "max_num_seqs": options.engine.max_num_seqs,
+        "max_num_seqs": rows[0]["max_num_seqs"],
         "dtype": rows[0]["dtype"],
         "different_answers": different,
         "modes": rows,
@@ -259,7 +260,7 @@ def _report(options: BenchStudyOptions, problems: Sequence[Problem], examples: S
         "bench study",
         data,
         facts=(
-            ("model", f"{options.path}, {data['dtype']}, {options.engine.max_num_seqs} at once on each replica"),
+            ("model", f"{options.path}, {data['dtype']}, {data['max_num_seqs']} at once on each replica"),
             ("questions", f"{len(problems)} of {source}, {len(examples)} worked examples, {'chat' if options.chat else 'text'}"),
             ("answers", alike),
         ),

@@ -201,7 +201,7 @@ def test_ranks_and_replicas_answer_the_same_and_are_counted(model: Path, tmp_pat
     modes = ("tp1", "tp2", "dp2", "tp2dp2")
     report = run(BenchStudyOptions(str(model), modes, file, shots=SHOTS, max_tokens=24, out=out, same=True, engine=ENGINE))
     data = report.data
-    assert report.failed is None and data["different_answers"] == 0 and data["questions"] == 7
+    assert report.failed is None and data["different_answers"] == 0 and (data["questions"], data["max_num_seqs"]) == (7, 4)
     assert [(row["mode"], row["tp"], row["dp"]) for row in data["modes"]] == [("tp1", 1, 1), ("tp2", 2, 1), ("dp2", 1, 2), ("tp2dp2", 2, 2)]
     for row in data["modes"]:
         assert (row["right"], row["requests"]) == (right, 7) and row["accuracy"] == right / 7
@@ -240,7 +240,14 @@ def test_worked_examples_and_the_chat_template_reach_the_model(model: Path, tmp_
 
 def test_answers_that_differ_fail_the_check_that_asks_for_it() -> None:
     problems = [Problem("q", "#### 1", Decimal(1))] * 3
-    figures = {"load_seconds": 1.0, "seconds": 2.0, "requests_per_second": 1.0, "tokens_per_second": 9.0, "dtype": "bfloat16"}
+    figures = {
+        "load_seconds": 1.0,
+        "seconds": 2.0,
+        "requests_per_second": 1.0,
+        "tokens_per_second": 9.0,
+        "dtype": "bfloat16",
+        "max_num_seqs": 4,
+    }
     shares = {"accuracy": 0.5, "accuracy_low": 0.1, "accuracy_high": 0.9, "marked": 0}
 
     def outcome(mode: Mode, seconds: float, *texts: str) -> _Outcome:
