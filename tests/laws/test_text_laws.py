@@ -30,9 +30,11 @@ from quantkit.commands.quantize import run as quantize
 from quantkit.commands.quantize_options import QuantizeOptions
 from quantkit.geometry import CODES, LAYOUTS, ggml_scheme
 from quantkit.model.load import load_decoder
+from quantkit.plan import make_plan
+from quantkit.quant_config import stored_assignment
 from quantkit.runtime.engine import Engine, EngineLimits, SamplingParams
 from quantkit.scheme import KEEP, LinearScheme
-from quantkit.shard import shard_checkpoint
+from quantkit.shard import shard_checkpoint, unshard
 from quantkit.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,6 +290,22 @@ def test_text_is_the_same_on_any_ranks_and_is_that_of_transformers(row: str, lay
         with torch.no_grad():
             [ours] = logits_of(decoder, [torch.tensor(text)])
         assert (ours - theirs).abs().max() < BARS.get(row, BAR) * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("row", "layout"), CASES)
+def test_shards_for_one_to_eight_ranks_come_back_byte_for_byte(row: str, layout: str, tmp_path: Path) -> None:
+    """A plan for every number; shards for two of them, others for each row and layout."""
+    made = stored(tmp_path / "artifact", row, SCHEMES[layout])
+    spec = spec_for(made.checkpoint.config)
+    assignment = stored_assignment(made.checkpoint.config, spec, made.checkpoint.tensors)
+    for tp in range(1, 9):
+        assert make_plan(spec, assignment, tp, dtype="BF16").tp == tp
+    first = CASES.index((row, layout)) % 4
+    for tp in {2 + first, 8 - first}:
+        shard_checkpoint(made.checkpoint, tmp_path / f"shards{tp}", tp, overwrite=False)
+        unshard(tmp_path / f"shards{tp}", tmp_path / f"back{tp}", overwrite=False)
+        for file in made.path.iterdir():
+            assert (tmp_path / f"back{tp}" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["gptq-act", "awq", "nf4-nested", "fp8-weights", "q4_k"])
