@@ -180,7 +180,7 @@ class RankExecutor:
         self._lock, self._closed = threading.Lock(), False
         self._failure: QuantkitError | None = None
         self._selector = selectors.DefaultSelector()
-        self._looked = time.monotonic()
+        self._looked, self._begun = time.monotonic(), False
         self._ranks = [_Heard(rank, Frames(rank.name)) for rank in home.start()]
         self.facts: tuple[RankFacts, ...] = ()
         for heard in self._ranks:
@@ -210,8 +210,14 @@ class RankExecutor:
             self._watch(POLL_SECONDS)
         self.facts = tuple(heard.facts for heard in self._ranks if heard.facts is not None)
 
+    def begin_cache(self, blocks: int) -> None:
+        """Have every rank begin with what ``open_cache`` waits for: the memory, and the graphs that are captured over it."""
+        if not self._begun:
+            self._begun = True
+            self._tell({"cache": blocks})
+
     def open_cache(self, blocks: int) -> None:
-        self._tell({"cache": blocks})
+        self.begin_cache(blocks)
         while not all(heard.opened for heard in self._ranks):
             self._watch(POLL_SECONDS)
 

@@ -105,11 +105,14 @@ def start_engine(
         given = (str(root), sharded, ranks, name, place, parity, timeout, fp8, memory_share, tokens, seats)
         job = RankJob(*given, lm_head=lm_head, attention=attention_backend)
         alone = executor == "local" and ranks == dp == 1
-        executors: Sequence[Executor] = [LocalExecutor(job, progress)] if alone else start_executors(job, hosts, dp, progress)
+        started = [] if alone else start_executors(job, hosts, dp, progress)
+        executors: Sequence[Executor] = started or [LocalExecutor(job, progress)]
         for each in executors:
             undo.callback(each.close)
         rooms = [_kv_room(each, place, longest, max_model_len is not None, seats) for each in executors]
         longest = min(length for length, _ in rooms)
+        for replica, (_, blocks) in zip(started, rooms, strict=False):
+            replica.begin_cache(blocks)  # all at the same time
         engines: list[Engine] = []
         for each, (_, blocks) in zip(executors, rooms, strict=True):
             limits = EngineLimits(longest, seats, max_queue, blocks, tokens, prefix_caching)
