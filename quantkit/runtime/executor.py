@@ -5,6 +5,7 @@ An executor knows steps and ranks; it knows no requests, no text and no schedule
 
 from __future__ import annotations
 
+import gc
 import logging
 import selectors
 import socket
@@ -72,21 +73,28 @@ class LocalExecutor:
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp == 1
         progress("load", 0, 1)
-        self._runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8, sequences=job.sequences)
-        self.facts = (rank_facts(self._runner.decoder, job, 1),)
+        runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8, sequences=job.sequences)
+        self._runner: Runner | None = runner
+        self.facts = (rank_facts(runner.decoder, job, 1),)
         self.ahead = job.device == "cuda"
         self._drawn = deque[Drawn | None]()
         progress("load", 1, 1)
 
+    @property
+    def runner(self) -> Runner:
+        if self._runner is None:
+            raise RuntimeDied("model", "was closed", "an open engine")
+        return self._runner
+
     def open_cache(self, blocks: int) -> None:
         try:
-            self._runner.open_cache(blocks)
+            self.runner.open_cache(blocks)
         except (torch.OutOfMemoryError, RuntimeError) as exc:  # RuntimeError: a CPU's
             raise MachineError("keys and values", f"{blocks} blocks are more than there is memory for", "less", CACHE_HINT) from exc
 
     def launch(self, step: Step) -> None:
         with _pass_failures():
-            self._drawn.append(self._runner.launch(step))
+            self._drawn.append(self.runner.launch(step))
 
     def collect(self) -> list[Sampled]:
         drawn = self._drawn.popleft()
@@ -97,7 +105,12 @@ class LocalExecutor:
         return
 
     def close(self) -> None:
-        return
+        """Give the memory back: a program may go on without the model."""
+        self._runner = None
+        self._drawn.clear()
+        if self.ahead:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @contextmanager

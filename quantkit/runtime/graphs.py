@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def obstacle(decoder: Decoder, cache: PagedCache) -> str | None:
     if not decoder.kv_heads or not all(block.attention.reads_blocks(heads, cache.pool.dtype) for block in decoder.blocks):
         return "its attention does not read blocks where they lie"
     return None
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: one stream for all, since cuBLAS keeps a workspace for each that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +91,14 @@ class DecodeGraphs:
             self._last.index_copy_(0, row, winners[:, 1].long())
             return logits, winners
 
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 once()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits, winners = once()
         self._pool = graph.pool()
         return _Captured(graph, inputs, logits, winners)

@@ -42,7 +42,7 @@ def answers(path: Path, *, ahead: bool = True, **options: Any) -> tuple[list[tup
         engine._ahead = int(ahead)
         found = [one.token_ids for one in llm.generate([*PROMPTS, PROMPTS[0]], [*asks, asks[0]])]
         found += [one.token_ids for one in llm.generate([*PROMPTS], asks[0])]
-        return found, engine._executor._runner.graphs is not None
+        return found, engine._executor.runner.graphs is not None
 
 
 @pytest.mark.gpu
