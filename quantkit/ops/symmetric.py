@@ -29,8 +29,8 @@ _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 MAX_RANKS = 8
 FLAGGED, ONE_SHOT, TWO_SHOT = 0, 1, 2
 """How a sum is made; ``kernels/exchange/all_reduce.cu`` describes them."""
-FLAGGED_BYTES = {2: 64 << 10}
-"""The longest message that goes flagged, by ranks; others go as ``_FLAGGED_BYTES``."""
+FLAGGED_BYTES = {2: 256 << 10}
+"""The longest message that goes flagged, by ranks, where that was measured; of others ``_FLAGGED_BYTES``."""
 _FLAGGED_BYTES = 16 << 10
 _ONE_SHOT_BYTES = 256 << 10
 """The longest that goes in one shot where there are more than two ranks: each reads all parts. Two ranks always do."""
