@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +162,17 @@ def test_ranks_listen_on_loopback_alone_and_close_leaves_nothing_behind() -> Non
     engine.close()
     engine.close()
     assert not any(map(alive, ranks)) and engine.failure is None
+
+
+def test_a_closed_engine_in_this_process_lets_go_of_its_model() -> None:
+    engine = start_engine(str(LLAMA), device="cpu")
+    decoder = weakref.ref(engine._executor.runner.decoder)
+    assert ask(engine, "The capital") and decoder() is not None
+    engine.close()
+    gc.collect()
+    assert decoder() is None, "whoever holds the engine holds no weights"
+    with pytest.raises(RuntimeDied, match="closed"):
+        ask(engine, "The capital")
 
 
 def test_a_rank_that_never_says_a_word_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ def test_a_gpu_says_what_the_cpu_says() -> None:
         assert engine.dtype == "bfloat16" and answers(engine) == answers(engine)
     finally:
         engine.close()
+    assert torch.cuda.memory_reserved() < 1 << 28, "a closed engine gives its memory back, nine tenths of the GPU's"
 
 
 @pytest.mark.multigpu
