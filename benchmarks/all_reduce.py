@@ -75,7 +75,10 @@ def measure(rank: int, ranks: int, store: Path, out: Path | None) -> None:
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     comm = ProcessComm(rank, ranks, store, backend="nccl", timeout=60.0)
+    comm.barrier()
+    start = time.perf_counter()
     sums = open_sums(comm, device, 60.0)
+    opened = time.perf_counter() - start
     rows = []
     for nbytes in SIZES:
         x: Tensor = torch.randn(nbytes // 2, device=device).bfloat16()
@@ -95,7 +98,7 @@ def measure(rank: int, ranks: int, store: Path, out: Path | None) -> None:
         rows.append(row)
     if rank == 0:
         names = ["nccl", "fallback", *WAYS]
-        print(f"{torch.cuda.get_device_name()} x {ranks}, bf16, us a call, graph / eager")
+        print(f"{torch.cuda.get_device_name()} x {ranks}, bf16, us a call, graph / eager; ready in {opened:.2f} s")
         print("    bytes  " + "".join(f"{name:>17}" for name in names) + "  rule")
         for row in rows:
             cells = (f"{row.get(f'{name} graph us', '-'):>8} /{row.get(f'{name} eager us', '-'):>7}" for name in names)
