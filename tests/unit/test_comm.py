@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_fixtures import heard_at
 from torch import Tensor
 
-from quantkit.comm import Comm, ProcessComm, Solo, run_threads, thread_group
+from quantkit.comm import Comm, ProcessComm, Solo, join_store, run_threads, serve_store, thread_group
 from quantkit.errors import InputError, MachineError, RuntimeDied
 from quantkit.ops import symmetric
 from quantkit.ops.symmetric import FLAGGED, ONE_SHOT, TWO_SHOT, open_sums
@@ -304,3 +305,15 @@ def test_two_gpus_give_the_bits_of_threads(tmp_path: Path) -> None:
         got = torch.load(tmp_path / f"rank{rank}.pt")
         assert got.keys() == {f"{way} {name}" for way in ("nccl", "symmetric") for name in want}
         assert all(torch.equal(value, want[name.partition(" ")[2]]) for name, value in got.items())
+
+
+def test_a_store_is_served_at_one_address_and_a_missing_one_is_noticed() -> None:
+    store, port = serve_store("127.0.0.1", 2, 10.0)
+    other = join_store("127.0.0.1", port, 2, 10.0)
+    other.set("who", "rank 1")
+    assert store.get("who") == b"rank 1" and "127.0.0.1" in heard_at([os.getpid()])
+    assert "0.0.0.0" not in heard_at([os.getpid()]) and "::" not in heard_at([os.getpid()])
+    with pytest.raises(RuntimeDied, match=r"127\.0\.0\.1:9: cannot be met at"):
+        join_store("127.0.0.1", 9, 2, 0.5)
+    with pytest.raises(RuntimeDied, match=r"203\.0\.113\.9: cannot be met at"):
+        serve_store("203.0.113.9", 2, 0.5)
