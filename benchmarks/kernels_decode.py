@@ -44,8 +44,8 @@ WORKSPACE = 64 << 20
 
 class Weight(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("tiles", "table", "code", "absmax2")),
-        ("offset", ctypes.c_float), ("format", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("group", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tiles", "table", "code", "absmax2", "offsets")),
+        ("format", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("group", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("n", "k", "block0", "block_row_stride")),
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ class Library:
             return None if tensor is None else tensor.data_ptr()
 
         weight = Weight(
-            data.data_ptr(), at(packed.table), at(packed.code), at(packed.absmax2), packed.offset, int(packed.format),
+            data.data_ptr(), at(packed.table), at(packed.code), at(packed.absmax2), at(packed.offsets), int(packed.format),
             int(packed.scale_dtype == torch.bfloat16), min(packed.group, 128), packed.n, packed.k, packed.block0, packed.block_stride,
         )  # fmt: skip
         i64, pointer = ctypes.c_int64, ctypes.c_void_p

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import statistics
@@ -33,13 +34,13 @@ PEERS = dict.fromkeys((Format.INT4, Format.INT4Z), "int4_g128_best_us") | dict.f
 PEERS |= {form: f"gguf_{form.name}_us" for form in (Format.Q4_K, Format.Q5_K, Format.Q6_K, Format.Q8_0)}
 COLD = 160e6
 COUNTERS = 65536
-TILES = [(256, 2), (128, 4), (128, 2), (64, 4), (64, 2), (32, 4), (32, 2), (16, 4), (16, 2)]
+TILES = [(256, 2), *((rows, groups) for rows in (128, 64, 32) for groups in (4, 3, 2)), (16, 4), (16, 2)]
 
 
 class Weight(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_void_p), ("table", ctypes.c_void_p), ("code", ctypes.c_void_p), ("absmax2", ctypes.c_void_p),
-        ("offset", ctypes.c_float), ("format", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("group", ctypes.c_int32),
+        ("offsets", ctypes.c_void_p), ("format", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("group", ctypes.c_int32),
         ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("block0", ctypes.c_int64), ("block_row_stride", ctypes.c_int64),
     ]  # fmt: skip
 
@@ -92,8 +93,9 @@ class Linear:
     def struct(self, data: torch.Tensor | None = None) -> Weight:
         t = self.tiles
         group = t.group if t.group in ops.GROUPS or t.format == Format.Q6_K else 128
-        pointers = [0 if side is None else side.data_ptr() for side in (t.data if data is None else data, t.table, t.code, t.absmax2)]
-        return Weight(*pointers, t.offset, int(t.format), TYPES[t.scale_dtype], group, t.n, t.k, t.block0, t.block_stride)
+        sides = (t.data if data is None else data, t.table, t.code, t.absmax2, t.offsets)
+        pointers = [0 if side is None else side.data_ptr() for side in sides]
+        return Weight(*pointers, int(t.format), TYPES[t.scale_dtype], group, t.n, t.k, t.block0, t.block_stride)
 
 
 class Library:
@@ -134,10 +136,10 @@ def configs(tiles: list[tuple[int, int]], modes: set[str], m: int | None = None)
     for tile, groups in tiles:
         if m is not None and not (tile >= min(m, 128) and tile <= max(m, 16)):
             continue
-        for split in (0, -1, -2, 1, 2, 3, 4, 5, 6, 7, 8):
-            for flags in (0, 1) if split <= 0 else (0,):
+        for split in (0, -1, -2, -3, 1, 2, 3, 4, 5, 6, 7, 8):
+            for flags, blocks in itertools.product((0, 1) if split <= 0 else (0,), (0, 3, 7, 40) if split == -3 else (0,)):
                 if ("split" if split > 0 else "pair" if flags else "plain") in modes:
-                    yield Config(2, tile, groups, split, flags)
+                    yield Config(2, tile, groups | blocks << 8, split, flags)
 
 
 def check(library: Library, tiles: list[tuple[int, int]], modes: set[str], forms: list[Format]) -> int:
@@ -249,7 +251,9 @@ def launcher(library: Library, weights: list[Weight], x: torch.Tensor, y: torch.
 
 def name(config: Config) -> str:
     mode = "split" + str(config.c) if config.c > 0 else "stream" if config.c == 0 else "whole" if config.c == -1 else "late"
-    return f"{config.a}x{config.b * 64} {mode}{' pair' if config.d & 1 else ''}{' pdl' if config.d & 2 else ''}"
+    if config.c == -3:
+        mode = f"even {config.b >> 8 or 'all'}"
+    return f"{config.a}x{(config.b & 255) * 64} {mode}{' pair' if config.d & 1 else ''}{' pdl' if config.d & 2 else ''}"
 
 
 def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[int, int]], modes: set[str], form: Format) -> None:
@@ -288,7 +292,7 @@ def measure(library: Library, args: argparse.Namespace, tile_list: list[tuple[in
             results = []
             for config in configs(tile_list, modes, m):
                 config.d |= 2 * args.dependent
-                tile_n = config.b * 64 * (2 if config.d & 1 else 1)
+                tile_n = (config.b & 255) * 64 * (2 if config.d & 1 else 1)
                 parts = math.ceil(m / config.a) * math.ceil(n / tile_n) * max(config.c, 1)
                 if (config.c > 1 and parts > 160) or config.c > k // 256:
                     continue

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #define QK_UNSUPPORTED (-1)
+#define QK_INTERFACE 2  // of this header and the others that Python calls; one more with each change of what a function takes
 #define QK_COUNTER_BYTES 65536  // of the workspace: zero at first, and left zero by every kernel
 
 enum QkType { QK_FP16 = 0, QK_BF16 = 1 };
@@ -15,12 +16,14 @@ enum QkKernel { QK_RULE = 0, QK_MMA = 1, QK_WGMMA = 2, QK_GEMV = 3 };
 extern "C" {
 #endif
 
+int quantkit_interface(void);  // QK_INTERFACE of the sources that the library was built from
+
 typedef struct QkWeight {
   const void* tiles;    // see tiles.cuh; 128-byte aligned
   const void* table;    // float[16]: what a 4-bit index stands for; NF4, NF4N
   const void* code;     // float[256]: what an absmax code stands for; NF4N
   const void* absmax2;  // float[]: NF4N; as long as the largest block index of the padded matrix asks for
-  float offset;         // added to an absmax; NF4N
+  const void* offsets;  // float[ceil(n / 64)]: added to an absmax of 64 rows; NF4N
   int32_t format;       // QkFormat
   int32_t scale_type;   // QkType of INT4's and INT4Z's scales
   int32_t group;        // columns that share a scale within a tile: 32, 64 or 128 (which also stands for anything longer);

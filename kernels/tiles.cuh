@@ -7,7 +7,8 @@
 // mma.m16n8k16's A (rows of W) for rows 16w to 16w + 15, columns 64h + 16s to 64h + 16s + 15:
 //   r0 = 16w + lane / 4, r1 = r0 + 8, k0 = 64h + 16s + 2 (lane % 4)
 //   pair p: 0 (r0; k0, k0 + 1)  1 (r1; k0, k0 + 1)  2 (r0; k0 + 8, k0 + 9)  3 (r1; k0 + 8, k0 + 9)
-//   its first element at bits 4p to 4p + 3, its second at bits 16 + 4p to 16 + 4p + 3.
+//   its first element at bits 4p to 4p + 3, its second at bits 16 + 4p to 16 + 4p + 3; NF4, NF4N: at bits 8p to 8p + 3 and 8p + 4 to 8p + 7,
+//   as both are looked up at once.
 // Plane, Q5_K (bit 4 of a code): words [w][h][lane]; step s, pair p: first element at bit 4p + s, second at bit 16 + 4p + s.
 // Plane, Q6_K (bits 4 and 5):    words [w][h][lane][u 2], u = s / 2; first at bits 4p + 2 (s % 2) and the next, second 16 above.
 // Codes, Q8_0: [w][h][u 2][lane][e 2] x 8 bytes of int8, s = 2u + e: pair 0, pair 1, pair 2, pair 3. (A warp's 16-byte loads are contiguous.)
@@ -17,7 +18,7 @@
 //   INT4   scales [J][64] fp16 or bf16                       w = s (q - 8)
 //   INT4Z  scales [J][64], then zeros [J][64] uint8          w = s (q - z), z 0 to 16
 //   NF4    absmax [J][64] float                              w = table[q] absmax
-//   NF4N   absmax codes [2][64] uint8                        w = table[q] (code[c] absmax2[b >> 8] + offset)
+//   NF4N   absmax codes [2][64] uint8                        w = table[q] (code[c] absmax2[b >> 8] + offsets[row >> 6])
 //   Q4_K   [64][8] (uint8 sc, uint8 m), then [64] (fp16 d, fp16 dmin)   w = d sc q - dmin m, per 32 columns; Q5_K the same
 //   Q6_K   [64][16] int8 sc, then [64] fp16 d                w = d sc (q - 32), per 16 columns
 //   Q8_0   [4][64] fp16 d                                    w = d q, per 32 columns
@@ -241,7 +242,8 @@ __device__ __forceinline__ uint32_t absmax_codes(const uint8_t* tile, int j, int
 }
 __device__ __forceinline__ float nested_absmax(const QkWeight& weight, const float* code, uint32_t c, int64_t row, int64_t block) {
   const int64_t b = weight.block0 + row * weight.block_row_stride + block;
-  return __fadd_rn(__fmul_rn(code[c], static_cast<const float*>(weight.absmax2)[b >> 8]), weight.offset);
+  return __fadd_rn(__fmul_rn(code[c], static_cast<const float*>(weight.absmax2)[b >> 8]),
+                   static_cast<const float*>(weight.offsets)[row / ROWS]);
 }
 // Q4_K, Q5_K: (sc, m) of group j (low byte, high byte) for one row, and (d, dmin).
 template <class L>

@@ -45,7 +45,8 @@ struct Plan {
 
 template <class C>
 int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-  constexpr int WARPS = C::RB * C::NT <= 4 || C::WK == 16 ? 16 : 8;  // 128 registers a thread, or 255
+  // 16 warps have 128 registers a thread, 8 have 255, which the formats of super-blocks need sooner.
+  constexpr int WARPS = C::NT <= 2 || (C::RB <= 2 && !C::L::SUPER && C::F != QK_Q8_0) ? 16 : 8;
   const int warps = plan.teams * C::WK;
   if (warps > WARPS || plan.teams > 15) return QK_UNSUPPORTED;
   args.splits = plan.splits;
@@ -117,29 +118,24 @@ int launch(Args args, Plan plan, const Device& device, int64_t workspace_bytes, 
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// The shapes that are compiled: (rows of x / 8, 16-row blocks of a warp, warps of a team).
+// The shapes that are compiled: (rows of x / 8, 16-row blocks of a warp, warps of a team). Formats that take more instructions to unpack
+// do better with more warps of fewer rows.
 template <class T, int F, int G>
 int launch_format(const Args& args, const Plan& plan, const Device& device, int64_t workspace_bytes, cudaStream_t stream) {
-#define QK_TRY(NT, RB, WK) \
-  if (plan.columns == 8 * NT && plan.rb == RB && plan.wk == WK) \
-  return launch<Traits<T, F, G, NT, RB, WK>>(args, plan, device, workspace_bytes, stream)
-  QK_TRY(1, 2, 8);
-  QK_TRY(1, 2, 4);
-  QK_TRY(1, 4, 8);
-  QK_TRY(2, 2, 8);
-  QK_TRY(2, 2, 4);
-  QK_TRY(4, 2, 8);
-#ifdef QK_DECODE_ALL
-  if constexpr (F == QK_INT4 && G == 128 && std::is_same<T, __half>::value) {
-    QK_TRY(1, 4, 4);
-    QK_TRY(1, 2, 16);
-    QK_TRY(1, 1, 8);
-    QK_TRY(2, 4, 8);
-    QK_TRY(2, 4, 4);
-    QK_TRY(4, 4, 8);
-    QK_TRY(4, 4, 4);
+  constexpr bool LIGHT = F == QK_INT4 || F == QK_INT4Z;
+#define QK_TRY(WHERE, NT, RB, WK) \
+  if constexpr (WHERE) { \
+    if (plan.columns == 8 * NT && plan.rb == RB && plan.wk == WK) \
+      return launch<Traits<T, F, G, NT, RB, WK>>(args, plan, device, workspace_bytes, stream); \
   }
-#endif
+  QK_TRY(true, 1, 4, 8)
+  QK_TRY(true, 1, 2, 8)
+  QK_TRY(LIGHT, 1, 4, 4)
+  QK_TRY(!LIGHT, 1, 2, 4)
+  QK_TRY(true, 2, 2, 8)
+  QK_TRY(true, 2, 2, 4)
+  QK_TRY(LIGHT, 4, 4, 8)
+  QK_TRY(true, 4, 2, 8)
 #undef QK_TRY
   return QK_UNSUPPORTED;
 }

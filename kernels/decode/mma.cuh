@@ -65,7 +65,8 @@ struct Traits {
   // What only fp16 can hold is multiplied in fp16; then bf16 x is converted, times a power of two for each row.
   static constexpr bool CONVERT = LOOKUP || F == QK_Q8_0;
   // Columns between two scalings: few enough that x's fragments of them fit in registers.
-  static constexpr int FLUSH = L::GROUP < (NT == 8 ? 32 : 64) ? L::GROUP : (NT == 8 ? 32 : 64);
+  static constexpr int FLUSH = L::GROUP < 64 ? L::GROUP : L::GROUP == 128 && NT <= 2 ? 128 : 64;
+  static constexpr int SPAN = FLUSH == 128 ? 2 : 1;  // halves of codes loaded together
   // A slot of the ring: the item's rows of codes and planes, and all that follows them in the tile.
   static constexpr int CODES = L::CODES / PARTS, PLANE = L::PLANE / PARTS, REST = L::BYTES - L::SCALES_AT, SLOT = CODES + PLANE + REST;
   // An item's sums meet GT 8-row tiles of x at a time, so that a warp's fit its last slot: the floats of them that a thread finishes at a
@@ -213,17 +214,11 @@ __device__ __forceinline__ void bytes_to_fragment(uint2 bytes, uint32_t (&a)[4])
 
 // NF4: both values of a pair in one look-up. The table has a column for each lane, so that no two lanes ask one bank: [256][32] half2.
 __device__ __forceinline__ void look_up(uint32_t word, const uint8_t* table, uint32_t column, uint32_t (&a)[4]) {
-  const auto select = [](uint32_t low, uint32_t high) {
-    uint32_t d;  // (low & 0x0f0f0f0f) | (high & ~0x0f0f0f0f)
-    asm("lop3.b32 %0, %1, %2, 0x0f0f0f0f, 0xe4;" : "=r"(d) : "r"(low), "r"(high));
-    return d;
-  };
-  const uint32_t even = select(word, word >> 12), odd = select(word >> 4, word >> 16);  // bytes: pairs 0 and 2, pairs 1 and 3
   const auto entry = [&](uint32_t at) { return *reinterpret_cast<const uint32_t*>(table + and_or(at, 0x7f80u, column)); };
-  a[0] = entry(even << 7);
-  a[1] = entry(odd << 7);
-  a[2] = entry(even >> 1);
-  a[3] = entry(odd >> 1);
+  a[0] = entry(word << 7);
+  a[1] = entry(word >> 1);
+  a[2] = entry(word >> 9);
+  a[3] = entry(word >> 17);
 }
 
 template <class C>
@@ -240,47 +235,47 @@ __device__ void fill_table(const Args& args, uint8_t* table, int lane) {
   }
 }
 
-// `rows` of x and the block's columns into shared memory, beyond K zeros. What bulk copies bring is there when `barrier` says so.
+// `rows` of x and the block's columns into shared memory. By one warp, which sets the barriers of x's parts: each is there when its barrier
+// says so. What is left to fill_x are what 16 bytes at a time do not reach, and zeros beyond K.
 template <class C>
-__device__ void load_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t row0, int rows, int64_t column0, int columns) {
-  const int stride = C::x_stride(args.slice);
-  const int real = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns);
-  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
-  if (args.vectors) {
+__device__ void fetch_x(const Args& args, uint8_t* xs, uint32_t barrier, int64_t row0, int rows, int64_t column0, int columns, int lane) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x < 32) {
-      constexpr int CHUNK = C::WK * C::L::KC;
-      uint64_t policy;
-      asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-      const int whole = real > 0 ? real / 8 * 8 : 0, chunks = C::x_chunks(args.slice);
+  constexpr int CHUNK = C::WK * C::L::KC;
+  const int stride = C::x_stride(args.slice), whole = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns) / 8 * 8;
+  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
 #pragma unroll 1
-      for (int c = 0; c < chunks; ++c) {
-        const int bytes = max(min(whole - c * CHUNK, CHUNK), 0) * 2;
-        if (threadIdx.x == 0) barrier_expect(barrier + c * 8, bytes * rows);
-        if (bytes == 0) continue;
+  for (int c = 0; c < C::x_chunks(args.slice); ++c, barrier += 8) {
+    const int bytes = max(min(whole - c * CHUNK, CHUNK), 0) * 2;
+    if (lane == 0) barrier_expect(barrier, bytes * rows);
+    if (bytes == 0) continue;
 #pragma unroll 1
-        for (int r = threadIdx.x; r < rows; r += 32) {
-          bulk_copy(shared_address(xs + r * stride + c * CHUNK * 2), from + (r * args.ldx + c * CHUNK) * 2, bytes, barrier + c * 8, policy);
-        }
-      }
+    for (int r = lane; r < rows; r += 32) {
+      bulk_copy(shared_address(xs + r * stride + c * CHUNK * 2), from + (r * args.ldx + c * CHUNK) * 2, bytes, barrier, policy);
     }
-#else
-    for (int r = 0; r < rows; ++r) {
-      for (int i = threadIdx.x * 8; i + 8 <= real; i += blockDim.x * 8) {
-        *reinterpret_cast<uint4*>(xs + r * stride + i * 2) = *reinterpret_cast<const uint4*>(from + (r * args.ldx + i) * 2);
-      }
-    }
-#endif
   }
-  // What 16 bytes at a time do not reach, and the zeros.
-  const int start = args.vectors ? (real > 0 ? real / 8 * 8 : 0) : 0;
-  if (start < columns) {
+#endif
+}
+
+template <class C>
+__device__ void fill_x(const Args& args, uint8_t* xs, int64_t row0, int rows, int64_t column0, int columns) {
+  const int stride = C::x_stride(args.slice), real = static_cast<int>(args.k - column0 < columns ? args.k - column0 : columns);
+  const uint8_t* from = args.x + (row0 * args.ldx + column0) * 2;
+  int start = args.vectors && real > 0 ? real / 8 * 8 : 0;
+#if __CUDA_ARCH__ < 900
+  for (int r = 0; r < rows; ++r) {
+    for (int i = threadIdx.x * 8; i < start; i += blockDim.x * 8) {
+      *reinterpret_cast<uint4*>(xs + r * stride + i * 2) = *reinterpret_cast<const uint4*>(from + (r * args.ldx + i) * 2);
+    }
+  }
+#endif
+  if (start == columns) return;
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #pragma unroll 1
-      for (int i = start + threadIdx.x; i < columns; i += blockDim.x) {
-        *reinterpret_cast<uint16_t*>(xs + r * stride + i * 2) = i < real ? *reinterpret_cast<const uint16_t*>(from + (r * args.ldx + i) * 2) : 0;
-      }
+    for (int i = start + threadIdx.x; i < columns; i += blockDim.x) {
+      *reinterpret_cast<uint16_t*>(xs + r * stride + i * 2) = i < real ? *reinterpret_cast<const uint16_t*>(from + (r * args.ldx + i) * 2) : 0;
     }
   }
 }
@@ -334,13 +329,13 @@ __device__ __forceinline__ void load_absmax2(const Args& args, int64_t row0, int
 
 // And the absmax that they and the tile's codes stand for.
 template <class C>
-__device__ __forceinline__ void load_nested(const Args& args, const uint8_t* rest, int row_at, const float* code, const float (&absmax2)[2][2], int lane,
-                                            float (&nested)[2][2]) {
+__device__ __forceinline__ void load_nested(const uint8_t* rest, int row_at, const float* code, const float (&absmax2)[2][2], float offset,
+                                            int lane, float (&nested)[2][2]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const uint32_t codes = absmax_codes<typename C::L>(rest, j, row_at + rows_at(nested_block<C>(lane), lane));
-    nested[j][0] = code[codes & 0xff] * absmax2[j][0] + args.weight.offset;
-    nested[j][1] = code[codes >> 8] * absmax2[j][1] + args.weight.offset;
+    nested[j][0] = code[codes & 0xff] * absmax2[j][0] + offset;
+    nested[j][1] = code[codes >> 8] * absmax2[j][1] + offset;
   }
 }
 
@@ -363,19 +358,21 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
   }
   const float none[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int h = 0; h < L::HALVES; ++h) {
-    uint4 words[C::RB];
+  for (int span = 0; span < L::HALVES; span += C::SPAN) {
+    uint4 words[C::RB][C::SPAN];
     if constexpr (C::F != QK_Q8_0) {
 #pragma unroll
-      for (int w = 0; w < C::RB; ++w) words[w] = *reinterpret_cast<const uint4*>(slot + codes_at<L::KC>(w, h, lane));
+      for (int w = 0; w < C::RB; ++w)
+#pragma unroll
+        for (int h = 0; h < C::SPAN; ++h) words[w][h] = *reinterpret_cast<const uint4*>(slot + codes_at<L::KC>(w, span + h, lane));
     }
 #pragma unroll
-    for (int piece = 0; piece < 64 / PIECE; ++piece) {
+    for (int piece = 0; piece < 64 * C::SPAN / PIECE; ++piece) {
       uint4 b[PIECE / 32][C::NT];
 #pragma unroll
       for (int q = 0; q < PIECE / 32; ++q)
 #pragma unroll
-        for (int t = 0; t < C::NT; ++t) b[q][t] = load_matrices(x[t] + x_at + (h * 64 + piece * PIECE + q * 32) * 2);
+        for (int t = 0; t < C::NT; ++t) b[q][t] = load_matrices(x[t] + x_at + (span * 64 + piece * PIECE + q * 32) * 2);
       const auto fragment = [&](int step_of_piece, int t, uint32_t& b0, uint32_t& b1) {
         const uint4 v = b[step_of_piece >> 1][t];
         b0 = step_of_piece & 1 ? v.z : v.x;
@@ -383,11 +380,11 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
       };
 #pragma unroll
       for (int part = 0; part < PIECE / C::FLUSH; ++part) {
-        const int group = (h * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
+        const int group = (span * 64 + piece * PIECE + part * C::FLUSH) / L::GROUP;
         float sum[C::NT][4];
         if constexpr (C::ZERO || C::SUMS) {
           // The same warp has the same tiles in every item: it makes their sums once.
-          float* const kept = sums + ((h * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
+          float* const kept = sums + ((span * 64 + piece * PIECE) / C::FLUSH + part) * (8 * C::NT) + 2 * (lane & 3);
           if (!C::KEEP || first) {
 #pragma unroll
             for (int t = 0; t < C::NT; ++t) {
@@ -426,12 +423,13 @@ __device__ __forceinline__ void multiply_tile(const Args& args, const uint8_t* s
           }
 #pragma unroll
           for (int s = 0; s < STEPS; ++s) {
-            const int step = (piece * PIECE + part * C::FLUSH) / 16 + s;
+            const int in_span = (piece * PIECE + part * C::FLUSH) / 16 + s, step = in_span & 3, h = span + (in_span >> 2);
             uint32_t a[4];
             if constexpr (C::F == QK_Q8_0) {
               bytes_to_fragment(*reinterpret_cast<const uint2*>(slot + bytes_at(w, h, step >> 1, lane) + (step & 1) * 8), a);
             } else {
-              const uint32_t word = step == 0 ? words[w].x : step == 1 ? words[w].y : step == 2 ? words[w].z : words[w].w;
+              const uint4& four = words[w][in_span >> 2];
+              const uint32_t word = step == 0 ? four.x : step == 1 ? four.y : step == 2 ? four.z : four.w;
               if constexpr (C::LOOKUP) {
                 look_up(word, table, lane * 4, a);
               } else {
@@ -579,7 +577,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
   const int wk = warp % C::WK, team = warp / C::WK;
   const int split = blockIdx.x;
-  const int item_step = gridDim.y * args.teams, item0 = blockIdx.y * args.teams + team;
+  const int item_step = gridDim.y * args.teams, item0 = team * gridDim.y + blockIdx.y;  // so that all blocks have as many, give or take one
   const int tile0 = split * args.k_tiles / args.splits, tile1 = (split + 1) * args.k_tiles / args.splits;
   const uint32_t full = barriers + warp * args.stages * 8;
   const uint32_t x_full = barriers + args.teams * C::WK * args.stages * 8;
@@ -588,7 +586,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   int* const word = reinterpret_cast<int*>(control + (met - barriers) + (args.teams - team) * 16) + team;
   int* const places = word + (args.teams - team) + team * C::WK;
 
-  // The ring first: memory is busy while the rest is set up.
+  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * (8 * C::NT);
+  const int x_rows = args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows, columns = (tile1 - tile0) * L::KC;
+  const bool fetcher = args.vectors && threadIdx.x >= blockDim.x - 32;  // the last warp brings x
+
+  // The rings first: memory is busy while the rest is set up.
   uint8_t* const ring = memory + C::TABLE + C::CODE + warp * args.stages * C::SLOT;
   const int per_item = (tile1 - tile0 - wk + C::WK - 1) / C::WK;  // tiles of this warp
   uint64_t policy = 0;
@@ -596,11 +598,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   if (lane < args.stages) barrier_init(full + lane * 8, 1);
   if (lane == 0 && wk == 0) barrier_init(met, 1), barrier_init(met + 8, 1);
-  if (warp == 0) {
+  if (fetcher) {
 #pragma unroll 1
     for (int i = lane; i < C::x_chunks(args.slice); i += 32) barrier_init(x_full + i * 8, 1);
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  if (fetcher && !args.dependent) fetch_x<C>(args, xs, x_full, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns, lane);
   if (lane < args.stages && per_item > 0) {  // each lane fills a slot
     const int before = lane / per_item, item = item0 + before * item_step;
     if (item < args.items) {
@@ -639,10 +643,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
     asm volatile("griddepcontrol.wait;" ::: "memory");
   }
 #endif
-  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * (8 * C::NT);
-  const int columns = (tile1 - tile0) * L::KC;
-  load_x<C>(args, xs, x_full, row0, args.m - row0 < args.x_rows ? static_cast<int>(args.m - row0) : args.x_rows,
-            static_cast<int64_t>(tile0) * L::KC, columns);
+  if (fetcher && args.dependent) fetch_x<C>(args, xs, x_full, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns, lane);
+  fill_x<C>(args, xs, row0, x_rows, static_cast<int64_t>(tile0) * L::KC, columns);
   __syncthreads();
   if constexpr (C::CONVERT) {
     if (args.bf16) {
@@ -672,6 +674,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
   for (int item = item0; item < args.items; item += item_step, ++turn) {
     const int row_at = item % C::PARTS * (16 * C::RB);  // the item's rows in the sections that have something for every row
     const int64_t item_row = static_cast<int64_t>(item) * (16 * C::RB);
+    float offset = 0.f;
+    if constexpr (C::F == QK_NF4N) offset = __ldg(static_cast<const float*>(args.weight.offsets) + item / C::PARTS);
     float acc[C::RB][C::NT][4];
 #pragma unroll
     for (int w = 0; w < C::RB; ++w)
@@ -690,7 +694,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) multiply(const __grid_constant_
       if (turn == 0 && args.vectors) barrier_wait(x_full + i * 8, 0);
 #endif
       barrier_wait(full + slot * 8, parity);
-      if constexpr (C::F == QK_NF4N) load_nested<C>(args, rest, row_at, reinterpret_cast<const float*>(table + C::TABLE), absmax2, lane, nested);
+      if constexpr (C::F == QK_NF4N) load_nested<C>(rest, row_at, reinterpret_cast<const float*>(table + C::TABLE), absmax2, offset, lane, nested);
       multiply_tile<C>(args, here, rest, row_at, x, (tile - tile0) * (L::KC * 2),
                        sums + (tile - tile0) * (L::KC / C::FLUSH) * (8 * C::NT), turn == 0, table, nested, lane, acc);
       __syncwarp();

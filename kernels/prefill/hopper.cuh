@@ -56,6 +56,12 @@ __device__ __forceinline__ bool barrier_try(uint32_t bar, uint32_t parity) {
 #endif
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) { QK_SPIN(barrier_try(bar, parity)); }
 
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {  // what others wrote before it can be read after it
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // Named barriers of some warps of a block.
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

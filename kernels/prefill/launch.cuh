@@ -10,7 +10,8 @@ namespace qk {
 struct Call {
   Work work;
   int x_type, m_tile, groups, splits;
-  bool pair, dependent, whole, late;
+  int workers;  // at most so many; 0: as many as run at once
+  bool pair, dependent, whole, late, even;
   int64_t ldx, k, workspace_bytes;
   const void* x;
   cudaStream_t stream;
@@ -54,7 +55,7 @@ inline int processors() {
 
 template <class T, int F, int G, class S>
 int prefill_launch(const Call& call) {
-  using R = Rings<S, Tile<F, G>>;
+  using R = Rings<S, Tile<F, G>, TABLE_BYTES<F>>;
   Work work = call.work;
   work.pair = call.pair ? 2 : 1;
   work.splits = call.splits;
@@ -68,12 +69,17 @@ int prefill_launch(const Call& call) {
     if (work.pair > 1 || work.splits > 8 || work.splits > work.k_tiles) return QK_UNSUPPORTED;
     blocks = tiles * work.splits;
     work.workers = work.cut = 0;
+    work.sharers = 1;
   } else {
-    const int most = processors() * S::OCC / work.pair;
+    int most = processors() * S::OCC / work.pair;
+    if (call.workers && call.workers < most) most = call.workers;
+    work.even = call.even;
     work.workers = static_cast<int>(tiles * work.k_tiles < most ? tiles * work.k_tiles : most);
     const int64_t rest = tiles % work.workers;
-    work.cut = static_cast<int>(call.whole || rest == 0 ? 0 : tiles < work.workers || call.late ? rest : rest + work.workers);
+    work.cut = static_cast<int>(call.whole || rest == 0 ? 0 : tiles < work.workers || call.late || call.even ? rest : rest + work.workers);
     if (work.cut == 0 && tiles < work.workers) work.workers = static_cast<int>(tiles);
+    const int64_t shared = static_cast<int64_t>(work.cut) * work.k_tiles;
+    work.sharers = shared > 0 && shared < work.workers ? static_cast<int>(shared) : work.workers;
     blocks = static_cast<int64_t>(work.workers) * work.pair;
     if (work.cut && (call.workspace_bytes < QK_COUNTER_BYTES + blocks * 2 * S::WGS * 64 * S::MT * 4 ||
                      work.cut * work.pair * S::WGS * 4 > QK_COUNTER_BYTES)) {

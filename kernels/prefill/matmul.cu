@@ -1,7 +1,7 @@
 // quantkit_matmul_wgmma: checks a call and hands it to its format's kernels.
 //
 // QkConfig: a = rows of y in a tile, b = warpgroups (64 rows of W each), c = 0: persistent, stream-K over the last one to two rounds of tiles;
-// -2: over the last, partial round alone; -1: whole tiles only; 1 to 8: a cluster of c blocks shares K. d: bit 0: clusters of two share x by multicast (c <= 0 only); bit 1: programmatic dependent
+// -2: over the last, partial round alone; -3: the same, but all who share a tile add up a part of it; -1: whole tiles only; 1 to 8: a cluster of c blocks shares K. d: bit 0: clusters of two share x by multicast (c <= 0 only); bit 1: programmatic dependent
 // launch, in which W is read before the kernel before has ended.
 #include "launch.cuh"
 
@@ -10,15 +10,10 @@ namespace {
 // Without a table of measurements: tiles as high as m asks for; where they are too few for the multiprocessors, clusters share K.
 QkConfig rule(const qk::Call& call) {
   const int64_t m = call.work.m, strips = (call.work.strips + 1) / 2, few = qk::processors();
-  QkConfig config = {QK_WGMMA, 256, 2, -1, 0};
-  for (const int tile : {64, 128}) {
-    if (m <= tile) {
-      config.a = tile;
-      break;
-    }
-  }
+  QkConfig config = {QK_WGMMA, 16, 2, -1, 2};
+  while (config.a < m && config.a < 256) config.a *= 2;
   if (config.a == 256 && (m + 255) / 256 * strips * 10 < few * 8) config.a = 128;
-  const int64_t tiles = (m + config.a - 1) / config.a * strips, room = config.a == 64 ? 2 * few : few;
+  const int64_t tiles = (m + config.a - 1) / config.a * strips, room = config.a <= 64 ? 2 * few : few;
   if (tiles > room) return config;
   for (config.c = 8; config.c > 1; --config.c) {  // a cluster lies within a group of 16 to 18 multiprocessors
     if (tiles * config.c * 10 <= room * 8 && 2 * config.c <= call.work.k_tiles) break;
@@ -55,10 +50,12 @@ extern "C" int quantkit_matmul_wgmma(const QkWeight* weight, const void* x, int6
   call.stream = stream;
   const QkConfig chosen = config && config->kernel == QK_WGMMA ? *config : rule(call);
   call.m_tile = chosen.a;
-  call.groups = chosen.b;
+  call.groups = chosen.b & 255;
+  call.workers = chosen.b >> 8;
   call.splits = chosen.c > 0 ? chosen.c : 0;
   call.whole = chosen.c == -1;
   call.late = chosen.c == -2;
+  call.even = chosen.c == -3;
   call.pair = chosen.d & 1;
   call.dependent = chosen.d & 2;
   switch (weight->format) {

@@ -24,14 +24,14 @@ struct Shape {
   static constexpr int CONSUMER = (ENTRY * (WGS + 1) - PRODUCER) / WGS / 8 * 8;
   static constexpr int ROWS_BLOCK = WGS * 64;
   static constexpr int BK = MT >= 128 ? 64 : 128;  // columns in a stage of x
-  static constexpr int BUFFERS = WGS * OCC == 2 ? 4 : 2;  // fragments, all but one of which are being multiplied
-  static constexpr int LOADS = WGS * OCC == 2 && MT < 192 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
+  static constexpr int BUFFERS = WGS * OCC <= 3 || MT <= 32 ? 4 : 2;  // fragments, all but one of which are being multiplied
+  static constexpr int LOADS = WGS * OCC == 2 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
   static constexpr int STEP = MT < 32 ? MT : 32;   // rows of y staged at a time
 };
 
-template <class S, class L>
+template <class S, class L, int TABLE>
 struct Rings {
-  static constexpr int BUDGET = (S::OCC == 1 ? MAX_SHARED : (233472 / S::OCC - 1024) / 128 * 128) - 512;
+  static constexpr int BUDGET = (S::OCC == 1 ? MAX_SHARED : (233472 / S::OCC - 1024) / 128 * 128) - 512 - TABLE;
   static constexpr int TILE = (L::BYTES + 127) / 128 * 128;
   static constexpr int A = S::WGS * TILE;
   static constexpr int B = S::MT * S::BK * 2;
@@ -42,7 +42,8 @@ struct Rings {
   static constexpr int SA = EVEN < 2 ? 2 : EVEN > 8 ? 8 : EVEN;
   static constexpr int MOST = (LEFT - SA * A) / B;
   static constexpr int SB = MOST > 16 ? 16 : MOST;
-  static constexpr int B_AT = 0, A_AT = SB * B, STAGING_AT = A_AT + SA * A, BARS_AT = STAGING_AT + STAGING;
+  static constexpr int B_AT = 0, A_AT = SB * B, STAGING_AT = A_AT + SA * A, TABLE_AT = STAGING_AT + STAGING,
+                       BARS_AT = TABLE_AT + TABLE;
   static constexpr int BYTES = BARS_AT + 512;
   static_assert(SB >= (S::BK == 64 ? 4 : 2) && 2 * (SA + SB) * 8 + 64 <= 512, "rings");
   static_assert(BYTES <= MAX_SHARED, "shared memory");
@@ -59,8 +60,10 @@ struct Work {
   int64_t n, m;
   int strips, k_tiles, tiles_m, tiles_n, group_m;
   int workers;  // blocks, or pairs of blocks
-  int cut;      // the first tiles of y, shared out evenly over the workers by stream-K
+  int cut;      // the first tiles of y, shared out evenly by stream-K
+  int sharers;  // workers that have a part of these
   int pair;     // 1, or 2: the cluster shares x
+  int even;     // who shares a tile adds up a part of it each, when all have done theirs; else whoever comes last adds up all
   int splits;   // 0: persistent; else the cluster shares K
   int mixed;    // scales are of the other 16-bit type
   QkWeight weight;
@@ -74,11 +77,11 @@ struct Schedule {
   int at, end, tile, step, tiles, k_tiles;
 
   static __device__ __forceinline__ int start(const Work& work, int worker) {
-    return static_cast<int>(static_cast<int64_t>(work.cut) * work.k_tiles * worker / work.workers);
+    return static_cast<int>(static_cast<int64_t>(work.cut) * work.k_tiles * min(worker, work.sharers) / work.sharers);
   }
   // Whose part iteration i lies in.
   static __device__ __forceinline__ int owner(const Work& work, int i) {
-    return static_cast<int>((static_cast<int64_t>(i + 1) * work.workers - 1) / (static_cast<int64_t>(work.cut) * work.k_tiles));
+    return static_cast<int>((static_cast<int64_t>(i + 1) * work.sharers - 1) / (static_cast<int64_t>(work.cut) * work.k_tiles));
   }
   __device__ __forceinline__ explicit Schedule(const Work& work, int rank) : k_tiles(work.k_tiles) {
     tiles = work.tiles_m * work.tiles_n;
@@ -122,6 +125,9 @@ __device__ __forceinline__ void place(const Work& work, int tile, int& tile_m, i
   tile_m = g * work.group_m + r - tile_n * height;
 }
 
+// The same for all lanes: so says redux, whose result is in a uniform register, as wgmma wants a descriptor.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+
 struct Ring {
   uint32_t full, empty;  // addresses of the barriers of stage 0
   int stage;
@@ -135,20 +141,14 @@ struct Ring {
   }
 };
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  if constexpr (std::is_same<T, __half>::value) {
-    return bits_as<uint32_t>(__floats2half2_rn(a, b));
-  } else {
-    return bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
-  }
-}
-
 template <class T, int F, int G, class S>
 __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __grid_constant__ Work work) {
   using L = Tile<F, G>;
-  using R = Rings<S, L>;
-  constexpr int MT = S::MT, WGS = S::WGS, BK = S::BK, BOXES = BK / 64, BUFFERS = S::BUFFERS, STEP = S::STEP;
+  using R = Rings<S, L, TABLE_BYTES<F>>;
+  constexpr bool LIGHT = F == QK_INT4 || F == QK_INT4Z, BOOK = F == QK_NF4 || F == QK_NF4N;
+  // Who holds more registers has fewer fragments in flight, and loads later.
+  constexpr int BUFFERS = BOOK && S::OCC == 2 ? 2 : S::BUFFERS, AHEAD = !LIGHT && !BOOK ? 4 : BUFFERS == 4 ? 2 : 4;
+  constexpr int MT = S::MT, WGS = S::WGS, BK = S::BK, BOXES = BK / 64, STEP = S::STEP;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared), bars = base + R::BARS_AT;
   uint32_t* told = reinterpret_cast<uint32_t*>(shared + R::BARS_AT + 2 * (R::SA + R::SB) * 8);  // [WGS]
@@ -231,7 +231,11 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   float acc[MT / 2];
   uint32_t fragments[BUFFERS][4];
   Ring freed = ring_b;
-  Context<T, F> context(work.weight, work.mixed);
+  Context<T, F> context(work.weight, work.mixed, shared + R::TABLE_AT);
+  if constexpr (TABLE_BYTES<F> > 0) {
+    TableContext<T>::fill(work.weight, shared + R::TABLE_AT, group * 128 + thread, WGS * 128);
+    named_sync(8, WGS * 128);
+  }
   wait_for_grid();
 
   // Give back the oldest stage of x, to both blocks of a pair.
@@ -284,11 +288,14 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
         barrier_wait(second.full_bar(), second.phase);
       }
       const uint8_t* tile = shared + R::A_AT + ring_a.stage * R::A + group * R::TILE;
+      const uint32_t x_at[2] = {uniform(base + R::B_AT + ring_b.stage * R::B),
+                                BOXES == 1 ? uniform(base + R::B_AT + second.stage * R::B) : 0};
       const int half = L::KC == 128 ? 0 : 2 * (step % (L::KC / 128));
-      Slab<T, F, G> slab;
+      Slab<T, F, G> slabs[2];
+      slabs[0].load(context, tile, w, lane, half, 0);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {  // 16 columns at a time: a wgmma holds up its own warps' next, so what makes the fragments goes between
-        if (i % 4 == 0) slab.load(context, tile, w, lane, half + i / 4, i / 4);
+        if (i == AHEAD) slabs[1].load(context, tile, w, lane, half + 1, 1);
         wgmma_wait<BUFFERS - 1>();  // the wgmma BUFFERS ago is done: its fragment is free, and so is x when it was a stage's last
         if (i == BUFFERS - 1) free_x(step > 0);
         if (BOXES == 1 && i == BUFFERS + 3) free_x(true);
@@ -298,9 +305,8 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
           ring_a.advance(R::SA, ends);
         }
         uint32_t(&fragment)[4] = fragments[i % BUFFERS];
-        slab.values(context, i % 4, fragment);
-        const int stage = i < 4 ? ring_b.stage : second.stage;
-        const uint64_t b = b_descriptor(base + R::B_AT + stage * R::B + (i / 4 % BOXES) * MT * 128) + 2 * (i % 4);
+        slabs[i / 4].values(context, i % 4, fragment);
+        const uint64_t b = b_descriptor(BOXES == 1 ? x_at[i / 4] : x_at[0] + i / 4 * MT * 128) + 2 * (i % 4);
 #pragma unroll
         for (int p = 0; p < 4; ++p) asm volatile("" : "+r"(fragment[p])::"memory");  // made before the fence, not after it
         wgmma_fence();
@@ -337,14 +343,43 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
         return reinterpret_cast<float4*>(work.slots) +
                ((static_cast<int64_t>(worker * work.pair + rank) * 2 + second) * WGS + group) * (16 * MT) + thread;
       };
-      const uint32_t others = last - first;
-      if (thread == 0) told[group] = *reinterpret_cast<volatile uint32_t*>(counter);
-      named_sync(1 + group, 128);
-      bool finish = told[group] == others;
-      if (!finish) {
+      if (work.even) {
         float4* mine = slot(me);
 #pragma unroll
         for (int j = 0; j < MT / 8; ++j) __stcg(mine + j * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+        __threadfence();
+        named_sync(1 + group, 128);
+        if (thread == 0) atomicAdd(counter, 1);
+        continue;
+      }
+      const uint32_t others = last - first;
+      constexpr int CHUNK = MT / 8 < S::LOADS ? MT / 8 : S::LOADS;
+      auto write = [&] {
+        float4* mine = slot(me);
+#pragma unroll
+        for (int j = 0; j < MT / 8; ++j) __stcg(mine + j * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+      };
+      auto add = [&](const float4* from, bool fresh) {
+#pragma unroll
+        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
+          float4 v[CHUNK];
+#pragma unroll
+          for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + (j0 + i) * 128);
+#pragma unroll
+          for (int i = 0; i < CHUNK; ++i) {
+            float* a = acc + 4 * (j0 + i);
+            a[0] = (fresh ? 0.0f : a[0]) + v[i].x;
+            a[1] = (fresh ? 0.0f : a[1]) + v[i].y;
+            a[2] = (fresh ? 0.0f : a[2]) + v[i].z;
+            a[3] = (fresh ? 0.0f : a[3]) + v[i].w;
+          }
+        }
+      };
+      if (thread == 0) told[group] = *reinterpret_cast<volatile uint32_t*>(counter);
+      named_sync(1 + group, 128);
+      bool finish = told[group] == others;
+      if (!finish || others > 1) write();
+      if (!finish) {
         __threadfence();
         named_sync(1 + group, 128);
         if (thread == 0) told[group] = atomicAdd(counter, 1);
@@ -356,53 +391,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
       __threadfence();
       if (thread == 0) *counter = 0;
       if (others == 1) {
-        constexpr int CHUNK = MT / 8 < S::LOADS ? MT / 8 : S::LOADS;
-        const float4* from = slot(me == first ? last : first);
-#pragma unroll
-        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
-          float4 v[CHUNK];
-#pragma unroll
-          for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + (j0 + i) * 128);
-#pragma unroll
-          for (int i = 0; i < CHUNK; ++i) {
-            float* a = acc + 4 * (j0 + i);
-            a[0] += v[i].x;
-            a[1] += v[i].y;
-            a[2] += v[i].z;
-            a[3] += v[i].w;
-          }
-        }
-      } else {
-        constexpr int CHUNK = MT / 8 < S::LOADS / 2 ? MT / 8 : S::LOADS / 2;
-#pragma unroll
-        for (int j0 = 0; j0 < MT / 8; j0 += CHUNK) {
-          float sum[4 * CHUNK];
-#pragma unroll
-          for (int i = 0; i < 4 * CHUNK; ++i) sum[i] = 0.0f;
-          for (int c = first; c <= last; ++c) {
-            float4 v[CHUNK];
-            if (c != me) {
-              const float4* from = slot(c) + j0 * 128;
-#pragma unroll
-              for (int i = 0; i < CHUNK; ++i) v[i] = __ldcg(from + i * 128);
-            } else {
-#pragma unroll
-              for (int i = 0; i < CHUNK; ++i) {
-                const float* a = acc + 4 * (j0 + i);
-                v[i] = make_float4(a[0], a[1], a[2], a[3]);
-              }
-            }
-#pragma unroll
-            for (int i = 0; i < CHUNK; ++i) {
-              sum[4 * i] += v[i].x;
-              sum[4 * i + 1] += v[i].y;
-              sum[4 * i + 2] += v[i].z;
-              sum[4 * i + 3] += v[i].w;
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < 4 * CHUNK; ++i) acc[4 * j0 + i] = sum[i];
-        }
+        add(slot(me == first ? last : first), false);
+      } else {  // in the order of K, whoever finishes: its own part too comes back from the workspace
+        for (int c = first; c <= last; ++c) add(slot(c), c == first);
       }
     }
 
@@ -414,6 +405,52 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
         for (int t = 0; t < STEP; t += 16) stage(acc + (t0 + t) / 2, t, bias0, bias1);
         named_sync(1 + group, 128);
         copy_out(m0 + t0, STEP, n0);
+      }
+    }
+  }
+
+  if (work.even && work.cut) {
+    const int me = blockIdx.x / work.pair, begin = Schedule::start(work, me), end = Schedule::start(work, me + 1);
+    for (int tile = begin / work.k_tiles; tile * work.k_tiles < end; ++tile) {
+      const int first = Schedule::owner(work, tile * work.k_tiles), last = Schedule::owner(work, (tile + 1) * work.k_tiles - 1);
+      const int parts = last - first + 1;
+      if (parts == 1) continue;
+      uint32_t* counter = work.counters + (tile * work.pair + rank) * WGS + group;
+      if (thread == 0) {  // all blocks run at once, and each has left its parts before it waits for others
+        QK_SPIN(load_acquire(counter) >= static_cast<uint32_t>(parts));
+        if (atomicAdd(counter, 1) == static_cast<uint32_t>(2 * parts - 1)) *counter = 0;  // all have seen it
+      }
+      named_sync(1 + group, 128);
+      int tile_m, tile_n;
+      place(work, tile, tile_m, tile_n);
+      const int64_t m0 = static_cast<int64_t>(tile_m) * MT;
+      const int64_t n0 = (static_cast<int64_t>(tile_n * work.pair + (work.pair > 1 ? rank : 0)) * WGS + group) * 64;
+      const int64_t row = n0 + 16 * w + lane / 4;
+      const float bias0 = bias && row < work.n ? static_cast<float>(bias[row]) : 0.0f;
+      const float bias1 = bias && row + 8 < work.n ? static_cast<float>(bias[row + 8]) : 0.0f;
+      const int j0 = MT / 8 * (me - first) / parts, j1 = MT / 8 * (me - first + 1) / parts;
+      const float4* slots = reinterpret_cast<const float4*>(work.slots) + thread;
+      const bool second = Schedule::start(work, first) < tile * work.k_tiles;
+      for (int j = j0; j < j1; j += STEP / 8) {
+        if (m0 + 8 * j >= work.m) break;
+        float a[STEP / 2] = {};
+#pragma unroll 2
+        for (int c = first; c <= last; ++c) {  // in the order of K
+          const float4* from = slots + ((static_cast<int64_t>(c * work.pair + rank) * 2 + (c == first && second)) * WGS + group) * (16 * MT) + j * 128;
+#pragma unroll
+          for (int i = 0; i < STEP / 8; ++i) {
+            const float4 v = j + i < j1 ? __ldcg(from + i * 128) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            a[4 * i] += v.x;
+            a[4 * i + 1] += v.y;
+            a[4 * i + 2] += v.z;
+            a[4 * i + 3] += v.w;
+          }
+        }
+        named_sync(1 + group, 128);
+#pragma unroll
+        for (int t = 0; t < STEP; t += 16) stage(a + t / 2, t, bias0, bias1);
+        named_sync(1 + group, 128);
+        copy_out(m0 + 8 * j, min(STEP, 8 * (j1 - j)), n0);
       }
     }
   }

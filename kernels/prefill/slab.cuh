@@ -19,7 +19,7 @@ struct Scale<__half> {
   __half2 high;
   __device__ __forceinline__ void set(float s) { high = __float2half2_rn(s); }
   __device__ __forceinline__ __half2 times(__half2 q) const { return __hmul2(q, high); }
-  __device__ __forceinline__ __half2 times_plus(__half2 q, __half2 c) const { return __hfma2(q, high, c); }
+  __device__ __forceinline__ __half2 times_plus(__half2 q, const Scale& c) const { return __hfma2(q, high, c.high); }
 };
 template <>
 struct Scale<__nv_bfloat16> {
@@ -29,58 +29,67 @@ struct Scale<__nv_bfloat16> {
     low = __float2bfloat162_rn(s - __low2float(high));
   }
   __device__ __forceinline__ __nv_bfloat162 times(__nv_bfloat162 q) const { return __hfma2(q, high, __hmul2(q, low)); }
-  __device__ __forceinline__ __nv_bfloat162 times_plus(__nv_bfloat162 q, __nv_bfloat162 c) const {
-    return __hfma2(q, high, __hfma2(q, low, c));
+  __device__ __forceinline__ __nv_bfloat162 times_plus(__nv_bfloat162 q, const Scale& c) const {
+    return __hadd2(__hfma2(q, high, c.high), __hfma2(q, low, c.low));
   }
 };
-__device__ __forceinline__ void set_both(__half2& to, float c) { to = __float2half2_rn(c); }
-__device__ __forceinline__ void set_both(__nv_bfloat162& to, float c) { to = __float2bfloat162_rn(c); }
 
 // What a lane keeps for a launch, for its rows of a tile of y (rows), and for 128 columns (columns).
 template <class T, int F>
 struct Context {
   bool mixed;  // the scales are stored as the other 16-bit type
-  __device__ __forceinline__ Context(const QkWeight&, bool mixed) : mixed(mixed) {}
+  __device__ __forceinline__ Context(const QkWeight&, bool mixed, const uint8_t*) : mixed(mixed) {}
   __device__ __forceinline__ void rows(const QkWeight&, int64_t) {}
   __device__ __forceinline__ void columns(const QkWeight&, int) {}
 };
 
-// The 16 entries of a table in T, cut into their low and their high bytes.
+// A table of pairs: half2 or bfloat162 of entries (i & 15, i >> 4), a copy for each lane, so that no two lanes ask one bank: [256][32].
+// Behind it NF4N's 256 floats. The consumers fill it, when the first tiles are on their way.
+constexpr int PAIR_TABLE = 256 * 32 * 4, CODE_TABLE = 256 * 4;
+template <int F>
+constexpr int TABLE_BYTES = F == QK_NF4N ? PAIR_TABLE + CODE_TABLE : F == QK_NF4 ? PAIR_TABLE : 0;
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return bits_as<uint32_t>(__floats2half2_rn(a, b));
+  } else {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
+  }
+}
+
 template <class T>
 struct TableContext {
-  uint32_t low[4], high[4];
-  __device__ __forceinline__ TableContext(const QkWeight& weight, bool) {
-    const float4* table = static_cast<const float4*>(weight.table);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 v = __ldg(table + i);
-      two_t<T> ab, cd;
-      if constexpr (std::is_same<T, __half>::value) {
-        ab = __floats2half2_rn(v.x, v.y);
-        cd = __floats2half2_rn(v.z, v.w);
-      } else {
-        ab = __floats2bfloat162_rn(v.x, v.y);
-        cd = __floats2bfloat162_rn(v.z, v.w);
-      }
-      low[i] = __byte_perm(bits_as<uint32_t>(ab), bits_as<uint32_t>(cd), 0x6420);
-      high[i] = __byte_perm(bits_as<uint32_t>(ab), bits_as<uint32_t>(cd), 0x7531);
-    }
-  }
+  const uint8_t* table;
+  uint32_t column;  // the lane's
+  __device__ __forceinline__ TableContext(const QkWeight&, bool, const uint8_t* table) : table(table), column(threadIdx.x % 32 * 4) {}
   __device__ __forceinline__ void rows(const QkWeight&, int64_t) {}
   __device__ __forceinline__ void columns(const QkWeight&, int) {}
 
-  // Four indices, in the nibbles of the low half of `four` -> pairs (0, 1) and (2, 3).
-  __device__ __forceinline__ void look_up(uint32_t four, two_t<T>& first, two_t<T>& second) const {
-    const uint32_t of_eight = four & 0x7777u, which = and_or(four >> 1, 0x4444u, 0x3210u);
-    const uint32_t l = __byte_perm(__byte_perm(low[0], low[1], of_eight), __byte_perm(low[2], low[3], of_eight), which);
-    const uint32_t h = __byte_perm(__byte_perm(high[0], high[1], of_eight), __byte_perm(high[2], high[3], of_eight), which);
-    first = bits_as<two_t<T>>(__byte_perm(l, h, 0x5140));
-    second = bits_as<two_t<T>>(__byte_perm(l, h, 0x7362));
+  // By all of `threads`, whole warps: a warp writes an entry for every lane.
+  static __device__ __forceinline__ void fill(const QkWeight& weight, uint8_t* table, int thread, int threads) {
+    const float entry = __ldg(static_cast<const float*>(weight.table) + (thread & 15));
+#pragma unroll 4
+    for (int i = thread; i < 8192; i += threads) {
+      const int both = i >> 5;
+      reinterpret_cast<uint32_t*>(table)[i] =
+          pack<T>(__shfl_sync(0xffffffffu, entry, both & 15), __shfl_sync(0xffffffffu, entry, both >> 4));
+    }
+    if (weight.format == QK_NF4N) {
+      float* code = reinterpret_cast<float*>(table + PAIR_TABLE);
+      for (int i = thread; i < 256; i += threads) code[i] = __ldg(static_cast<const float*>(weight.code) + i);
+    }
+  }
+
+  __device__ __forceinline__ two_t<T> entry(uint32_t at) const {
+    return *reinterpret_cast<const two_t<T>*>(table + and_or(at, 0x7f80u, column));
   }
   // The four pairs of a word of codes.
   __device__ __forceinline__ void look_up(uint32_t word, two_t<T> (&out)[4]) const {
-    look_up((word & 0x0f0f0f0fu) | ((word >> 12) & 0xf0f0f0f0u), out[0], out[2]);
-    look_up(((word >> 4) & 0x0f0f0f0fu) | ((word >> 16) & 0xf0f0f0f0u), out[1], out[3]);
+    out[0] = entry(word << 7);
+    out[1] = entry(word >> 1);
+    out[2] = entry(word >> 9);
+    out[3] = entry(word >> 17);
   }
 };
 template <class T>
@@ -89,18 +98,21 @@ struct Context<T, QK_NF4> : TableContext<T> {
 };
 template <class T>
 struct Context<T, QK_NF4N> : TableContext<T> {
-  int64_t first[2];   // block of column 0 of the lane's two rows
+  int first[2];       // block of column 0 of the lane's two rows
   float outer[2][2];  // second-level scale, of each slab's each row
-  const float* code;
   float offset;
-  __device__ __forceinline__ Context(const QkWeight& weight, bool mixed)
-      : TableContext<T>(weight, mixed), code(static_cast<const float*>(weight.code)), offset(weight.offset) {}
+  __device__ __forceinline__ Context(const QkWeight& weight, bool mixed, const uint8_t* table)
+      : TableContext<T>(weight, mixed, table) {}
   __device__ __forceinline__ float absmax(uint32_t c, int slab, int row) const {
-    return __fadd_rn(__fmul_rn(__ldg(code + c), outer[slab][row]), offset);
+    const float of_code = reinterpret_cast<const float*>(this->table + PAIR_TABLE)[c];
+    return __fadd_rn(__fmul_rn(of_code, outer[slab][row]), offset);
   }
   __device__ __forceinline__ void rows(const QkWeight& weight, int64_t row) {
-    first[0] = weight.block0 + row * weight.block_row_stride;
-    first[1] = first[0] + 8 * weight.block_row_stride;
+    const int64_t last = (weight.n + ROWS - 1) / ROWS - 1;  // as the tiles of what lies beyond are those of the last strip
+    if (row / ROWS > last) row = last * ROWS + row % ROWS;
+    offset = __ldg(static_cast<const float*>(weight.offsets) + row / ROWS);
+    first[0] = static_cast<int>(weight.block0 + row * weight.block_row_stride);
+    first[1] = first[0] + 8 * static_cast<int>(weight.block_row_stride);
   }
   __device__ __forceinline__ void columns(const QkWeight& weight, int block) {
 #pragma unroll
@@ -201,8 +213,7 @@ struct MinSlab {
   using L = Tile<F, G>;
   uint4 codes;
   uint32_t plane;
-  Scale<T> scales[2][2];
-  two_t<T> shifts[2][2];
+  Scale<T> scales[2][2], shifts[2][2];
 
   __device__ __forceinline__ void load(const Context<T, F>&, const uint8_t* tile, int w, int lane, int h, int) {
     codes = load_codes<F, G>(tile, w, lane, h);
@@ -216,7 +227,7 @@ struct MinSlab {
       for (int i = 0; i < 2; ++i) {
         const float s = d.x * static_cast<float>((two >> 16 * i) & 0xff);
         scales[i][r].set(s);
-        set_both(shifts[i][r], (F == QK_Q5_K ? 16.0f : 8.0f) * s - d.y * static_cast<float>((two >> (16 * i + 8)) & 0xff));
+        shifts[i][r].set((F == QK_Q5_K ? 16.0f : 8.0f) * s - d.y * static_cast<float>((two >> (16 * i + 8)) & 0xff));
       }
     }
   }

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(WARPS * 32) dequantize(const QkWeight weight, 
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const float absmax = p & 1 ? packed.absmax[j].y : packed.absmax[j].x;
-          const float low = table[(q >> 4 * p & 15) * 32 + lane], high = table[(q >> (4 * p + 16) & 15) * 32 + lane];
+          const float low = table[(q >> 8 * p & 15) * 32 + lane], high = table[(q >> (8 * p + 4) & 15) * 32 + lane];
           v[s][p] = rounded(low * absmax, high * absmax, T());
         }
       } else if constexpr (DIRECT) {

@@ -28,6 +28,8 @@ VARIABLE = "QUANTKIT_KERNELS"
 DESCRIPTION = "CMakeLists.txt"
 SUFFIXES = (".cu", ".cuh", ".h", ".txt")
 """Of the files that make the library; others in ``kernels/`` are no part of it."""
+INTERFACE = 2
+"""QK_INTERFACE of ``kernels/quantkit.h``: of what the functions take that this version calls."""
 HINT = "quantkit doctor --build-kernels"
 TOOLKIT = "a CUDA toolkit, 12 or later"
 MAX_BYTES = 256 << 20
@@ -193,9 +195,13 @@ def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
 @cache
 def _load(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise MachineError(str(path), f"cannot be loaded ({error})", "a library built on this machine", HINT) from error
+    found = getattr(library, "quantkit_interface", None)
+    if found is None or found() != INTERFACE:
+        raise MachineError(str(path), "is of another version", "a library of this version of quantkit", HINT)
+    return library
 
 
 def load_library() -> ctypes.CDLL:

@@ -34,8 +34,7 @@ class Weight(ctypes.Structure):
     """``QkWeight`` of ``kernels/quantkit.h``."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("tiles", "table", "code", "absmax2")),
-        ("offset", ctypes.c_float),
+        *((name, _POINTER) for name in ("tiles", "table", "code", "absmax2", "offsets")),
         *((name, ctypes.c_int32) for name in ("format", "scale_type", "group")),
         *((name, _LONG) for name in ("n", "k", "block0", "block_row_stride")),
     )
@@ -89,21 +88,25 @@ def facts(tiles: Tiles) -> list[int]:
     return [int(tiles.format), TYPES[tiles.scale_dtype], group, tiles.n, tiles.k, tiles.block0, tiles.block_stride]
 
 
-def _tiles(data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Tensor | None, offset: float, numbers: list[int]) -> Tiles:
+def _tiles(
+    data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Tensor | None, offsets: Tensor | None, numbers: list[int]
+) -> Tiles:
     form, scale, group, n, k, block0, stride = numbers
     scales = next(dtype for dtype, number in TYPES.items() if number == scale)
     # A row of 128 columns or less may have one scale for all of it; unpacking asks for the group's true length.
     whole = min(group, k) if group == 128 else group
-    return Tiles(data, Format(form), n, k, whole, scales, table, code, absmax2, offset, block0, stride)
+    return Tiles(data, Format(form), n, k, whole, scales, table, code, absmax2, offsets, block0, stride)
 
 
-def _weight(data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Tensor | None, offset: float, numbers: list[int]) -> Weight:
-    side = (None if part is None else part.data_ptr() for part in (table, code, absmax2))
-    return _described(data.data_ptr(), *side, offset, *numbers)
+def _weight(
+    data: Tensor, table: Tensor | None, code: Tensor | None, absmax2: Tensor | None, offsets: Tensor | None, numbers: list[int]
+) -> Weight:
+    side = (None if part is None else part.data_ptr() for part in (table, code, absmax2, offsets))
+    return _described(data.data_ptr(), *side, *numbers)
 
 
 @lru_cache(maxsize=1 << 14)
-def _described(*fields: float | None) -> Weight:
+def _described(*fields: int | None) -> Weight:
     """The same numbers are the same weight: a struct is filled once for each linear, not at each call."""
     return Weight(*fields)
 
@@ -114,33 +117,33 @@ def _checked(name: str, code: int, device: torch.device) -> None:
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_WEIGHT = "Tensor data, Tensor? table, Tensor? code, Tensor? absmax2, float offset, int[] facts"
+_WEIGHT = "Tensor data, Tensor? table, Tensor? code, Tensor? absmax2, Tensor? offsets, int[] facts"
 _LIBRARY.define(f"tiles_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"tiles_matmul(Tensor x, {_WEIGHT}, Tensor? bias, int[] config) -> Tensor")  # type: ignore[no-untyped-call]
 
 Part = Tensor | None
 
 
-def _dequantize_cpu(data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], dtype: torch.dtype) -> Tensor:
-    return dequantize(_tiles(data, table, code, absmax2, offset, facts), dtype)
+def _dequantize_cpu(data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], dtype: torch.dtype) -> Tensor:
+    return dequantize(_tiles(data, table, code, absmax2, offsets, facts), dtype)
 
 
-def _dequantize_cuda(data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], dtype: torch.dtype) -> Tensor:
+def _dequantize_cuda(data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], dtype: torch.dtype) -> Tensor:
     out = torch.empty(facts[3], facts[4], dtype=dtype, device=data.device)
-    weight = _weight(data, table, code, absmax2, offset, facts)
+    weight = _weight(data, table, code, absmax2, offsets, facts)
     _checked("quantkit_dequantize", call(_function("quantkit_dequantize"), data.device, weight, out.data_ptr(), TYPES[dtype]), data.device)
     return out
 
 
 def _matmul_cpu(
-    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], bias: Part, config: list[int]
+    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], bias: Part, config: list[int]
 ) -> Tensor:
-    dense = dequantize(_tiles(data, table, code, absmax2, offset, facts))
+    dense = dequantize(_tiles(data, table, code, absmax2, offsets, facts))
     return functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
 
 
 def _matmul_cuda(
-    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], bias: Part, config: list[int]
+    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], bias: Part, config: list[int]
 ) -> Tensor:
     out = torch.empty(x.shape[0], facts[3], dtype=x.dtype, device=x.device)
     if not x.shape[0]:
@@ -150,7 +153,7 @@ def _matmul_cuda(
     choice = kernel_select.Config(*config) if config else kernel_select.chosen(x.device, facts[0], facts[3], facts[4], x.shape[0])
     found = UNSUPPORTED
     if choice.kernel != kernel_select.DENSE:
-        weight, scratch = _weight(data, table, code, absmax2, offset, facts), workspace(x.device)
+        weight, scratch = _weight(data, table, code, absmax2, offsets, facts), workspace(x.device)
         given = (
             *(_function("quantkit_matmul"), x.device, weight, x.data_ptr(), x.shape[0], x.stride(0), TYPES[x.dtype]),
             *(None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel()),
@@ -159,17 +162,17 @@ def _matmul_cuda(
         if found == UNSUPPORTED and choice.kernel != kernel_select.RULE:  # a table of other groups or another dtype
             found = call(*given, None)
     if found == UNSUPPORTED:
-        return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offset, facts, x.dtype), bias)
+        return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offsets, facts, x.dtype), bias)
     _checked("quantkit_matmul", found, x.device)
     return out
 
 
-def _dequantize_fake(data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], dtype: torch.dtype) -> Tensor:
     return data.new_empty(facts[3], facts[4], dtype=dtype)
 
 
 def _matmul_fake(
-    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offset: float, facts: list[int], bias: Part, config: list[int]
+    x: Tensor, data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], bias: Part, config: list[int]
 ) -> Tensor:
     return x.new_empty(x.shape[0], facts[3])
 
@@ -193,7 +196,7 @@ class TiledLinear:
     def __init__(self, tiles: Tiles, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         assert dtype in TYPES, dtype
         self.bias, self.tiles, self.dtype = bias, tiles, dtype
-        self._arguments = (tiles.data, tiles.table, tiles.code, tiles.absmax2, tiles.offset, facts(tiles))
+        self._arguments = (tiles.data, tiles.table, tiles.code, tiles.absmax2, tiles.offsets, facts(tiles))
         if tiles.data.is_cuda:
             workspace(tiles.data.device)
             # Kernels read weights before the one ahead of them has ended: whatever made these has to have.

@@ -267,8 +267,8 @@ def _copies(nbytes: int) -> int:
 
 
 def _described(weight: Tiles) -> Any:
-    side = (None if part is None else part.data_ptr() for part in (weight.table, weight.code, weight.absmax2))
-    return cuda_tiles.Weight(weight.data.data_ptr(), *side, weight.offset, *cuda_tiles.facts(weight))
+    side = (None if part is None else part.data_ptr() for part in (weight.table, weight.code, weight.absmax2, weight.offsets))
+    return cuda_tiles.Weight(weight.data.data_ptr(), *side, *cuda_tiles.facts(weight))
 
 
 def _started(code: int) -> None:

@@ -154,15 +154,18 @@ def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Con
     if tokens <= 64:
         yield from mma_configs(tokens)
     if gpu.capability[0] == 9 and tokens >= 8:
-        yield from wgmma_configs(gpu, n, tokens)
+        yield from wgmma_configs(gpu, n, k, tokens)
     if tokens >= 64:
         yield Config(DENSE)
 
 
 _MMA_SHAPES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
-    8: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1), (4, 8, 1, 1), (4, 8, 1, 2)),
+    8: (
+        *((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)),
+        *((4, 8, 1, 1), (4, 8, 1, 2), (4, 8, 2, 1), (4, 4, 2, 1), (4, 4, 2, 2), (4, 4, 4, 1)),
+    ),
     16: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1), (2, 4, 2, 2), (2, 4, 4, 1)),
-    32: ((2, 8, 1, 1), (2, 8, 1, 2), (2, 8, 2, 1)),
+    32: ((2, 8, 1, 1), (2, 8, 2, 1), (4, 8, 1, 1)),
 }
 """Rows of x in a block -> 16-row blocks of a warp, warps of a team, teams of a block, blocks to a multiprocessor."""
 
@@ -177,18 +180,24 @@ def mma_configs(tokens: int) -> Iterator[Config]:
                 yield Config(MMA, rows, splits, blocks | warps << 4 | teams << 12 | resident << 20, 1 << 9)
 
 
-_WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2))
+_WGMMA_SHAPES = ((16, 2), (16, 4), (32, 2), (32, 3), (32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3), (128, 4), (256, 2))
 """Rows of y in a tile, and warpgroups."""
+_EVEN = -3
+"""A cut: the blocks are dealt out evenly over tiles of y along K, and each block that shares a tile adds up a part of it."""
 
 
-def wgmma_configs(gpu: Gpu, n: int, tokens: int) -> Iterator[Config]:
+def wgmma_configs(gpu: Gpu, n: int, k: int, tokens: int) -> Iterator[Config]:
     """Of ``kernels/prefill``: its ``matmul.cu`` reads them. All are launched before the kernel ahead of them has ended."""
     for rows, groups in _WGMMA_SHAPES:
         if not min(tokens, 128) <= rows <= max(tokens, 16) and rows != next(each for each, _ in _WGMMA_SHAPES if each >= min(tokens, 256)):
             continue
         tiles = -(-tokens // rows) * -(-n // (64 * groups))
-        for cut in (0, -1, -2, 1, 2, 3, 4, 5, 6, 8):
+        for cut in (-1, 1, 2, 3, 4, 5, 6, 8) if tokens < 256 else (0, -1, -2, 1, 2, 3, 4, 5, 6, 8):
             if cut > 1 and (cut - 1) * tiles > 2 * gpu.multiprocessors:  # busy without splitting K further
                 continue
             for flags in (2, 3) if cut <= 0 else (2,):  # 1: x by multicast, 2: dependent launch
                 yield Config(WGMMA, rows, groups, cut, flags)
+        at_once = gpu.multiprocessors * (2 if rows <= 64 and groups == 2 else 1)
+        shares = [each for each in range(2, 17) if tiles * each <= at_once and k >= 256 * each]
+        for each in shares[-2:]:
+            yield Config(WGMMA, rows, groups | tiles * each << 8, _EVEN, 2)

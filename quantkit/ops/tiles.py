@@ -38,6 +38,7 @@ class Format(IntEnum):
 
 
 _BITS = {Format.Q5_K: 5, Format.Q6_K: 6, Format.Q8_0: 8}
+_BOOKS = (Format.NF4, Format.NF4N)
 _SUPER = (Format.Q4_K, Format.Q5_K, Format.Q6_K)
 GGML_KINDS = frozenset({"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS"})
 """ggml's block types that tiles hold: Q4_0 as INT4, IQ4_NL and IQ4_XS as NF4 with a table of their own."""
@@ -48,9 +49,9 @@ class Tiles:
     """A packed weight ``[N, K]``, and what its tiles do not hold themselves.
 
     ``data`` uint8 ``[ceil(N / 64), ceil(K / columns), bytes of a tile]``. ``group``: weights of a row that share a scale; the kernels see
-    at most 128. ``table`` float32 [16] of NF4 and NF4N. NF4N: ``code`` float32 [256], ``absmax2`` float32 [C], ``offset``, and the number
-    of block ``b`` of row ``n`` in the uncut matrix is ``block0 + n * block_stride + b``. ``perm`` int32 [K]: column ``k`` of the tiles
-    multiplies input ``perm[k]`` (None: input ``k``).
+    at most 128. ``table`` float32 [16] of NF4 and NF4N. NF4N: ``code`` float32 [256], ``absmax2`` float32 [C], ``offsets`` float32
+    [ceil(N / 64)], and the number of block ``b`` of row ``n`` in the uncut matrix is ``block0 + n * block_stride + b``. ``perm`` int32 [K]:
+    column ``k`` of the tiles multiplies input ``perm[k]`` (None: input ``k``).
     """
 
     data: Tensor
@@ -62,7 +63,7 @@ class Tiles:
     table: Tensor | None = None
     code: Tensor | None = None
     absmax2: Tensor | None = None
-    offset: float = 0.0
+    offsets: Tensor | None = None
     block0: int = 0
     block_stride: int = 0
     perm: Tensor | None = None
@@ -70,7 +71,7 @@ class Tiles:
     @property
     def nbytes(self) -> int:
         """Bytes held, side tables included."""
-        return sum(part.nbytes for part in (self.data, self.table, self.code, self.absmax2, self.perm) if part is not None)
+        return sum(part.nbytes for part in (self.data, self.table, self.code, self.absmax2, self.offsets, self.perm) if part is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,15 @@ def _from_rows(section: Tensor, dtype: torch.dtype) -> Tensor:
     return _natural(values.transpose(1, 2)).flatten(0, 1)
 
 
-def _code_bytes(codes: Tensor, bits: int, width: int) -> Tensor:
+def _code_bytes(codes: Tensor, form: Format, width: int) -> Tensor:
     """``codes [S * 64, T * width]`` uint8 -> the codes and planes of their tiles, uint8 ``[S, T, bytes]``.
 
     A column is ``64 h + 16 s + 8 c + 2 t + e``, a row ``16 w + 8 r + g``; lane is ``4 g + t``, and pair is ``2 c + r``.
     """
     x = codes.view(-1, 4, 2, 8, codes.shape[1] // width, width // 64, 4, 2, 4, 2)  # S w r g T h s c t e
+    bits = _BITS.get(form, 4)
+    if form in _BOOKS:  # a byte for each pair
+        return _bytes((x[..., 0] | (x[..., 1] << 4)).permute(0, 4, 1, 5, 3, 8, 6, 7, 2))  # S T w h g t s c r
     if bits == 8:
         x = torch.unflatten(x, 6, (2, 2))  # S w r g T h u v c t e
         return _bytes(x.permute(0, 4, 1, 5, 6, 3, 9, 7, 8, 2, 10))  # S T w h u g t v c r e
@@ -149,10 +153,13 @@ def _code_bytes(codes: Tensor, bits: int, width: int) -> Tensor:
     return torch.cat(sections, 2)
 
 
-def _codes_of(data: Tensor, bits: int, width: int) -> Tensor:
+def _codes_of(data: Tensor, form: Format, width: int) -> Tensor:
     """Inverse of ``_code_bytes``, from the whole bytes of tiles: ``[S * 64, T * width]`` uint8."""
-    strips, tiles, half = data.shape[0], data.shape[1], width // 64
-    if bits == 8:
+    strips, tiles, half, bits = data.shape[0], data.shape[1], width // 64, _BITS.get(form, 4)
+    if form in _BOOKS:
+        packed = data[..., : ROWS * width // 2].reshape(strips, tiles, 4, half, 8, 4, 4, 2, 2)  # S T w h g t s c r
+        x = torch.stack([packed & 15, packed >> 4], -1).permute(0, 2, 8, 4, 1, 3, 6, 7, 5, 9)  # S w r g T h s c t e
+    elif bits == 8:
         x = data[..., : ROWS * width].reshape(strips, tiles, 4, half, 2, 8, 4, 2, 2, 2, 2)  # S T w h u g t v c r e
         x = x.permute(0, 2, 9, 5, 1, 3, 4, 7, 8, 6, 10)  # S w r g T h u v c t e
     else:
@@ -184,14 +191,14 @@ def _padded(matrix: Tensor, n: int, width: int, fill: int = 0) -> Tensor:
 
 def _pack(form: Format, codes: Tensor, fill: int, scales: Tensor, second: Tensor | None, per_tile: int) -> Tensor:
     """The data of ``Tiles``, a chunk of strips at a time. ``scales [N, G, ...]``, ``second`` likewise; ``per_tile`` of them to a tile."""
-    (n, k), width, bits = codes.shape, columns(form), _BITS.get(form, 4)
+    (n, k), width = codes.shape, columns(form)
     tiles = -(-k // width)
     by = _by_row if form in _SUPER else _by_group
     out: Tensor | None = None
     step = max(1, CHUNK // max(k, 1) // ROWS) * ROWS
     for start in range(0, n, step):
         rows = min(step, -(-(n - start) // ROWS) * ROWS)
-        sections = [_code_bytes(_padded(codes[start : start + rows], rows, tiles * width, fill).view(torch.uint8), bits, width)]
+        sections = [_code_bytes(_padded(codes[start : start + rows], rows, tiles * width, fill).view(torch.uint8), form, width)]
         sections.append(by(_padded(scales[start : start + rows], rows, tiles * per_tile).reshape(rows, tiles, -1)))
         if second is not None:
             per = second.shape[1] * per_tile // scales.shape[1] if form in _SUPER else per_tile
@@ -272,29 +279,32 @@ def pack_nested(
     last = block0 + (data.shape[0] * ROWS - 1) * block_stride + data.shape[1] * 2 - 1  # the last block of the padded matrix
     missing = last // NESTED_BLOCK + 1 - absmax2.numel()
     absmax2 = torch.nn.functional.pad(absmax2.float(), (0, max(missing, 0)))
-    side = (table.float().contiguous(), code.float().contiguous(), absmax2)
-    return Tiles(data, Format.NF4N, n, k, 64, torch.float16, *side, offset, block0, block_stride)
+    offsets = absmax2.new_full((data.shape[0],), offset)
+    side = (table.float().contiguous(), code.float().contiguous(), absmax2, offsets)
+    return Tiles(data, Format.NF4N, n, k, 64, torch.float16, *side, block0, block_stride)
 
 
 def concatenate(parts: Sequence[Tiles]) -> Tiles | None:
     """The tiles of ``parts``, one below the other, with the same weights bit for bit: of linears that share their input.
 
-    None where one product cannot take them all: formats, K, groups, scale types, tables, offsets or orders of inputs differ, or a part
-    before the last ends within a tile.
+    None where one product cannot take them all: formats, K, groups, scale types, tables or orders of inputs differ, or a part before the
+    last ends within a tile (NF4N: or within 256 blocks).
     """
     first = parts[0]
-    alike = ("format", "k", "group", "scale_dtype", "table", "code", "offset", "block_stride", "perm")
+    alike = ("format", "k", "group", "scale_dtype", "table", "code", "block_stride", "perm")
     for each in parts[1:]:
         if not all(_same(getattr(first, name), getattr(each, name)) for name in alike):
             return None
     if any(each.n % ROWS for each in parts[:-1]):
         return None
-    absmax2 = None
+    absmax2 = offsets = None
     if first.format == Format.NF4N:
         absmax2 = _nested_scales(parts)
         if absmax2 is None:
             return None
-    return replace(first, data=torch.cat([each.data for each in parts]), n=sum(each.n for each in parts), absmax2=absmax2)
+        offsets = torch.cat([each.offsets for each in parts if each.offsets is not None])
+    data, n = torch.cat([each.data for each in parts]), sum(each.n for each in parts)
+    return replace(first, data=data, n=n, absmax2=absmax2, offsets=offsets)
 
 
 def _same(one: object, other: object) -> bool:
@@ -363,7 +373,7 @@ def unpack(tiles: Tiles) -> Values:
     """What ``tiles`` hold, in the order of their columns: the exact inverse of packing."""
     form, data, n, k = tiles.format, tiles.data, tiles.n, tiles.k
     width, bits = columns(form), _BITS.get(form, 4)
-    codes = _codes_of(data, bits, width)[:n, :k]
+    codes = _codes_of(data, form, width)[:n, :k]
     rest = data[..., ROWS * width * bits // 8 :]
     if form in (Format.Q4_K, Format.Q5_K):
         scales = torch.unflatten(_from_rows(rest[..., : ROWS * 16], torch.uint8), 2, (8, 2))
@@ -385,10 +395,11 @@ def unpack(tiles: Tiles) -> Values:
 
 def absmax_of(tiles: Tiles, codes: Tensor) -> Tensor:
     """NF4N: the absmax float32 ``[N, K / 64]`` that ``codes [N, K / 64]`` stand for."""
-    assert tiles.code is not None and tiles.absmax2 is not None
+    assert tiles.code is not None and tiles.absmax2 is not None and tiles.offsets is not None
+    offsets = tiles.offsets.repeat_interleave(ROWS)[: codes.shape[0]].unsqueeze(1)
     rows = torch.arange(codes.shape[0], device=codes.device).unsqueeze(1) * tiles.block_stride
     index = tiles.block0 + rows + torch.arange(codes.shape[1], device=codes.device)
-    return tiles.code[codes.int()].mul_(tiles.absmax2[index // NESTED_BLOCK]).add_(tiles.offset)
+    return tiles.code[codes.int()].mul_(tiles.absmax2[index // NESTED_BLOCK]).add_(offsets)
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -398,7 +409,8 @@ def dequantize(tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
     for start in range(0, tiles.data.shape[0], step):
         rows = slice(start * ROWS, min((start + step) * ROWS, tiles.n))
         first = tiles.block0 + rows.start * tiles.block_stride
-        some = replace(tiles, data=tiles.data[start : start + step], n=rows.stop - rows.start, block0=first)
+        offsets = None if tiles.offsets is None else tiles.offsets[start : start + step]
+        some = replace(tiles, data=tiles.data[start : start + step], n=rows.stop - rows.start, block0=first, offsets=offsets)
         out[rows] = _weights(some)
     return out
 
@@ -420,7 +432,7 @@ def _weights(tiles: Tiles) -> Tensor:
         assert values.second is not None
         scale = values.scales.float() * spread(values.second, 16)[:, : k // 16]
         return (values.codes.float() - 32).mul_(spread(scale, 16))
-    if form in (Format.NF4, Format.NF4N):
+    if form in _BOOKS:
         assert tiles.table is not None
         absmax = absmax_of(tiles, values.scales) if form == Format.NF4N else values.scales
         return tiles.table[values.codes.int()].mul_(spread(absmax, tiles.group))

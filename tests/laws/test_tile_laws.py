@@ -144,7 +144,7 @@ def test_a_cut_is_packed_as_itself(form: Format, n0: int, rows: int, k0: int, bl
         first = whole.block0 + n0 * whole.block_stride + cut.start // 64
         assert whole.table is not None and whole.code is not None and whole.absmax2 is not None
         scales = part(values.scales)
-        tiles = ops.pack_nested(codes, scales, whole.table, whole.code, whole.absmax2, whole.offset, first, whole.block_stride)
+        tiles = ops.pack_nested(codes, scales, whole.table, whole.code, whole.absmax2, 1.5, first, whole.block_stride)
     else:
         block = GGML_BLOCKS[form.name]
         packed = random_blocks(form.name, n, k, seed).reshape(n, -1, block.nbytes)
@@ -157,12 +157,16 @@ def test_a_cut_is_packed_as_itself(form: Format, n0: int, rows: int, k0: int, bl
 def test_padding_is_zero(form: Format) -> None:
     """Rows and columns past the weight are weights of exactly 0."""
     tiles = make(form, 3, 256, 1)
-    padded = Tiles(tiles.data, form, 64, 256, tiles.group, tiles.scale_dtype, tiles.table, tiles.code, tiles.absmax2, tiles.offset)
+    padded = Tiles(tiles.data, form, 64, 256, tiles.group, *side(tiles))
     assert not ops.dequantize(padded)[3:].any()
     if form in (Format.INT4, Format.INT4Z, Format.NF4, Format.NF4N, Format.Q8_0):
         tiles = make(form, 3, 64, 1, 64)
-        padded = Tiles(tiles.data, form, 64, 128, tiles.group, tiles.scale_dtype, tiles.table, tiles.code, tiles.absmax2, tiles.offset)
+        padded = Tiles(tiles.data, form, 64, 128, tiles.group, *side(tiles))
         assert not ops.dequantize(padded)[:, 64:].any()
+
+
+def side(tiles: Tiles) -> tuple[torch.dtype, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return tiles.scale_dtype, tiles.table, tiles.code, tiles.absmax2, tiles.offsets
 
 
 def word_fragments(tiles: Tiles, strip: int, tile: int, w: int, column: int, lane: int) -> list[tuple[int, int, int]]:
@@ -181,7 +185,8 @@ def word_fragments(tiles: Tiles, strip: int, tile: int, w: int, column: int, lan
                 at = (((w * 2 + h) * 2 + s // 2) * 32 + lane) * 16 + 8 * (s % 2) + 2 * pair + e
                 code = int(chunk[at].view(torch.int8))
             else:
-                code = words[base * 4 + s] >> (4 * pair + 16 * e) & 15
+                at = 8 * pair + 4 * e if form in (Format.NF4, Format.NF4N) else 4 * pair + 16 * e
+                code = words[base * 4 + s] >> at & 15
                 plane = 64 * width // 8  # in words
                 if form == Format.Q5_K:
                     code |= (words[plane + base] >> (4 * pair + s + 16 * e) & 1) << 4

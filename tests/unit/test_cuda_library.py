@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import os
 import shutil
 from pathlib import Path
@@ -268,3 +269,13 @@ def test_load_says_why_not(monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_p
     with pytest.raises(MachineError, match=r"broken.so: cannot be loaded \(.*\), expected a library built on this machine") as caught:
         load_library()
     assert caught.value.hint == "quantkit doctor --build-kernels"
+
+
+def test_the_interface_is_the_header_s() -> None:
+    assert f"#define QK_INTERFACE {cuda_library.INTERFACE} " in (cuda_library.source_folder() / "quantkit.h").read_text()
+
+
+def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda_library.VARIABLE, _ctypes.__file__)  # a library, but none of ours
+    with pytest.raises(MachineError, match="is of another version, expected a library of this version of quantkit"):
+        load_library()
