@@ -21,12 +21,13 @@ __device__ void keep(__nv_fp8_e4m3* to, const Vector<T, V>& v) {
   store<V>(reinterpret_cast<__nv_fp8_storage_t*>(to), narrowed);
 }
 
-// One piece of V pairs (i, i + width / 2) of a head, or V elements past `width`.
+// One piece of V pairs (i, i + width / 2) of a head, or V elements past `width`; read, and written where `kept`.
 template <int V, typename T, typename C>
-__device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int piece, int width) {
+__device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int piece, int width, bool kept = true) {
   const int half = width / 2, i = piece * V;
   if (i >= half) {
-    keep<V>(to + i + half, load<V>(from + i + half));
+    const auto v = load<V>(from + i + half);
+    if (kept) keep<V>(to + i + half, v);
     return;
   }
   const auto a = load<V>(from + i), b = load<V>(from + i + half), c = load<V>(cos + i), s = load<V>(sin + i);
@@ -37,6 +38,7 @@ __device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int pie
     first.at[j] = narrow<T>(rounded<T>(x * u) - rounded<T>(y * w));
     second.at[j] = narrow<T>(rounded<T>(y * u) + rounded<T>(x * w));
   }
+  if (!kept) return;
   keep<V>(to + i, first);
   keep<V>(to + i + half, second);
 }
@@ -46,17 +48,19 @@ __global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int
                                    const T* sin, const int64_t* slots, T* q_out, C* keys, C* values, int heads, int kv_heads, int dim,
                                    int width) {
   begin();
-  const int64_t token = blockIdx.x, slot = slots[token];
-  q += token * q_stride, q_out += token * heads * dim, cos += token * (width / 2), sin += token * (width / 2);
-  const int pieces = (dim - width / 2) / V, rotated = heads + (slot < 0 ? 0 : kv_heads);
-  if (slot >= 0) k += token * k_stride, v += token * v_stride, keys += slot * kv_heads * dim, values += slot * kv_heads * dim;
-  for (int i = threadIdx.x; i < rotated * pieces; i += blockDim.x) {
+  const int64_t token = blockIdx.x, slot = slots[token];  // where to write: no read waits for it
+  q += token * q_stride, k += token * k_stride, v += token * v_stride, q_out += token * heads * dim;
+  cos += token * (width / 2), sin += token * (width / 2), keys += slot * kv_heads * dim, values += slot * kv_heads * dim;
+  const int pieces = (dim - width / 2) / V, copies = kv_heads * dim / V;
+  for (int i = threadIdx.x; i < (heads + kv_heads) * pieces; i += blockDim.x) {
     const int head = i / pieces, piece = i % pieces;
     if (head < heads) rotate<V>(q + head * dim, q_out + head * dim, cos, sin, piece, width);
-    else rotate<V>(k + (head - heads) * dim, keys + (head - heads) * dim, cos, sin, piece, width);
+    else rotate<V>(k + (head - heads) * dim, keys + (head - heads) * dim, cos, sin, piece, width, slot >= 0);
   }
-  const int copies = slot < 0 ? 0 : kv_heads * dim / V;
-  for (int i = threadIdx.x; i < copies; i += blockDim.x) keep<V>(values + i * V, load<V>(v + i * V));
+  for (int i = threadIdx.x; i < copies; i += blockDim.x) {
+    const auto piece = load<V>(v + i * V);
+    if (slot >= 0) keep<V>(values + i * V, piece);
+  }
 }
 
 }  // namespace

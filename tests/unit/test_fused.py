@@ -155,7 +155,7 @@ def test_gpu_silu_mul(rows: int, columns: int, dtype: torch.dtype, gpu: str) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("shape", [(1, 4096), (3, 8192), (2, 28672), (5, 33), (7, 4, 128), (300, 8, 64), (0, 64)])
+@pytest.mark.parametrize("shape", [(1, 4096), (3, 8192), (2, 12288), (2, 28672), (5, 33), (7, 4, 128), (300, 8, 64), (0, 64)])
 def test_gpu_norms(shape: tuple[int, ...], offset: float, dtype: torch.dtype, gpu: str) -> None:
     x, residual = (values(*shape, dtype=dtype, device=gpu, seed=seed) for seed in (1, 2))
     weight = values(shape[-1], dtype=dtype, device=gpu, seed=3)
