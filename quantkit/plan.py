@@ -478,6 +478,10 @@ PASS_SEQUENCES: Mapping[str, int] = MappingProxyType({"cpu": 8, "cuda": 128})
 """What one pass of the runtime is over at most, where nobody says otherwise: tokens, and sequences that get one more."""
 
 
+RUNTIME_BYTES = 3 << 29
+"""An estimate of what a rank takes of a GPU beside all that: CUDA's context, the libraries' workspaces, graphs, the allocator's gaps."""
+
+
 def pass_bytes(spec: ModelSpec, tp: int, *, tokens: int, sequences: int, itemsize: int) -> int:
     """An estimate of what a pass takes on each of ``tp`` ranks beside weights, keys and values: ``itemsize`` bytes an element."""
     dims = {name: dim.elements for name, dim in spec.dims.items()}

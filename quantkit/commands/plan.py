@@ -22,6 +22,7 @@ from quantkit.plan import (
     LM_HEADS,
     PASS_SEQUENCES,
     PASS_TOKENS,
+    RUNTIME_BYTES,
     Obstacle,
     ParallelPlan,
     RankMemory,
@@ -213,7 +214,7 @@ class _Fit:
     usable: int
     """Bytes for weights, keys and values."""
     passes: int
-    """Bytes that a pass takes."""
+    """Bytes that a pass and the runtime itself take."""
 
     @property
     def fits(self) -> bool:
@@ -239,7 +240,7 @@ def _facts(model: _Model, assignment: Assignment, plan: ParallelPlan, fit: _Fit 
         *mode_facts(plan),
     ]
     if fit is not None:
-        left = f"beside {human(fit.passes)} for a pass (estimate) and {1 - share:.0%} left alone"
+        left = f"beside {human(fit.passes)} for a pass and the runtime itself (estimates) and {1 - share:.0%} left alone"
         facts.append(("KV cache", f"{fit.tokens} tokens fit in {human(fit.limit)} per rank, {left}"))
         facts.append(("fits", f"{'yes' if fit.fits else 'no'}, for {fit.length} tokens"))
     return tuple(facts)
@@ -297,7 +298,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     head = (("head", f"encoded to {options.lm_head} when it is loaded"),) if LM_HEADS[options.lm_head] else ()
     length = options.max_model_len or model.spec.max_positions
     one = pass_bytes(model.spec, options.tp, tokens=tokens, sequences=seats, itemsize=DTYPE_BYTES[model.dtype])
-    fit = None if limit is None else _fit(memory, limit, options.gpu_memory_utilization, length, one)
+    fit = None if limit is None else _fit(memory, limit, options.gpu_memory_utilization, length, one + RUNTIME_BYTES)
     failed = None
     if fit is not None and not fit.fits:
         needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
@@ -313,6 +314,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
         "kv_tokens_that_fit": None if fit is None else fit.tokens,
         "kv_blocks_that_fit": None if fit is None else fit.tokens // KV_BLOCK,
         "pass_bytes": one,
+        "runtime_bytes": RUNTIME_BYTES,
         "fits": None if fit is None else fit.fits,
         "equal_split": {"runs": not obstacles, "obstacles": [asdict(o) for o in obstacles]},
     }

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.commands import plan
 from quantkit.commands.plan import PlanOptions
 from quantkit.commands.plan import run as run_plan
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
@@ -637,6 +638,7 @@ def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plan_predicts_the_blocks(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a budget in which nothing else is bounded: within 3 % of what the ranks find."""
     budget = 96 << 20
+    monkeypatch.setattr(plan, "RUNTIME_BYTES", 0)  # on a GPU alone
     checkpoint = open_checkpoint(MODELS / name)
     report = run_plan(PlanOptions(str(MODELS / name), tp, gpu_memory=str(budget), max_num_seqs=8, max_num_batched_tokens=1024))
     dtype = getattr(torch, {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[report.data["dtype"]])

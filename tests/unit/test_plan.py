@@ -312,7 +312,7 @@ def test_memory_decides_how_many_tokens_fit_and_whether_the_check_passes(tmp_pat
     plenty = run(PlanOptions(root, 2, gpu_memory="24GiB", max_model_len=1000))
     worst = max(rank["weights"] for rank in plenty.data["ranks"])
     assert plenty.failed is None
-    beside = worst + plenty.data["pass_bytes"]
+    beside = worst + plenty.data["pass_bytes"] + plenty.data["runtime_bytes"]
     assert plenty.data["kv_tokens_that_fit"] == (int((24 << 30) * 0.9) - beside) // 1024
     tight = run(PlanOptions(root, 2, gpu_memory=str(int((beside + 500 * 1024) / 0.9) + 2), max_model_len=1000))
     assert (tight.data["kv_tokens_that_fit"], tight.data["kv_blocks_that_fit"]) == (500, 500 // 16)
