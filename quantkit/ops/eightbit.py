@@ -69,13 +69,14 @@ def llm_int8_linear(x: Tensor, values: Tensor, scb: Tensor, threshold: float = 6
     outliers = half.abs() >= threshold if threshold > 0 else torch.zeros_like(half, dtype=torch.bool)
     half = half.masked_fill(outliers, 0)
     absmax = most(half.abs().amax(1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))).float()  # [T, 1]
-    columns = outliers.any(0).nonzero().view(-1)
-    rounded = _to_steps(half, absmax).index_fill_(1, columns, 0)
+    taken = outliers.any(0)
+    rounded = _to_steps(half, absmax).masked_fill_(taken, 0)
     unit = LLM_INT8_UNIT_CPU if x.device.type == "cpu" else LLM_INT8_UNIT
     y = (_int_product(rounded, values) * (absmax * scb.float()) * unit).to(x.dtype)
-    if not columns.numel():
-        return y
-    return y.addmm(x[:, columns], llm_int8_dequantize(values[:, columns], scb, x.dtype).T)
+    if x.device.type != "cpu":  # how many columns are taken is known there alone: to ask would be to wait, and no CUDA graph could do it
+        return y.addmm(x.masked_fill(~taken, 0), llm_int8_dequantize(values, scb, x.dtype).T)
+    columns = taken.nonzero().view(-1)
+    return y.addmm(x[:, columns], llm_int8_dequantize(values[:, columns], scb, x.dtype).T) if columns.numel() else y
 
 
 _EXACT = 1024

@@ -7,6 +7,7 @@ holds a part of the vocabulary on each rank; and it is the text of transformers 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -382,16 +383,37 @@ def test_a_trained_model_says_the_same_on_any_ranks(name: str, tmp_path: Path) -
     assert said[1] == said[2] == said[3] == said[4] and said[1][0] != said[1][1]
 
 
+def told(path: Path, **how: Any) -> list[tuple[int, ...]]:
+    with LLM(str(path), dtype="float32", **how) as llm:
+        params = SamplingParams(TOKENS, temperature=0, ignore_eos=True)
+        return [one.token_ids for one in llm.generate(["The capital", "If you want to know"], params)]
+
+
 @pytest.mark.parametrize(("name", "tp"), [("nf4", 2), ("w8a8", 3)])
 def test_ranks_that_are_processes_say_what_one_rank_says(name: str, tp: int, tmp_path: Path) -> None:
     out = tmp_path / "model"
     quantize(QuantizeOptions(str(MODELS / "llama"), out, device="cpu", **METHODS[name]))
-    said = []
-    for ranks in (1, tp):
-        with LLM(str(out), tp=ranks, device="cpu", dtype="float32") as llm:
-            params = SamplingParams(TOKENS, temperature=0, ignore_eos=True)
-            said.append([one.token_ids for one in llm.generate(["The capital", "If you want to know"], params)])
-    assert said[0] == said[1] and said[0][0] != said[0][1]
+    one = told(out, device="cpu")
+    assert told(out, tp=tp, device="cpu") == one and one[0] != one[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gpu_says_what_the_cpu_says_and_decodes_by_graphs(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / ("model.gguf" if name == "gguf" else "model")
+    quantize(QuantizeOptions(str(MODELS / "llama"), out, device="cpu", **METHODS[name]))
+    with caplog.at_level(logging.INFO, "quantkit"):
+        assert told(out, device="cuda") == told(out, device="cpu")
+    assert not [record.message for record in caplog.records if "CUDA graphs" in record.message]
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["int8", "w8a8", "nf4"])
+def test_two_gpus_say_of_a_quantized_model_what_one_says(name: str, tmp_path: Path) -> None:
+    quantize(QuantizeOptions(str(MODELS / "llama"), tmp_path / "model", device="cpu", **METHODS[name]))
+    assert told(tmp_path / "model", tp=2, device="cuda") == told(tmp_path / "model", device="cuda")
 
 
 @pytest.mark.slow

@@ -233,3 +233,22 @@ def test_smoothing_moves_magnitude_from_activations_to_weights() -> None:
             smooth_scale(torch.tensor([bad]), torch.ones(1), 0.5)
         with pytest.raises(InputError):
             smooth_scale(torch.ones(1), torch.tensor([bad]), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_gpu_takes_outliers_as_the_cpu_does_and_in_a_graph(scale: float) -> None:
+    """Without outliers and with some, which a graph that was captured without any finds too."""
+    values, scb = llm_int8_quantize(gaussian(40, 300))
+    x = gaussian(6, 300, 1)
+    given, held = x.cuda(), (values.cuda(), scb.cuda())
+    llm_int8_linear(given, *held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = llm_int8_linear(given, *held)
+    given.mul_(scale)
+    graph.replay()
+    want = llm_int8_linear(x * scale, values, scb)
+    assert bool(((x * scale).abs() >= 6).any()) == (scale > 1)
+    assert float((got.cpu() - want).norm() / want.norm()) < 1e-4
