@@ -107,7 +107,8 @@ class Attention:
             keys, values = cache.blocks(layer)
             if self.reads_blocks(q, keys.dtype):
                 pages = cache.pages(batch, q.shape[1] // keys.shape[2])
-                flash = pages.pieces and self.backend in ("auto", "flashinfer") and self._obstacle(q, keys.dtype) is None
+                least = {"auto": flashinfer_attention.LEAST_TOKENS, "flashinfer": 1}.get(self.backend)
+                flash = least is not None and pages.pieces >= least and self._obstacle(q, keys.dtype) is None
                 run = flashinfer_attention.attend if flash else attend
                 return run(q, keys, values, pages, scale=self.scale, window=self.window, softcap=self.softcap)
         parts = [self._over(q[start : start + length], *cache.held(layer, sequence)) for start, length, sequence in spans(batch)]

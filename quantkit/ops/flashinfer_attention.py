@@ -1,8 +1,9 @@
 """Attention of pieces of prompts over keys and values in blocks by FlashInfer, where that is installed. Letters as in ARCHITECTURE.md.
 
 It takes what the Triton kernel takes, of keys and values in the queries' 16 bits. FlashInfer plans a pass on the host before its first
-layer; passes of one token each, which CUDA graphs hold, stay the Triton kernel's. It compiles its kernels for a kind of attention when that
-is first asked for, in a minute or two, and keeps them. Source: Ye et al. 2025, "FlashInfer".
+layer. Sequences of one token, which a batch begins with, stay the Triton kernel's: it is faster there, and CUDA graphs hold it. FlashInfer
+compiles its kernels for a kind of attention when that is first asked for, in a minute or two, and keeps them. Source: Ye et al. 2025,
+"FlashInfer".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.ops import paged_attention
 from quantkit.ops.paged_attention import Pages, make_pages, table_of
 from quantkit.plan import KV_BLOCK
 
@@ -26,6 +28,8 @@ _DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 128 << 20
 """Of each device, for partial results: what FlashInfer asks for."""
 _LEAST_CAPABILITY = (8, 0)
+LEAST_TOKENS = 256
+"""Tokens in pieces of prompts from which on planning pays, where nobody asked for FlashInfer."""
 
 
 def installed() -> bool:
@@ -62,13 +66,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim:
 
 
 def self_test(device: torch.device, dtype: torch.dtype, dim: int, *, window: int | None, softcap: float | None) -> float:
-    """The largest error, as a part of the largest value, on pieces of three prompts: from the start, behind many keys, and one token."""
-    spans, kv_heads, group = [(0, 70), (1000, 1100), (40, 41)], 2, 4
+    """The largest error, as a part of the largest value, on pieces of three prompts: from the start, behind many keys, and one token; and
+    one token of another sequence before them."""
+    spans, kv_heads, group = [(99, 100), (0, 70), (1000, 1100), (40, 41)], 2, 4
     order = torch.randperm(90, generator=torch.Generator().manual_seed(1)).tolist()
     tables = [[order.pop() for _ in range(-(-stop // KV_BLOCK))] for _, stop in spans]
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2, 90, KV_BLOCK, kv_heads, dim, generator=generator).to(device, dtype)
-    q = torch.randn(171, kv_heads * group, dim, generator=generator).to(device, dtype)
+    q = torch.randn(172, kv_heads * group, dim, generator=generator).to(device, dtype)
     pages = make_pages(table_of(tables, device), range(len(tables)), spans, group)
     got = _Planner(device).run(q, pool[0], pool[1], pages, dim**-0.5, window, softcap).flatten(1).float()
     wants, row = [], 0
@@ -98,31 +103,36 @@ class _Planner:
         prefill = importlib.import_module("flashinfer.prefill")
         self._wrapper = prefill.BatchPrefillWithPagedKVCacheWrapper(_workspace(device), "NHD")
         self._pages: Pages | None = None
+        self._alone: Pages | None = None
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
 
     def run(self, q: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float, window: int | None, softcap: float | None) -> Tensor:
+        """``q [T, H, D]`` -> ``[T, H, D]``."""
         if pages is not self._pages:
             self._plan(q, keys, pages, scale, window, softcap)
-        found: Tensor = self._wrapper.run(q, (keys, values))
-        return found
+        first = pages.singles
+        found: Tensor = self._wrapper.run(q[first:], (keys, values))
+        if self._alone is None:
+            return found
+        alone = paged_attention.attend(q[:first], keys, values, self._alone, scale=scale, window=window, softcap=softcap)
+        return torch.cat([alone.view(q[:first].shape), found])
 
     def _plan(self, q: Tensor, keys: Tensor, pages: Pages, scale: float, window: int | None, softcap: float | None) -> None:
-        assert pages.spans, "a pass whose lengths are known on the host"
+        assert pages.pieces, "a pass with pieces of prompts"
         block, kv_heads = keys.shape[1:3]
-        counts = [-(-stop // block) for _, stop in pages.spans]
-        rows, firsts = [0], [0]
-        for (start, stop), count in zip(pages.spans, counts, strict=True):
-            rows.append(rows[-1] + stop - start)
-            firsts.append(firsts[-1] + count)
-        width = pages.tables.shape[1]
-        places = torch.cat([torch.arange(number * width, number * width + count) for number, count in enumerate(counts)])
-        blocks = pages.tables.index_select(0, pages.rows).view(-1)[_sent(places, q.device)]
+        spans = torch.tensor(pages.spans[pages.singles :], dtype=torch.int32)
+        counts = (spans[:, 1] + block - 1) // block  # blocks of each sequence
+        rows, firsts = (torch.cat([x.new_zeros(1), x.cumsum(0, dtype=torch.int32)]) for x in (spans[:, 1] - spans[:, 0], counts))
+        width, total = pages.tables.shape[1], int(firsts[-1])
+        shift = torch.arange(len(counts), dtype=torch.int32) * width - firsts[:-1]
+        places = torch.repeat_interleave(shift, counts) + torch.arange(total, dtype=torch.int32)  # in the tables' rows of these sequences
+        blocks = pages.tables.index_select(0, pages.rows[pages.singles :]).view(-1)[_sent(places, q.device)]
         self._copied.synchronize()  # what the last plan copies from is written again
         self._wrapper.plan(
-            torch.tensor(rows, dtype=torch.int32),
-            torch.tensor(firsts, dtype=torch.int32),
+            rows,
+            firsts,
             blocks,
-            torch.tensor([stop - (count - 1) * block for (_, stop), count in zip(pages.spans, counts, strict=True)], dtype=torch.int32),
+            spans[:, 1] - (counts - 1) * block,
             q.shape[1],
             kv_heads,
             q.shape[2],
@@ -135,7 +145,7 @@ class _Planner:
             kv_data_type=keys.dtype,
         )
         self._copied.record(torch.cuda.current_stream(q.device))
-        self._pages = pages
+        self._pages, self._alone = pages, pages.alone() if pages.singles else None
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -103,11 +103,17 @@ class Pages:
     """Rows of a program, which hold the ``group`` query heads of a key head for some tokens."""
     group: int
     spans: tuple[tuple[int, int], ...] = ()
+    singles: int = 0
+    """Sequences of one token in this pass, before the first that has more."""
+    pieces: int = 0
+    """Tokens of the sequences behind those."""
 
-    @property
-    def pieces(self) -> bool:
-        """Whether a sequence has more than one token in this pass."""
-        return any(stop - start > 1 for start, stop in self.spans)
+    def alone(self) -> Pages:
+        """Of the ``singles`` alone."""
+        count = self.singles
+        tables = (self.tables, self.rows[:count], self.lengths[:count], self.starts[: count + 1], self.tasks[:count])
+        longest = max(stop for _, stop in self.spans[:count])
+        return Pages(*tables, longest, _height(self.group, decoding=True), self.group, self.spans[:count], count)
 
 
 def table_of(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -124,9 +130,10 @@ def make_pages(tables: Tensor, rows: Sequence[int], spans: Sequence[tuple[int, i
         starts.append(starts[-1] + stop - start)
         tasks += [(number, first) for first in range(0, stop - start, height // group)]
     lengths = [stop for _, stop in spans]
+    singles = next((number for number, (start, stop) in enumerate(spans) if stop - start > 1), len(spans))
     packed = upload([*rows, *lengths, *starts, *(x for task in tasks for x in task)], torch.int32, tables.device)  # one transfer
     row, length, first, task = torch.split(packed, [len(rows), len(rows), len(starts), 2 * len(tasks)])
-    return Pages(tables, row, length, first, task.view(-1, 2), max(lengths), height, group, tuple(spans))
+    return Pages(tables, row, length, first, task.view(-1, 2), max(lengths), height, group, tuple(spans), singles, starts[-1] - singles)
 
 
 def decode_pages(tables: Tensor, rows: Tensor, lengths: Tensor, group: int, longest: int) -> Pages:

@@ -93,13 +93,16 @@ def test_a_version_of_flashinfer_that_fails_is_a_warning(monkeypatch: pytest.Mon
     assert obstacle(torch.device("cuda"), torch.bfloat16, torch.bfloat16, 128, windowed=True, capped=False) is None
 
 
-def test_pages_know_whether_a_pass_has_pieces() -> None:
-    tables = paged_attention.table_of([[0, 1], [2]], torch.device("cpu"))
-    pieces = paged_attention.make_pages(tables, range(2), [(3, 20), (4, 5)], 1)
-    assert pieces.pieces and pieces.spans == ((3, 20), (4, 5))
-    assert not paged_attention.make_pages(tables, range(2), [(19, 20), (4, 5)], 1).pieces
+def test_pages_know_who_has_one_token() -> None:
+    tables = paged_attention.table_of([[3], [0, 1], [2]], torch.device("cpu"))
+    pages = paged_attention.make_pages(tables, [2, 1, 0], [(9, 10), (3, 20), (4, 5)], 2)
+    assert (pages.singles, pages.pieces, pages.spans) == (1, 18, ((9, 10), (3, 20), (4, 5)))
+    alone = pages.alone()
+    assert (alone.rows.tolist(), alone.lengths.tolist(), alone.starts.tolist(), alone.tasks.tolist()) == ([2], [10], [0, 1], [[0, 0]])
+    assert (alone.longest, alone.height, alone.group, alone.pieces) == (10, 16, 2, 0) and alone.tables is tables
+    assert paged_attention.make_pages(tables, range(2), [(19, 20), (4, 5)], 1).pieces == 0
     lengths = torch.tensor([20, 5], dtype=torch.int32)
-    assert not paged_attention.decode_pages(tables, lengths, lengths, 1, 20).pieces
+    assert paged_attention.decode_pages(tables, lengths, lengths, 1, 20).pieces == 0
 
 
 # on a GPU
@@ -123,7 +126,7 @@ def test_it_is_torch_s_attention(dim: int, window: int | None, softcap: float | 
     generator = torch.Generator().manual_seed(3)
     passes: list[tuple[Tensor, Tensor, Tensor]] = []
     layer = Attention(dim, dim**-0.5, window, softcap)
-    for spans in ([(0, 33)], [(31, 64), (500, 501), (0, 7)], [(990, 1100), (17, 19)], [(0, 1), (2, 5)]):
+    for spans in ([(0, 33)], [(31, 64), (500, 501), (0, 7)], [(990, 1100), (17, 19)], [(0, 1), (700, 701), (2, 5)]):
         order = torch.randperm(120, generator=generator).tolist()
         pool = torch.full((2, 120, 16, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
         tables = [[order.pop() for _ in range(-(-stop // 16))] for _, stop in spans]
@@ -148,10 +151,10 @@ def test_it_is_torch_s_attention(dim: int, window: int | None, softcap: float | 
 @needs_flashinfer
 def test_a_model_over_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of prompts go to FlashInfer, decoding to Triton's kernel; logits are those of torch's attention."""
-    config = config_of("qwen2") | {"head_dim": 128, "hidden_size": 96, "intermediate_size": 96, "tie_word_embeddings": True}
+    config = config_of("llama") | {"head_dim": 128, "hidden_size": 96, "intermediate_size": 96}
     checkpoint: Any = awq_checkpoint(config, 16)
     texts = texts_of((40, 22))
-    steps = [[(0, 19), (0, 7)], [(19, 33), (7, 8)], [(33, 34), (8, 9)], [(34, 40), (9, 22)]]
+    steps = [[(0, 19), (0, 7)], [(19, 20), (7, 18)], [(20, 21), (18, 19)], [(21, 40), (19, 20)]]
     found, calls = [], []
     monkeypatch.setattr(flashinfer_attention._Planner, "_plan", _counted(flashinfer_attention._Planner._plan, calls))
     for name in ("flashinfer", "torch"):
