@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -363,15 +364,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "fp8": {"method": "fp8"},
     "gguf": {"method": "gguf"},
 }
+OTHERS = ("", "packed", "nf4", "w8a8", "gguf")
+"""Of the two other models: as they are, and what is quantized otherwise."""
 
 
 @pytest.mark.usefixtures("one_core")
-@pytest.mark.parametrize("name", METHODS)
-def test_a_trained_model_says_the_same_on_any_ranks(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "name"), [*(("llama", name) for name in METHODS), *product(("qwen2", "gemma3"), OTHERS)])
+def test_a_trained_model_says_the_same_on_any_ranks(model: str, name: str, tmp_path: Path) -> None:
     """What ``quantize`` writes, in float32 as it is served: also where inputs are rounded."""
-    out = tmp_path / ("model.gguf" if name == "gguf" else "model")
-    quantize(QuantizeOptions(str(MODELS / "llama"), out, device="cpu", **METHODS[name]))
-    checkpoint = as_blocks(open_checkpoint(out))
+    checkpoint = as_blocks(open_checkpoint(MODELS / model))
+    if name:
+        out = tmp_path / ("model.gguf" if name == "gguf" else "model")
+        quantize(QuantizeOptions(str(MODELS / model), out, device="cpu", **METHODS[name]))
+        checkpoint = as_blocks(open_checkpoint(out))
     said = {}
     for tp in DEGREES:
         engine = engine_of(checkpoint, tp, torch.float32, parity=False, spec_of=checkpoint)
