@@ -151,7 +151,7 @@ def test_it_is_torch_s_attention(dim: int, window: int | None, softcap: float | 
 @needs_flashinfer
 def test_a_model_over_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of prompts go to FlashInfer, decoding to Triton's kernel; logits are those of torch's attention."""
-    config = config_of("llama") | {"head_dim": 128, "hidden_size": 96, "intermediate_size": 96}
+    config = config_of("llama") | {"head_dim": 128, "hidden_size": 96, "intermediate_size": 96, "tie_word_embeddings": True}
     checkpoint: Any = awq_checkpoint(config, 16)
     texts = texts_of((40, 22))
     steps = [[(0, 19), (0, 7)], [(19, 20), (7, 18)], [(20, 21), (18, 19)], [(21, 40), (19, 20)]]
