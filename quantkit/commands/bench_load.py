@@ -27,7 +27,7 @@ from quantkit.comm import thread_group
 from quantkit.commands.bench_requests import write_figures
 from quantkit.errors import InputError
 from quantkit.model.load import load_decoder, rank_tensors
-from quantkit.model.reading import BUFFERS, CHUNK_BYTES, READERS, ReadAhead, Wanted
+from quantkit.model.reading import CHUNK_BYTES, READERS, ReadAhead, Wanted
 from quantkit.ops.dtypes import float_dtype
 from quantkit.plan import ParallelPlan, make_plan
 from quantkit.progress import Progress, silent
@@ -129,6 +129,8 @@ def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
     still_cached, rise = 0.0, 0
     for _ in range(options.rounds):
         for cold in (True, False):
+            if not cold:
+                _read(files, keep=False)
             for what, work in ((PLAIN, read), ("tensors", bring), ("model", load)):
                 if cold:
                     _drop(files)
@@ -153,7 +155,7 @@ def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
         "file_bytes": sizes[PLAIN],
         "readers": READERS,
         "chunk_bytes": CHUNK_BYTES,
-        "staging_bytes": READERS * BUFFERS * CHUNK_BYTES if device == "cuda" else 0,
+        "staging_bytes": READERS * CHUNK_BYTES if device == "cuda" else 0,
         "weight_bytes": weights[-1],
         "host_bytes": rise,
         "still_cached": still_cached,

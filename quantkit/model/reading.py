@@ -1,7 +1,7 @@
 """The tensors of a checkpoint in the order in which a model takes them, read ahead by several threads into the memory where they stay.
 
-On a CPU that is the tensor's own. For a GPU a thread fills page-locked buffers, which it uses again and again, and they are copied on a
-stream beside the one on which the model makes of the tensors before what its kernels take. Knows names, slices and bytes; no model.
+On a CPU that is the tensor's own. For a GPU each thread fills a page-locked buffer, again and again, which is copied on a stream beside
+the one on which the model makes of the tensors before what its kernels take. Knows names, slices and bytes; no model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from quantkit.progress import Progress, silent
 
 READERS = 8
 """Reads in flight."""
-CHUNK_BYTES = 16 << 20
-"""The most that is read at once, of one tensor or of several small ones."""
+CHUNK_BYTES = 4 << 20
+"""The most that is read at once, of one tensor or of several small ones. To lock as much memory for each reader takes 0.6 ms per MiB."""
 AHEAD_BYTES = 256 << 20
 """Of tensors that are being read, or have been, before they are taken."""
-BUFFERS = 2
-"""Page-locked buffers of CHUNK_BYTES for each reader: one is filled while the other is copied."""
 ALIGNMENT = 64
 
 
@@ -105,7 +103,7 @@ class ReadAhead:
     """``wanted`` of ``checkpoint`` on ``device``, to be taken in that order, within ``with``: after it no thread reads any more.
 
     ``progress("weights", bytes, of all)``. At most AHEAD_BYTES and one tensor are held that were not taken; for a GPU they are there, and
-    READERS * BUFFERS * CHUNK_BYTES here.
+    READERS * CHUNK_BYTES here.
     """
 
     def __init__(self, checkpoint: Checkpoint, wanted: Iterable[Wanted], device: str = "cpu", progress: Progress = silent) -> None:
@@ -117,7 +115,7 @@ class ReadAhead:
         self._total = sum(want.nbytes(checkpoint) for want in self._left)
         self._pool = ThreadPoolExecutor(READERS, "read")
         progress("weights", 0, self._total)
-        self._buffers = threading.local()
+        self._own = threading.local()
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def take(self, want: Wanted) -> Tensor:
@@ -193,31 +191,23 @@ class ReadAhead:
 
     @torch.inference_mode()
     def _send(self, batch: _Batch) -> None:
-        """Fill a buffer of this thread's and send it to the device."""
+        """Fill this thread's buffer and send it to the device."""
         assert self._side is not None and batch.ready is not None
-        buffer, sent = self._next_buffer()
-        sent.synchronize()
-        host, places, at = buffer.numpy(), [], 0
-        for found, index, _, nbytes in batch.pieces:
-            self._fill(found, index, host[at : at + nbytes])
-            places.append(at)
-            at += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        with torch.cuda.stream(self._side):
+        with torch.cuda.stream(self._side):  # and its device, for this thread
+            if not hasattr(self._own, "buffer"):
+                self._own.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._own.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            buffer, sent, places, at = self._own.buffer, self._own.sent, [], 0
+            sent.synchronize()
+            host = buffer.numpy()
+            for found, index, _, nbytes in batch.pieces:
+                self._fill(found, index, host[at : at + nbytes])
+                places.append(at)
+                at += -(-nbytes // ALIGNMENT) * ALIGNMENT
             self._side.wait_event(batch.ready)
             for at, (found, _, begin, nbytes) in zip(places, batch.pieces, strict=True):
                 found.flat[begin : begin + nbytes].copy_(buffer[at : at + nbytes], non_blocking=True)
             sent.record(self._side)
-
-    def _next_buffer(self) -> tuple[Tensor, torch.cuda.Event]:
-        """The buffer of this thread that was sent before the last, and the event of its sending."""
-        held: deque[tuple[Tensor, torch.cuda.Event]] | None = getattr(self._buffers, "held", None)
-        if held is None:
-            held = self._buffers.held = deque()
-        if len(held) < BUFFERS:
-            buffer, sent = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-            held.append((buffer, sent))
-        held.rotate(1)
-        return held[0]
 
     def __enter__(self) -> Self:
         return self
