@@ -36,7 +36,7 @@ from quantkit.ops.symmetric import open_sums
 from quantkit.ops.transfer import upload
 from quantkit.plan import make_plan, pass_bytes
 from quantkit.quant_config import stored_assignment
-from quantkit.runtime.blocks import BLOCK
+from quantkit.runtime.blocks import BLOCK, blocks_for
 from quantkit.runtime.graphs import graph_bytes, make_graphs
 from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
 from quantkit.runtime.sampler import Drawn, Sampler, SamplingParams
@@ -162,7 +162,10 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
             each.attention.require(decoder.dtype, stored, decoder.device)
     sequences, device = min(job.sequences, job.step_tokens), decoder.device
     if device.type == "cuda":
-        one, graphs = _measured_pass(decoder, job.step_tokens, sequences), graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)
+        one, graphs = (
+            _measured_pass(decoder, job.step_tokens, sequences, kv_fp8=job.kv_fp8),
+            graph_bytes(decoder, job.sequences, fp8=job.kv_fp8),
+        )
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         room = int(total * job.memory_share) - (total - free) - one - graphs
@@ -177,17 +180,21 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
 
 
 @torch.inference_mode()
-def _measured_pass(decoder: Decoder, tokens: int, sequences: int) -> int:
-    """Bytes that the longest pass takes at its height beside the weights. A collective."""
-    torch.cuda.reset_peak_memory_stats(decoder.device)
-    before = torch.cuda.memory_allocated(decoder.device)
+def _measured_pass(decoder: Decoder, tokens: int, sequences: int, *, kv_fp8: bool) -> int:
+    """Bytes that the longest pass takes at its height beside weights, keys and values; what it needs is compiled by it. A collective."""
     length = min(tokens, decoder.spec.max_positions)
     lengths = tuple(min(length, tokens - at) for at in range(0, tokens, length))
-    positions = torch.cat([torch.arange(each) for each in lengths])
-    hidden = decoder.forward(torch.zeros_like(positions), Batch(positions, lengths, None))
+    each = blocks_for(length)
+    cache = cache_for(decoder, each * len(lengths), fp8=kv_fp8, sequences=len(lengths))
+    for sequence in range(len(lengths)):
+        cache.extend(sequence, range(each * sequence, each * (sequence + 1)), 0)
+    sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
+    torch.cuda.reset_peak_memory_stats(decoder.device)
+    before = torch.cuda.memory_allocated(decoder.device)
+    positions = torch.cat([torch.arange(count) for count in lengths]).to(decoder.device)
+    hidden = decoder.forward(torch.zeros_like(positions), Batch(positions, lengths, tuple(range(len(lengths)))), cache)
     logits = decoder.head.local(hidden[:sequences])
     del hidden
-    sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
     for sequence in range(logits.shape[0]):
         sampler.begin(sequence, SamplingParams(top_p=0.5), 0, (), ())
     sampler.sample(range(logits.shape[0]), logits).result()
