@@ -105,7 +105,13 @@ class ParallelPlan:
         """Raise InputError unless this plan is for ``spec``, and cuts no linear of ``assignment`` inside a granule."""
         if dict(self.dims) != _plan_dims(spec) or dict(self.roles) != _plan_roles(spec) or self.vocab != spec.dims["vocab"].size:
             raise InputError(where, "is for a model of other dims or linears", "the plan of the config.json beside it")
-        for (role, _), (path, geometry) in _distinct(spec, assignment, dtype).items():
+        distinct = _distinct(spec, assignment, dtype)
+        group, bundle = spec.dims["heads"].size // spec.dims["kv_heads"].size, _bundle(spec, distinct)
+        for rank, owned in enumerate(self.ranges["heads"]):
+            held, right = self.ranges["kv_heads"][rank], _kv_of(owned, group, bundle)
+            if (held.start, held.stop) != (right.start, right.stop):
+                raise InputError(where, f"rank {rank} does not hold the KV heads of its query heads", f"{right.start}:{right.stop}")
+        for (role, _), (path, geometry) in distinct.items():
             for rank in range(self.tp):
                 n, k = self.cut(role, rank)
                 try:
@@ -161,15 +167,26 @@ def _check_cover(plan: ParallelPlan, where: str) -> None:
         if not kv or heads % kv:
             raise InputError(where, f"{heads} heads share {kv} KV heads", "a divisor")
         for rank, owned in enumerate(plan.ranges["heads"]):
-            held, right = plan.ranges["kv_heads"][rank], _kv_of(owned, heads // kv)
-            if (held.start, held.stop) != (right.start, right.stop):
-                raise InputError(where, f"rank {rank} does not hold the KV heads of its query heads", f"{right.start}:{right.stop}")
+            held, least = plan.ranges["kv_heads"][rank], _kv_of(owned, heads // kv, 1)
+            if bool(held) != bool(owned) or held.stop > kv or (owned and not held.start <= least.start < least.stop <= held.stop):
+                raise InputError(where, f"rank {rank} does not hold the KV heads of its query heads", f"{least.start}:{least.stop}")
 
 
-def _kv_of(heads: range, group: int) -> range:
-    """The KV heads that query heads ``heads`` read, ``group`` query heads to each."""
-    start = heads.start // group
-    return range(start, math.ceil(heads.stop / group) if heads else start)
+def _kv_of(heads: range, group: int, bundle: int) -> range:
+    """The KV heads that query heads ``heads`` read, ``group`` query heads to each, in whole bundles."""
+    start = heads.start // group // bundle * bundle
+    return range(start, math.ceil(heads.stop / group / bundle) * bundle if heads else start)
+
+
+def _bundle(spec: ModelSpec, distinct: Mapping[tuple[str, Geometry], tuple[str, Geometry]]) -> int:
+    """KV heads that no cut parts: those that a granule of k and v holds together, or whose query heads one of q does."""
+
+    def unit(dim: str) -> int:
+        granules = [geometry.granule("N") for role, geometry in distinct if role in spec.linears and spec.linears[role].out == dim]
+        return _units_on(math.lcm(*granules), spec.head_dim)
+
+    group, q_unit = spec.dims["heads"].size // spec.dims["kv_heads"].size, unit("heads")
+    return math.lcm(unit("kv_heads"), q_unit // math.gcd(q_unit, group))
 
 
 def _deal(units: int, ranks: int, unit: int = 1, first: int = 0) -> tuple[range, ...]:
@@ -351,11 +368,10 @@ def make_plan(spec: ModelSpec, assignment: Assignment, tp: int, *, dtype: str) -
     modes |= {role: COPY for role, linear in spec.linears.items() if not linear.quantize}
     ranges = {"vocab": _deal(dims["vocab"].size // VOCAB_GRANULE, tp, VOCAB_GRANULE)}
     heads, kv_heads = dims["heads"], dims["kv_heads"]
-    q_unit = _units_on(granule("N", producers("heads")), heads.width)
-    kv_unit = _units_on(granule("N", producers("kv_heads")), kv_heads.width)
+    q_unit, bundle = _units_on(granule("N", producers("heads")), heads.width), _bundle(spec, distinct)
     o_granule = granule("K", consumers("heads"))
-    ranges["heads"] = _deal_heads(spec, tp, q_unit, kv_unit, _units_on(o_granule, heads.width))
-    ranges["kv_heads"] = tuple(_kv_of(owned, heads.size // kv_heads.size) for owned in ranges["heads"])
+    ranges["heads"] = _deal_heads(spec, tp, q_unit, bundle, _units_on(o_granule, heads.width))
+    ranges["kv_heads"] = tuple(_kv_of(owned, heads.size // kv_heads.size, bundle) for owned in ranges["heads"])
     on_granule = all(owned.start * heads.width % o_granule == 0 for owned in ranges["heads"] if owned)
     cut_heads_k = on_granule and heads.elements // o_granule >= tp
     modes |= dict.fromkeys(consumers("heads"), ROW if tp == 1 or cut_heads_k else GATHER)
@@ -393,31 +409,23 @@ def _unit(size: int, granule: int, tp: int) -> int:
     return tiled if size % tiled == 0 and size // tiled >= tp else granule
 
 
-def _deal_heads(spec: ModelSpec, tp: int, q_unit: int, kv_unit: int, o_unit: int) -> tuple[range, ...]:
-    """Query heads per rank: whole KV groups while there are enough, else each KV head's query heads among its own ranks.
+def _deal_heads(spec: ModelSpec, tp: int, q_unit: int, bundle: int, o_unit: int) -> tuple[range, ...]:
+    """Query heads per rank: those of whole bundles of KV heads while there are enough, else each bundle's among its own ranks.
 
-    The units count heads: cuts of q, of k and v, and of o fall on a granule at multiples of them. o's is met where every
-    rank can still be served; the others always.
+    The units count heads: cuts of q and of o fall on a granule at multiples of them. o's is met where every rank can still be
+    served; q's always.
     """
     heads, kv = spec.dims["heads"].size, spec.dims["kv_heads"].size
     group = heads // kv
-    least = math.lcm(kv_unit, q_unit // math.gcd(q_unit, group))
-    wanted = math.lcm(least, o_unit // math.gcd(o_unit, group))
-    for bundle in (wanted, least):
-        if tp <= kv // bundle:
-            return _deal(kv // bundle, tp, bundle * group)
-    if least > 1:
-        raise InputError(
-            spec.tensor(0, spec.linears["k"].name),
-            f"{kv} KV heads of {spec.head_dim} are cut every {least} heads (packed words), which serves {kv // least} ranks, not {tp}",
-            f"--tp {kv // least} or less",
-            "or keep q_proj, k_proj and v_proj in floats: --override 'self_attn\\.[qkv]_proj:keep'",
-        )
-    share = math.lcm(q_unit, o_unit)
-    if group % share or group // share < math.ceil(tp / kv):
+    wanted = math.lcm(bundle, o_unit // math.gcd(o_unit, group))
+    for each in (wanted, bundle):
+        if tp <= kv // each:
+            return _deal(kv // each, tp, each * group)
+    bundles, size, share = kv // bundle, bundle * group, math.lcm(q_unit, o_unit)
+    if size % share or size // share < math.ceil(tp / bundles):
         share = q_unit
-    counts = [len(ranks) for ranks in _deal(tp, kv)]
-    return tuple(owned for head, ranks in enumerate(counts) for owned in _deal(group // share, ranks, share, head * group))
+    counts = [len(ranks) for ranks in _deal(tp, bundles)]
+    return tuple(owned for number, ranks in enumerate(counts) for owned in _deal(size // share, ranks, share, number * size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,6 +488,8 @@ PASS_SEQUENCES: Mapping[str, int] = MappingProxyType({"cpu": 8, "cuda": 128})
 
 RUNTIME_BYTES = 3 << 29
 """An estimate of what a rank takes of a GPU beside all that: CUDA's context, the libraries' workspaces, graphs, the allocator's gaps."""
+GROUP_BYTES = 7 << 28
+"""The same of ranks in a group: NCCL's buffers, memory for sums, and, on the first GPU, what the engine's own process takes."""
 
 
 def pass_bytes(spec: ModelSpec, tp: int, *, tokens: int, sequences: int, itemsize: int) -> int:

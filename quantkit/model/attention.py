@@ -204,5 +204,5 @@ def kv_index(heads: range, kv_heads: range, group: int) -> tuple[int, ...] | Non
     if not heads:
         return None
     index = tuple(head // group - kv_heads.start for head in heads)
-    each = max(1, len(heads) // len(kv_heads))
-    return None if index == tuple(i // each for i in range(len(heads))) else index
+    each, rest = divmod(len(heads), len(kv_heads))
+    return None if not rest and index == tuple(i // each for i in range(len(heads))) else index

@@ -45,8 +45,19 @@ def models(draw: st.DrawFn) -> tuple[ModelSpec, Assignment]:
             k = spec.linear_shape(role)[1]
             fitting = [LinearScheme("awq", "awq", 4, size) for size in (-1, 8, 32, 64, 128) if size == -1 or k % size == 0]
             fitting += [ggml_scheme(kind) for kind in ("Q5_0", "Q4_K", "Q6_K") if k % GGML_BLOCKS[kind].elements == 0]
+            fitting += [LinearScheme("fp8", "fp8_block", 8, 128, True, "F32")]
             assignment[name] = draw(st.sampled_from(fitting))
     return spec, assignment
+
+
+def together(spec: ModelSpec, assignment: Assignment) -> int:
+    """How many KV heads no cut parts: the fewest whose keys, values and queries end where every granule does."""
+    heads, kv, width = spec.dims["heads"].size, spec.dims["kv_heads"].size, spec.head_dim
+    granules: dict[str, int] = {}
+    for role, _, geometry in block_geometries(spec, assignment, dtype="BF16"):
+        granules[role] = math.lcm(granules.get(role, 1), geometry.granule("N"))
+    sizes = {"q": heads // kv * width, "k": width, "v": width}
+    return next(n for n in range(1, kv + 1) if all(n * size % granules[role] == 0 for role, size in sizes.items()))
 
 
 @settings(deadline=None, max_examples=200)
@@ -61,13 +72,14 @@ def test_ranges_cover_every_dim_once_in_rank_order(model: tuple[ModelSpec, Assig
             assert set(owned) == set(range(spec.dims["kv_heads"].size))
         else:
             assert owned == list(range(plan.dims[dim].size))
-    group = spec.dims["heads"].size // spec.dims["kv_heads"].size
+    total, group, bundle = spec.dims["kv_heads"].size, spec.dims["heads"].size // spec.dims["kv_heads"].size, together(spec, assignment)
     for heads, kv in zip(plan.ranges["heads"], plan.ranges["kv_heads"], strict=True):
-        assert {head // group for head in heads} == set(kv)
+        read = {head // group for head in heads}
+        assert set(kv) == {bundle * (head // bundle) + n for head in read for n in range(bundle)}, "what is read, in whole bundles"
         # The attention of one rank pairs its query heads with its KV heads evenly, or has one KV head.
-        assert len(kv) <= 1 or len(heads) == group * len(kv)
-    if tp <= spec.dims["kv_heads"].size:
-        assert len([head for kv in plan.ranges["kv_heads"] for head in kv]) == spec.dims["kv_heads"].size, "replicated without need"
+        assert bundle > 1 or len(kv) <= 1 or len(heads) == group * len(kv)
+    if tp <= total // bundle:
+        assert len([head for kv in plan.ranges["kv_heads"] for head in kv]) == total, "replicated without need"
 
 
 @settings(deadline=None, max_examples=200)

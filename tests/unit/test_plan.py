@@ -16,7 +16,7 @@ from quantkit.arch.table import spec_for
 from quantkit.commands.plan import PlanOptions, parse_bytes, run
 from quantkit.errors import InputError
 from quantkit.geometry import ggml_scheme
-from quantkit.plan import Obstacle, equal_split_obstacles, make_plan, rank_memory
+from quantkit.plan import Obstacle, ParallelPlan, equal_split_obstacles, make_plan, rank_memory
 from quantkit.scheme import KEEP, Assignment, LinearScheme
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
@@ -139,8 +139,6 @@ TABLE = {
     "TinyLlama-1.1B": ((2048, 5632, 32, 4, 64), "1248 124 1248 1248 1248 12 12 1248"),
     "SmolLM-135M": ((576, 1536, 9, 3, 64), "1 - 1 1 1 - 1 1"),
 }
-UNCUT = {("Qwen2.5-0.5B", "fp8_block"): (1,), ("TinyLlama-1.1B", "fp8_block"): (1, 2), ("SmolLM-135M", "fp8_block"): (1,)}
-"""The degrees that quantkit itself plans where it is not all from 1 to 8: KV heads of 64, of which a block of 128 holds two."""
 
 
 def schemes(name: str) -> tuple[LinearScheme, ...]:
@@ -187,12 +185,12 @@ def test_what_equal_splits_refuse_quantkit_still_plans(name: str, form: str, cel
     spec = spec_of(*TABLE[name][0])
     for scheme in schemes(form):
         for tp in range(1, 9):
-            if cell != "-" and tp in UNCUT.get((name, form), range(1, 9)):
+            if cell != "-":
                 assert make_plan(spec, assigned(spec, scheme), tp, dtype="BF16").tp == tp
                 continue
-            with pytest.raises(InputError, match=r"layers\.0\.(self_attn|mlp)\.\w+: \d+ (input features|KV heads of 64)") as caught:
+            with pytest.raises(InputError, match=r"layers\.0\.(self_attn|mlp)\.\w+: \d+ input features") as caught:
                 make_plan(spec, assigned(spec, scheme), tp, dtype="BF16")
-            assert caught.value.expected.startswith("--tp" if cell != "-" else "a ") and caught.value.hint
+            assert caught.value.expected.startswith("a ") and caught.value.hint
 
 
 def test_forty_heads_on_three_ranks_run_here_and_the_plan_says_where_they_do_not(tmp_path: Path) -> None:
@@ -229,12 +227,23 @@ def test_a_group_that_does_not_divide_names_the_layer_and_a_group_that_does() ->
     assert caught.value.hint == "--group-size 64 divides 576"
 
 
-def test_heads_narrower_than_a_packed_word_limit_the_ranks() -> None:
+def test_kv_heads_that_no_cut_parts_are_held_together() -> None:
+    """Eight heads of 4, two to a packed word: on four ranks two each; on eight, ranks without heads. KV heads of 64, two to a block of
+    128: the query heads of both are divided, and both ranks hold both."""
     spec = spec_of(64, 128, 8, 8, 4)
-    plan = make_plan(spec, awq(spec, 32), 4, dtype="BF16")
-    assert [len(r) for r in plan.ranges["kv_heads"]] == [2, 2, 2, 2]
-    with pytest.raises(InputError, match=r"k_proj: 8 KV heads of 4 are cut every 2 heads \(packed words\), which serves 4 ranks, not 8"):
-        make_plan(spec, awq(spec, 32), 8, dtype="BF16")
+    assert [len(r) for r in make_plan(spec, awq(spec, 32), 4, dtype="BF16").ranges["kv_heads"]] == [2, 2, 2, 2]
+    eight = make_plan(spec, awq(spec, 32), 8, dtype="BF16")
+    assert spans(eight.ranges["heads"])[:4] == spans(eight.ranges["kv_heads"])[:4] == [(0, 2), (2, 2), (2, 4), (4, 4)]
+    spec = spec_of(256, 512, 8, 4, 64)
+    blocks = assigned(spec, LinearScheme("fp8", "fp8_block", 8, 128, True, "F32"))
+    plan = make_plan(spec, blocks, 3, dtype="BF16")
+    assert (spans(plan.ranges["heads"]), spans(plan.ranges["kv_heads"])) == ([(0, 2), (2, 4), (4, 8)], [(0, 2), (0, 2), (2, 4)])
+    assert plan.cut("k", 1) == (range(128), range(256)) and plan.modes["o"] == "row"
+    for held in ([0, 1], [0, 3], [0, 4]):  # inside a block, and more than is needed
+        data = plan.to_json()
+        data["ranges"]["kv_heads"][1] = held
+        with pytest.raises(InputError, match="rank 1"):
+            ParallelPlan.from_json(data).check(spec, blocks, dtype="BF16")
 
 
 def test_a_quantized_head_cannot_be_padded() -> None:
