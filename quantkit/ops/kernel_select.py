@@ -153,7 +153,7 @@ def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Con
     yield Config(RULE)
     if tokens <= 64:
         yield from mma_configs(tokens)
-    if gpu.capability[0] == 9 and tokens >= 8:
+    if gpu.capability[0] == 9 and tokens >= 16:
         yield from wgmma_configs(gpu, n, k, tokens)
     if tokens >= 64:
         yield Config(DENSE)
@@ -188,11 +188,16 @@ _EVEN = -3
 
 def wgmma_configs(gpu: Gpu, n: int, k: int, tokens: int) -> Iterator[Config]:
     """Of ``kernels/prefill``: its ``matmul.cu`` reads them. All are launched before the kernel ahead of them has ended."""
-    for rows, groups in _WGMMA_SHAPES:
+    shapes, cuts = _WGMMA_SHAPES, (-1, 1, 2, 3, 4, 5, 6, 8)
+    if tokens >= 1024:  # tiles in plenty
+        shapes, cuts = ((128, 2), (256, 2)), (0, -1, -2, 1, 2)
+    elif tokens >= 256:
+        cuts = (0, -1, -2, 1, 2, 3, 4, 5)
+    for rows, groups in shapes:
         if not min(tokens, 128) <= rows <= max(tokens, 16) and rows != next(each for each, _ in _WGMMA_SHAPES if each >= min(tokens, 256)):
             continue
         tiles = -(-tokens // rows) * -(-n // (64 * groups))
-        for cut in (-1, 1, 2, 3, 4, 5, 6, 8) if tokens < 256 else (0, -1, -2, 1, 2, 3, 4, 5, 6, 8):
+        for cut in cuts:
             if cut > 1 and (cut - 1) * tiles > 2 * gpu.multiprocessors:  # busy without splitting K further
                 continue
             for flags in (2, 3) if cut <= 0 else (2,):  # 1: x by multicast, 2: dependent launch
