@@ -153,7 +153,7 @@ def configs(gpu: Gpu, form: Format, n: int, k: int, tokens: int) -> Iterator[Con
     yield Config(RULE)
     if tokens <= 64:
         yield from mma_configs(tokens)
-    if gpu.capability[0] == 9 and tokens >= 16:
+    if gpu.capability[0] == 9 and tokens > 8:
         yield from wgmma_configs(gpu, n, k, tokens)
     if tokens >= 64:
         yield Config(DENSE)
