@@ -17,6 +17,7 @@ from quantkit.formats.jsonfile import read_object
 from quantkit.geometry import DTYPE_BYTES, FLOATS
 from quantkit.method_facts import METHODS, make_scheme
 from quantkit.plan import (
+    GROUP_BYTES,
     KV_BLOCK,
     KV_DTYPES,
     LM_HEADS,
@@ -298,7 +299,8 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     head = (("head", f"encoded to {options.lm_head} when it is loaded"),) if LM_HEADS[options.lm_head] else ()
     length = options.max_model_len or model.spec.max_positions
     one = pass_bytes(model.spec, options.tp, tokens=tokens, sequences=seats, itemsize=DTYPE_BYTES[model.dtype])
-    fit = None if limit is None else _fit(memory, limit, options.gpu_memory_utilization, length, one + RUNTIME_BYTES)
+    beside = RUNTIME_BYTES + (GROUP_BYTES if options.tp > 1 else 0)
+    fit = None if limit is None else _fit(memory, limit, options.gpu_memory_utilization, length, one + beside)
     failed = None
     if fit is not None and not fit.fits:
         needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
@@ -314,7 +316,7 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
         "kv_tokens_that_fit": None if fit is None else fit.tokens,
         "kv_blocks_that_fit": None if fit is None else fit.tokens // KV_BLOCK,
         "pass_bytes": one,
-        "runtime_bytes": RUNTIME_BYTES,
+        "runtime_bytes": beside,
         "fits": None if fit is None else fit.fits,
         "equal_split": {"runs": not obstacles, "obstacles": [asdict(o) for o in obstacles]},
     }

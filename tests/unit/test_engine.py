@@ -639,6 +639,7 @@ def test_plan_predicts_the_blocks(name: str, tp: int, monkeypatch: pytest.Monkey
     """With a budget in which nothing else is bounded: within 3 % of what the ranks find."""
     budget = 96 << 20
     monkeypatch.setattr(plan, "RUNTIME_BYTES", 0)  # on a GPU alone
+    monkeypatch.setattr(plan, "GROUP_BYTES", 0)
     checkpoint = open_checkpoint(MODELS / name)
     report = run_plan(PlanOptions(str(MODELS / name), tp, gpu_memory=str(budget), max_num_seqs=8, max_num_batched_tokens=1024))
     dtype = getattr(torch, {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[report.data["dtype"]])
