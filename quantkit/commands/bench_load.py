@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +108,9 @@ def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
 
     def bring() -> int:
         with ReadAhead(rank.checkpoint, tensors, device) as reader:
-            return sum(reader.take(want).nbytes for want in tensors)
+            for want in tensors:
+                reader.take(want)
+        return own
 
     def load() -> int:
         decoder = load_decoder(
@@ -125,23 +127,8 @@ def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
         return own
 
     weights, own = list[int](), sum(want.nbytes(rank.checkpoint) for want in tensors)
-    timed: dict[tuple[bool, str], list[float]] = {}
-    still_cached, rise = 0.0, 0
-    for _ in range(options.rounds):
-        for cold in (True, False):
-            if not cold:
-                _read(files, keep=False)
-            for what, work in ((PLAIN, read), ("tensors", bring), ("model", load)):
-                if cold:
-                    _drop(files)
-                    still_cached = max(still_cached, _cached(files))
-                with _peak() as memory:
-                    began = time.perf_counter()
-                    nbytes = work()
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-                    timed.setdefault((cold, what), []).append(nbytes / (time.perf_counter() - began) / 1e9)
-                rise = max(rise, memory[0]) if what == "model" else rise
+    works = {PLAIN: read, "tensors": bring, "model": load}
+    timed, still_cached, rise = _in_turns(works, files, options.rounds, device)
     sizes = {PLAIN: sum(map(fs.file_size, files)), "tensors": own, "model": own}
     rates = {key: statistics.median(found) for key, found in timed.items()}
     data = {
@@ -167,6 +154,30 @@ def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
     }
     write_figures(options.out, data)
     return Report("bench load", data, facts=_facts(data), tables=(_table(data),), warnings=_warnings(still_cached))
+
+
+def _in_turns(
+    works: Mapping[str, Callable[[], int]], files: Sequence[Path], rounds: int, device: str
+) -> tuple[dict[tuple[bool, str], list[float]], float, int]:
+    """GB/s of each of ``works``, which return bytes, without ``files`` in the page cache (True) and with; the most of the files that stayed
+    there all the same; by how much memory rose at most in the last of ``works``."""
+    timed: dict[tuple[bool, str], list[float]] = {}
+    stayed, rise = 0.0, 0
+    for cold in (True, False) * rounds:
+        if not cold:
+            _read(files, keep=False)
+        for what, work in works.items():
+            if cold:
+                _drop(files)
+                stayed = max(stayed, _cached(files))
+            with _peak() as memory:
+                began = time.perf_counter()
+                nbytes = work()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                timed.setdefault((cold, what), []).append(nbytes / (time.perf_counter() - began) / 1e9)
+        rise = max(rise, memory[0])
+    return timed, stayed, rise
 
 
 def _facts(data: dict[str, Any]) -> tuple[tuple[str, str], ...]:
