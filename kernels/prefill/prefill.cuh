@@ -23,7 +23,7 @@ struct Shape {
   static constexpr int ENTRY = 512 / OCC / (WGS + 1) / 8 * 8, PRODUCER = WGS * OCC == 2 ? 40 : 32;
   static constexpr int CONSUMER = (ENTRY * (WGS + 1) - PRODUCER) / WGS / 8 * 8;
   static constexpr int ROWS_BLOCK = WGS * 64;
-  static constexpr int BK = MT >= 128 ? 64 : 128;  // columns in a stage of x
+  static constexpr int BK = MT >= 256 ? 64 : 128;  // columns in a stage of x
   static constexpr int BUFFERS = WGS * OCC <= 3 || MT <= 32 ? 4 : 2;  // fragments, all but one of which are being multiplied
   static constexpr int LOADS = WGS * OCC == 2 ? 16 : 8;  // 16-byte loads in flight of a thread that adds up partial sums
   static constexpr int STEP = MT < 32 ? MT : 32;   // rows of y staged at a time
@@ -37,11 +37,13 @@ struct Rings {
   static constexpr int B = S::MT * S::BK * 2;
   static constexpr int STAGING = S::WGS * S::STEP * 128;
   static constexpr int LEFT = BUDGET - STAGING;
+  // W and x of the same columns share a stage, and its barriers: fewer instructions of the consumers, but W is held as long as x.
+  static constexpr bool ONE = S::BK == 128 && L::KC == 128;
   // As many columns of W as of x, and of W at least two tiles.
   static constexpr int EVEN = LEFT / (A + B * (L::KC / S::BK));
-  static constexpr int SA = EVEN < 2 ? 2 : EVEN > 8 ? 8 : EVEN;
+  static constexpr int SA = EVEN < 2 ? 2 : EVEN > (ONE ? 12 : 8) ? (ONE ? 12 : 8) : EVEN;
   static constexpr int MOST = (LEFT - SA * A) / B;
-  static constexpr int SB = MOST > 16 ? 16 : MOST;
+  static constexpr int SB = ONE ? SA : MOST > 16 ? 16 : MOST;
   static constexpr int B_AT = 0, A_AT = SB * B, STAGING_AT = A_AT + SA * A, TABLE_AT = STAGING_AT + STAGING,
                        BARS_AT = TABLE_AT + TABLE;
   static constexpr int BYTES = BARS_AT + 512;
@@ -145,6 +147,7 @@ template <class T, int F, int G, class S>
 __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __grid_constant__ Work work) {
   using L = Tile<F, G>;
   using R = Rings<S, L, TABLE_BYTES<F>>;
+  constexpr bool ONE = R::ONE;
   constexpr bool LIGHT = F == QK_INT4 || F == QK_INT4Z, BOOK = F == QK_NF4 || F == QK_NF4N;
   // Who holds more registers has fewer fragments in flight, and loads later.
   constexpr int BUFFERS = BOOK && S::OCC == 2 ? 2 : S::BUFFERS, AHEAD = !LIGHT && !BOOK ? 4 : BUFFERS == 4 ? 2 : 4;
@@ -159,10 +162,10 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   if (threadIdx.x == 0) {
     if (base & 1023) __trap();  // the swizzle counts from multiples of 1024
     for (int i = 0; i < R::SA; ++i) {
-      barrier_init(bars + 8 * i, 1);
-      barrier_init(bars + 8 * (R::SA + i), 4 * WGS);
+      barrier_init(bars + 8 * i, ONE ? 2 : 1);
+      barrier_init(bars + 8 * (R::SA + i), 4 * WGS * (ONE ? work.pair : 1));
     }
-    for (int i = 0; i < R::SB; ++i) {
+    for (int i = 0; !ONE && i < R::SB; ++i) {
       barrier_init(bars + 8 * (2 * R::SA + i), 1);
       barrier_init(bars + 8 * (2 * R::SA + R::SB + i), 4 * WGS * work.pair);
     }
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   launch_dependents();
 
   Ring ring_a{bars, bars + 8 * R::SA, 0, 0};
-  Ring ring_b{bars + 16 * R::SA, bars + 8 * (2 * R::SA + R::SB), 0, 0};
+  Ring ring_b = ONE ? ring_a : Ring{bars + 16 * R::SA, bars + 8 * (2 * R::SA + R::SB), 0, 0};
   Schedule schedule(work, rank);
   Segment s;
 
@@ -230,7 +233,9 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   const bool wide = work.n % 8 == 0 && (reinterpret_cast<uintptr_t>(y) & 15) == 0;
   float acc[MT / 2];
   uint32_t fragments[BUFFERS][4];
-  Ring freed = ring_b;
+  Ring freed = ring_b;  // ONE: of its fields the stage alone, that of the step before
+  uint32_t peer_empty = peer_address(ring_b.empty, rank ^ 1);
+  const Place<F, G> lanes(w, lane);
   Context<T, F> context(work.weight, work.mixed, shared + R::TABLE_AT);
   if constexpr (TABLE_BYTES<F> > 0) {
     TableContext<T>::fill(work.weight, shared + R::TABLE_AT, group * 128 + thread, WGS * 128);
@@ -241,8 +246,8 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
   // Give back the oldest stage of x, to both blocks of a pair.
   auto free_x = [&](bool any) {
     barrier_arrive_if(any & (lane == 0), freed.empty_bar());
-    barrier_arrive_peer_if(any & (lane == 0) & (work.pair > 1), peer_address(freed.empty_bar(), rank ^ 1));
-    freed.advance(R::SB, any);
+    barrier_arrive_peer_if(any & (lane == 0) & (work.pair > 1), peer_empty + 8 * freed.stage);
+    if (!ONE) freed.advance(R::SB, any);
   };
   // Rows of y from the staging buffer: count of them, the first is row m0.
   auto copy_out = [&](int64_t m0, int count, int64_t n0) {
@@ -280,26 +285,26 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
     for (int step = 0; step < steps; ++step) {
       const bool begins = L::KC == 128 || step % (L::KC / 128) == 0, ends = L::KC == 128 || step % (L::KC / 128) == L::KC / 128 - 1;
       context.columns(work.weight, (s.k0 * (L::KC / 128) + step) * 2);
-      if (begins) barrier_wait(ring_a.full_bar(), ring_a.phase);
+      if (!ONE && begins) barrier_wait(ring_a.full_bar(), ring_a.phase);
       Ring second = ring_b;
       barrier_wait(ring_b.full_bar(), ring_b.phase);
       if (BOXES == 1) {
         second.advance(R::SB);
         barrier_wait(second.full_bar(), second.phase);
       }
-      const uint8_t* tile = shared + R::A_AT + ring_a.stage * R::A + group * R::TILE;
+      const uint8_t* tile = shared + R::A_AT + (ONE ? ring_b : ring_a).stage * R::A + group * R::TILE;
       const uint32_t x_at[2] = {uniform(base + R::B_AT + ring_b.stage * R::B),
                                 BOXES == 1 ? uniform(base + R::B_AT + second.stage * R::B) : 0};
       const int half = L::KC == 128 ? 0 : 2 * (step % (L::KC / 128));
       Slab<T, F, G> slabs[2];
-      slabs[0].load(context, tile, w, lane, half, 0);
+      slabs[0].load(context, tile, lanes, half, 0);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {  // 16 columns at a time: a wgmma holds up its own warps' next, so what makes the fragments goes between
-        if (i == AHEAD) slabs[1].load(context, tile, w, lane, half + 1, 1);
+        if (i == AHEAD) slabs[1].load(context, tile, lanes, half + 1, 1);
         wgmma_wait<BUFFERS - 1>();  // the wgmma BUFFERS ago is done: its fragment is free, and so is x when it was a stage's last
         if (i == BUFFERS - 1) free_x(step > 0);
         if (BOXES == 1 && i == BUFFERS + 3) free_x(true);
-        if (i == 4) {
+        if (!ONE && i == 4) {
           __syncwarp();
           barrier_arrive_if(ends & (lane == 0), ring_a.empty_bar());
           ring_a.advance(R::SA, ends);
@@ -314,6 +319,7 @@ __global__ void __launch_bounds__(S::THREADS, S::OCC) prefill_kernel(const __gri
         wgmma_commit();
       }
       ring_b = second;
+      if (ONE) freed.stage = ring_b.stage;
       ring_b.advance(R::SB);
     }
     wgmma_wait<0>();

@@ -137,9 +137,19 @@ __device__ __forceinline__ void spread(uint32_t pair, bool mixed, two_t<T>& r0, 
 }
 
 __device__ __forceinline__ uint32_t word(const uint4& codes, int s) { return s == 0 ? codes.x : s == 1 ? codes.y : s == 2 ? codes.z : codes.w; }
+
+// Where a lane finds its codes of half 0 in a tile, and its two rows in row order. Kept: the compiler would make them anew in each step.
 template <int F, int G>
-__device__ __forceinline__ uint4 load_codes(const uint8_t* tile, int w, int lane, int h) {
-  return *reinterpret_cast<const uint4*>(tile + codes_at<Tile<F, G>::KC>(w, h, lane));
+struct Place {
+  int codes, rows;
+  __device__ __forceinline__ Place(int w, int lane)
+      : codes(F == QK_Q8_0 ? bytes_at(w, 0, 0, lane) : codes_at<Tile<F, G>::KC>(w, 0, lane)), rows(rows_at(w, lane)) {
+    asm volatile("" : "+r"(codes), "+r"(rows));
+  }
+};
+template <int F, int G>
+__device__ __forceinline__ uint4 load_codes(const uint8_t* tile, const Place<F, G>& at, int h) {
+  return *reinterpret_cast<const uint4*>(tile + at.codes + codes_at<Tile<F, G>::KC>(0, h, 0));
 }
 
 // INT4, INT4Z; the integer is exact, the product rounded once.
@@ -152,13 +162,13 @@ struct Slab {
   two_t<T> r0[PER], r1[PER];  // scales
   uint32_t zeros[PER];
 
-  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, int w, int lane, int h, int) {
-    codes = load_codes<F, G>(tile, w, lane, h);
+  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, const Place<F, G>& place, int h, int) {
+    codes = load_codes<F, G>(tile, place, h);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       const int j = (64 * h + 32 * i) / G;
-      spread<T>(scale_pair<L>(tile, j, rows_at(w, lane)), context.mixed, r0[i], r1[i]);
-      if constexpr (F == QK_INT4Z) zeros[i] = zero_pair<L>(tile, j, rows_at(w, lane));
+      spread<T>(scale_pair<L>(tile, j, place.rows), context.mixed, r0[i], r1[i]);
+      if constexpr (F == QK_INT4Z) zeros[i] = zero_pair<L>(tile, j, place.rows);
     }
   }
 
@@ -179,17 +189,17 @@ struct TableSlab {
   uint4 codes;
   Scale<T> scales[PER][2];
 
-  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, int w, int lane, int h, int slab) {
-    codes = load_codes<F, G>(tile, w, lane, h);
+  __device__ __forceinline__ void load(const Context<T, F>& context, const uint8_t* tile, const Place<F, G>& place, int h, int slab) {
+    codes = load_codes<F, G>(tile, place, h);
     if constexpr (F == QK_NF4) {
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
-        const float2 absmax = absmax_pair<L>(tile, (64 * h + 32 * i) / L::GROUP, rows_at(w, lane));
+        const float2 absmax = absmax_pair<L>(tile, (64 * h + 32 * i) / L::GROUP, place.rows);
         scales[i][0].set(absmax.x);
         scales[i][1].set(absmax.y);
       }
     } else {
-      const uint32_t c = absmax_codes<L>(tile, h, rows_at(w, lane));
+      const uint32_t c = absmax_codes<L>(tile, h, place.rows);
       scales[0][0].set(context.absmax(c & 0xff, slab, 0));
       scales[0][1].set(context.absmax(c >> 8, slab, 1));
     }
@@ -215,12 +225,12 @@ struct MinSlab {
   uint32_t plane;
   Scale<T> scales[2][2], shifts[2][2];
 
-  __device__ __forceinline__ void load(const Context<T, F>&, const uint8_t* tile, int w, int lane, int h, int) {
-    codes = load_codes<F, G>(tile, w, lane, h);
-    if constexpr (F == QK_Q5_K) plane = *reinterpret_cast<const uint32_t*>(tile + L::PLANE_AT + plane1_at<L::KC>(w, h, lane));
+  __device__ __forceinline__ void load(const Context<T, F>&, const uint8_t* tile, const Place<F, G>& place, int h, int) {
+    codes = load_codes<F, G>(tile, place, h);
+    if constexpr (F == QK_Q5_K) plane = *reinterpret_cast<const uint32_t*>(tile + L::PLANE_AT + place.codes / 4 + plane1_at<L::KC>(0, h, 0));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int at = rows_at(w, lane) + r;
+      const int at = place.rows + r;
       const uint32_t two = *reinterpret_cast<const uint32_t*>(tile + L::SCALES_AT + at * 16 + h * 4);  // sc, m, sc, m
       const float2 d = __half22float2(super_d<L>(tile, at));
 #pragma unroll
@@ -256,10 +266,10 @@ struct Slab<T, QK_Q6_K, G> {
   uint32_t scales[2];  // four int8 + 128, one a step
   float d[2];
 
-  __device__ __forceinline__ void load(const Context<T, QK_Q6_K>&, const uint8_t* tile, int w, int lane, int h, int) {
-    codes = load_codes<QK_Q6_K, G>(tile, w, lane, h);
-    plane = *reinterpret_cast<const uint2*>(tile + L::PLANE_AT + plane2_at<L::KC>(w, h, lane));
-    const int at = rows_at(w, lane);
+  __device__ __forceinline__ void load(const Context<T, QK_Q6_K>&, const uint8_t* tile, const Place<QK_Q6_K, G>& place, int h, int) {
+    codes = load_codes<QK_Q6_K, G>(tile, place, h);
+    plane = *reinterpret_cast<const uint2*>(tile + L::PLANE_AT + place.codes / 2 + plane2_at<L::KC>(0, h, 0));
+    const int at = place.rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       scales[r] = *reinterpret_cast<const uint32_t*>(tile + L::SCALES_AT + (at + r) * 16 + h * 4) ^ 0x80808080u;
@@ -289,11 +299,11 @@ struct Slab<T, QK_Q8_0, G> {
   uint4 bytes[2];
   Scale<T> scales[2][2];
 
-  __device__ __forceinline__ void load(const Context<T, QK_Q8_0>&, const uint8_t* tile, int w, int lane, int h, int) {
+  __device__ __forceinline__ void load(const Context<T, QK_Q8_0>&, const uint8_t* tile, const Place<QK_Q8_0, G>& place, int h, int) {
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      bytes[u] = *reinterpret_cast<const uint4*>(tile + bytes_at(w, h, u, lane));
-      const float2 d = __half22float2(bits_as<__half2>(scale_pair<L>(tile, 2 * h + u, rows_at(w, lane))));
+      bytes[u] = *reinterpret_cast<const uint4*>(tile + place.codes + bytes_at(0, h, u, 0));
+      const float2 d = __half22float2(bits_as<__half2>(scale_pair<L>(tile, 2 * h + u, place.rows)));
       scales[u][0].set(d.x);
       scales[u][1].set(d.y);
     }
