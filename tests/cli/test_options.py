@@ -84,12 +84,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "--tp 2 --rank 1 --device cpu --dtype float32 --rounds 5 --out o.json",
         {"tp": 2, "rank": 1, "device": "cpu", "dtype": "float32", "rounds": 5, "out": Path("o.json")},
     ),
-    "bench load": (
-        "m",
-        {"path": "m"},
-        "--tp 2 --rank 1 --device cpu --dtype float32 --rounds 5 --out o.json",
-        {"tp": 2, "rank": 1, "device": "cpu", "dtype": "float32", "rounds": 5, "out": Path("o.json")},
-    ),
     "bench throughput": (
         "m",
         {"path": "m"},
