@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define QK_UNSUPPORTED (-1)
-#define QK_INTERFACE 2  // of this header and the others that Python calls; one more with each change of what a function takes
+#define QK_INTERFACE 3  // of this header and the others that Python calls; one more with each change of what a function takes
 #define QK_COUNTER_BYTES 65536  // of the workspace: zero at first, and left zero by every kernel
 
 enum QkType { QK_FP16 = 0, QK_BF16 = 1 };

@@ -18,9 +18,9 @@ int quantkit_rms_norm(const void* x, const void* residual, const void* weight, v
 // Rotate the first `width` elements of every head of q [tokens, heads, dim] into q_out and of k [tokens, kv_heads, dim] into a cache, and
 // copy v there: token t goes to row slots[t] of keys and values [places, kv_heads, dim], or nowhere where that is negative. cos, sin
 // [tokens, width / 2]; slots is the device's. fp8: keys and values are float8 e4m3, of scale 1, and saturate.
-int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                const void* cos, const void* sin, const int64_t* slots, void* q_out, void* keys, void* values,
-                                int64_t tokens, int heads, int kv_heads, int dim, int width, int type, int fp8, cudaStream_t stream);
+int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+                          const void* cos, const void* sin, const int64_t* slots, void* q_out, void* keys, void* values,
+                          int64_t tokens, int heads, int kv_heads, int dim, int width, int type, int fp8, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -44,9 +44,9 @@ __device__ void rotate(const T* from, C* to, const T* cos, const T* sin, int pie
 }
 
 template <typename T, typename C, int V>
-__global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
-                                   const T* sin, const int64_t* slots, T* q_out, C* keys, C* values, int heads, int kv_heads, int dim,
-                                   int width) {
+__global__ void rotary_write(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, const T* cos,
+                             const T* sin, const int64_t* slots, T* q_out, C* keys, C* values, int heads, int kv_heads, int dim,
+                             int width) {
   begin();
   const int64_t token = blockIdx.x, slot = slots[token];  // where to write: no read waits for it
   q += token * q_stride, k += token * k_stride, v += token * v_stride, q_out += token * heads * dim;
@@ -65,10 +65,10 @@ __global__ void rotary_write_slots(const T* q, int64_t q_stride, const T* k, int
 
 }  // namespace
 
-extern "C" int quantkit_rotary_write_slots(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
-                                           int64_t v_stride, const void* cos, const void* sin, const int64_t* slots, void* q_out,
-                                           void* keys, void* values, int64_t tokens, int heads, int kv_heads, int dim, int width,
-                                           int type, int fp8, cudaStream_t stream) {
+extern "C" int quantkit_rotary_write(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
+                                     int64_t v_stride, const void* cos, const void* sin, const int64_t* slots, void* q_out,
+                                     void* keys, void* values, int64_t tokens, int heads, int kv_heads, int dim, int width,
+                                     int type, int fp8, cudaStream_t stream) {
   if (width < 0 || width > dim || width % 2 || tokens > INT32_MAX) return QK_UNSUPPORTED;
   if (tokens == 0 || heads + kv_heads == 0) return 0;
   const bool whole = dim % WIDE == 0 && width / 2 % WIDE == 0 && q_stride % WIDE == 0 && k_stride % WIDE == 0 && v_stride % WIDE == 0 &&
@@ -79,7 +79,7 @@ extern "C" int quantkit_rotary_write_slots(const void* q, int64_t q_stride, cons
   const auto run = [&](auto zero, auto kept) {
     using T = decltype(zero);
     using C = decltype(kept);
-    const auto kernel = whole ? rotary_write_slots<T, C, WIDE> : rotary_write_slots<T, C, 1>;
+    const auto kernel = whole ? rotary_write<T, C, WIDE> : rotary_write<T, C, 1>;
     return launch(kernel, dim3(unsigned(tokens)), threads, stream, static_cast<const T*>(q), q_stride, static_cast<const T*>(k), k_stride,
                   static_cast<const T*>(v), v_stride, static_cast<const T*>(cos), static_cast<const T*>(sin), slots,
                   static_cast<T*>(q_out), static_cast<C*>(keys), static_cast<C*>(values), heads, kv_heads, dim, width);

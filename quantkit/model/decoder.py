@@ -193,7 +193,7 @@ class Block:
         q, k, v = map(self._heads, (yield from self._outputs(("q", "k", "v"), h)))  # [T, heads, D]
         q, k = self._norm("q_norm", q, fuse), self._norm("k_norm", k, fuse)
         if fuse and angles is not None and isinstance(cache, BlockCache):  # one kernel rotates and writes the cache
-            q = fused.rotary_write_slots(q, k, v, *angles, cache.slots(batch), *cache.places(self.layer))
+            q = fused.rotary_write(q, k, v, *angles, cache.slots(batch), *cache.places(self.layer))
             h = self.attention.over_held(q, batch, cache, self.layer)
         else:
             if angles is not None:

@@ -28,7 +28,7 @@ VARIABLE = "QUANTKIT_KERNELS"
 DESCRIPTION = "CMakeLists.txt"
 SUFFIXES = (".cu", ".cuh", ".h", ".txt")
 """Of the files that make the library; others in ``kernels/`` are no part of it."""
-INTERFACE = 2
+INTERFACE = 3
 """QK_INTERFACE of ``kernels/quantkit.h``: of what the functions take that this version calls."""
 HINT = "quantkit doctor --build-kernels"
 TOOLKIT = "a CUDA toolkit, 12 or later"

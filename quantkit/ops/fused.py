@@ -28,7 +28,7 @@ _P, _I64, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "silu_mul": (_P, _I64, _P, _I64, _P, _I64, _I64, _I, _P),
     "rms_norm": (_P, _P, _P, _P, _P, _I64, _I64, _F, _F, _I, _P),
-    "rotary_write_slots": (_P, _I64, _P, _I64, _P, _I64, *(_P,) * 6, _I64, _I, _I, _I, _I, _I, _I, _P),
+    "rotary_write": (_P, _I64, _P, _I64, _P, _I64, *(_P,) * 6, _I64, _I, _I, _I, _I, _I, _I, _P),
 }
 
 
@@ -99,7 +99,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def rotary_write_slots_reference(
+def rotary_write_reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """``rotate(q)``, and ``rotate(k)`` and ``v`` written to the places that ``slots`` names: ``q [T, H, D]``, ``k``, ``v [T, KV, D]``.
@@ -158,7 +158,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return _norm(x, None, weight, eps, offset)[1]
 
 
-def _rotary_write_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _rotary_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     q, k, v, cos, sin, slots = _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots.contiguous()
     tokens, heads, dim = q.shape
     kv_heads, half = k.shape[1], cos.shape[-1]
@@ -169,7 +169,7 @@ def _rotary_write_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tenso
     given = [x for each in (q, k, v) for x in (each.data_ptr(), each.stride(0))]
     pointers = [each.data_ptr() for each in (cos, sin, slots, out, keys, values)]
     shape = (tokens, heads, kv_heads, dim, 2 * half, _TYPES[q.dtype], keys.dtype == _FLOAT8)
-    _launch("rotary_write_slots", q.device, *given, *pointers, *shape)
+    _launch("rotary_write", q.device, *given, *pointers, *shape)
     return out
 
 
@@ -199,9 +199,9 @@ _OPERATORS: tuple[tuple[str, _Implementation, _Implementation, _Implementation],
         lambda x, residual, weight, eps, offset: (torch.empty_like(x), torch.empty_like(x)),
     ),
     (
-        f"rotary_write_slots(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, {_SLOTS}) -> Tensor",
-        rotary_write_slots_reference,
-        _rotary_write_slots,
+        f"rotary_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, {_SLOTS}) -> Tensor",
+        rotary_write_reference,
+        _rotary_write,
         lambda q, k, v, cos, sin, slots, keys, values: torch.empty(q.shape, dtype=q.dtype, device=q.device),
     ),
 )
@@ -219,4 +219,4 @@ for _schema, _reference, _kernel, _fake in _OPERATORS:
 silu_mul = torch.ops.quantkit.silu_mul.default
 rms_norm = torch.ops.quantkit.rms_norm.default
 add_rms_norm = torch.ops.quantkit.add_rms_norm.default
-rotary_write_slots = torch.ops.quantkit.rotary_write_slots.default
+rotary_write = torch.ops.quantkit.rotary_write.default

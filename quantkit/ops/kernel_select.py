@@ -188,7 +188,8 @@ _EVEN = -3
 
 def wgmma_configs(gpu: Gpu, n: int, k: int, tokens: int) -> Iterator[Config]:
     """Of ``kernels/prefill``: its ``matmul.cu`` reads them. All are launched before the kernel ahead of them has ended."""
-    shapes, cuts = _WGMMA_SHAPES, (-1, 1, 2, 3, 4, 5, 6, 8)
+    shapes: tuple[tuple[int, int], ...] = _WGMMA_SHAPES
+    cuts: tuple[int, ...] = (-1, 1, 2, 3, 4, 5, 6, 8)
     if tokens >= 1024:  # tiles in plenty
         shapes, cuts = ((128, 2), (256, 2)), (0, -1, -2, 1, 2)
     elif tokens >= 256:

@@ -48,7 +48,7 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(fused.rms_norm, (x, w, 1e-5, 1.0), test_utils=tests)
     torch.library.opcheck(fused.add_rms_norm, (x, values(3, 16, seed=1), w, 1e-5, 0.0), test_utils=tests)
     pool = values(2, 9, 2, 8)
-    torch.library.opcheck(fused.rotary_write_slots, (q, k, v, cos, sin, torch.tensor([4, -1, 7]), *pool.unbind()), test_utils=tests)
+    torch.library.opcheck(fused.rotary_write, (q, k, v, cos, sin, torch.tensor([4, -1, 7]), *pool.unbind()), test_utils=tests)
 
 
 def pool_case(tokens: int, kv_heads: int, dim: int, stored: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ def test_rotary_writes_the_slots_it_is_given(stored: torch.dtype) -> None:
             want[0][slot], want[1][slot] = fused.rotate(k, cos, sin)[token], v[token]
     if stored == torch.float8_e4m3fn:
         want = [each.clamp(-448, 448).to(stored) for each in want]
-    assert torch.equal(fused.rotary_write_slots(q, k, v, cos.squeeze(1), sin.squeeze(1), slots, keys, store), fused.rotate(q, cos, sin))
+    assert torch.equal(fused.rotary_write(q, k, v, cos.squeeze(1), sin.squeeze(1), slots, keys, store), fused.rotate(q, cos, sin))
     assert torch.equal(keys.float(), want[0].float())
     assert torch.equal(store.float(), want[1].float())
     assert bool((store.float().abs().amax(-1) > 0).sum() == 2 * (slots >= 0).sum())
@@ -93,15 +93,15 @@ def test_a_fused_decoder_is_the_decoder(family: str, monkeypatch: pytest.MonkeyP
     _, checkpoint = random_twin(config_of(family), torch.bfloat16)
     decoder = load_decoder(checkpoint, dtype=torch.bfloat16)
     called: set[str] = set()
-    for name in ("silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"):
+    for name in ("silu_mul", "rms_norm", "add_rms_norm", "rotary_write"):
         monkeypatch.setattr(fused, name, _counted(getattr(fused, name), name, called))
     plain = _served(decoder)
     assert called == set()
     monkeypatch.setattr(fused, "usable", lambda x: True)
     assert all(torch.equal(one, other) for one, other in zip(plain, _served(decoder), strict=True))
-    missing = {"gpt2": {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"}, "qwen2-moe": {"silu_mul"}}
+    missing = {"gpt2": {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write"}, "qwen2-moe": {"silu_mul"}}
     activation = {"silu_mul"} if family.startswith("gemma") else set()
-    assert called == {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write_slots"} - missing.get(family, set()) - activation
+    assert called == {"silu_mul", "rms_norm", "add_rms_norm", "rotary_write"} - missing.get(family, set()) - activation
 
 
 def _counted(operator: Callable[..., object], name: str, called: set[str]) -> Callable[..., object]:
@@ -181,17 +181,15 @@ def test_gpu_norms(shape: tuple[int, ...], offset: float, dtype: torch.dtype, gp
         (9, 4, 1, 96, 24),
     ],
 )
-def test_gpu_rotary_write_slots(
-    tokens: int, heads: int, kv_heads: int, dim: int, half: int, fp8: bool, dtype: torch.dtype, gpu: str
-) -> None:
+def test_gpu_rotary_write(tokens: int, heads: int, kv_heads: int, dim: int, half: int, fp8: bool, dtype: torch.dtype, gpu: str) -> None:
     q, k, v, cos, sin = rotary_case((tokens,), heads, kv_heads, dim, half, dtype, gpu)
     v[:, :, ::5] *= 100  # beyond float8
     stored = torch.float8_e4m3fn if fp8 else dtype
     joined = torch.cat([q, k, v], 1)  # as one fused product would give them: tokens further apart
     for given in ((q, k, v), joined.split([heads, kv_heads, kv_heads], 1)):
         (slots, *got), (_, *want) = (pool_case(tokens, kv_heads, dim, stored, gpu) for _ in range(2))
-        rotated = fused.rotary_write_slots(*given, cos.squeeze(1), sin.squeeze(1), slots, *got)
-        assert torch.equal(rotated, fused.rotary_write_slots_reference(q, k, v, cos, sin, slots, *want))
+        rotated = fused.rotary_write(*given, cos.squeeze(1), sin.squeeze(1), slots, *got)
+        assert torch.equal(rotated, fused.rotary_write_reference(q, k, v, cos, sin, slots, *want))
         assert all(torch.equal(one.float(), other.float()) for one, other in zip(got, want, strict=True))
 
 
@@ -224,7 +222,7 @@ def test_gpu_operators_run_in_a_graph(gpu: str) -> None:
     def step() -> list[Tensor]:
         total, normed = fused.add_rms_norm(x, residual, weight, 1e-5, 0.0)
         out = fused.silu_mul(*gate_up.chunk(2, 1))
-        return [total, normed, out, fused.rms_norm(out, weight, 1e-5, 1.0), fused.rotary_write_slots(*parts, cos, sin, slots, keys, store)]
+        return [total, normed, out, fused.rms_norm(out, weight, 1e-5, 1.0), fused.rotary_write(*parts, cos, sin, slots, keys, store)]
 
     step()  # what is looked up once
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -238,7 +236,7 @@ def test_gpu_operators_run_in_a_graph(gpu: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     _, keys_want, values_want = pool_case(tokens, kv_heads, dim, torch.float8_e4m3fn, gpu)
-    rotated = fused.rotary_write_slots_reference(*parts, cos, sin, slots, keys_want, values_want)
+    rotated = fused.rotary_write_reference(*parts, cos, sin, slots, keys_want, values_want)
     total, normed = fused.add_rms_norm_reference(x, residual, weight, 1e-5, 0.0)
     out = fused.silu_mul_reference(*gate_up.chunk(2, 1))
     assert torch.equal(captured[0], total)
