@@ -30,7 +30,6 @@ from quantkit.cli.options import (
     LmHead,
     MaxBatchedTokens,
     MaxModelLen,
-    MaxNumSeqs,
     MemoryShare,
     Model,
     Offload,
@@ -258,8 +257,13 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, metavar="TOKENS", help="Context to hold in the KV cache.")
     ] = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_num_batched_tokens: MaxBatchedTokens = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option("--max-num-seqs", min=1, metavar="N", help="Prompts decoded at once. Default: 128, as on a GPU.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option("--max-num-batched-tokens", min=1, metavar="TOKENS", help="Tokens of one pass. Default: 4096, as on a GPU."),
+    ] = None,
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
     lm_head: LmHead = "auto",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,8 +32,12 @@ from quantkit.cli.options import (
     one_of,
 )
 from quantkit.console import Output
+from quantkit.errors import InputError
 from quantkit.progress import Progress
 from quantkit.report import Report
+
+if TYPE_CHECKING:
+    from quantkit.commands.bench_requests import Load
 
 bench_app = typer.Typer(
     cls=Group,
@@ -43,9 +47,15 @@ bench_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-NumPrompts = Annotated[int, typer.Option("--num-prompts", min=1, metavar="N", help="How many requests.")]
+NumPrompts = Annotated[
+    int | None, typer.Option("--num-prompts", min=1, metavar="N", help="How many requests. Default: 128 random ones; of a file, all.")
+]
 InputLen = Annotated[int, typer.Option("--input-len", min=1, metavar="TOKENS", help="Length of random prompts.")]
-OutputLen = Annotated[int, typer.Option("--output-len", min=1, metavar="TOKENS", help="Length of answers.")]
+OutputLen = Annotated[
+    int,
+    typer.Option("--output-len", min=1, metavar="TOKENS", help="Length of answers; with --prompts the most, where a line says no other."),
+]
+FixedOutputLen = Annotated[int, typer.Option("--output-len", min=1, metavar="TOKENS", help="Length of answers.")]
 Spread = Annotated[
     float, typer.Option("--spread", metavar="SHARE", help="Lengths are drawn from within this part of the lengths above and below.")
 ]
@@ -62,6 +72,18 @@ Prompts = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", readable=False, help="Also write every figure as JSON.")]
 
 app.add_typer(bench_app, name="bench")
+
+
+def _load(context: typer.Context, *also: str) -> Load:
+    """What to ask for; with ``--prompts``, of what makes random prompts only ``also`` may be given. Raises InputError naming the option."""
+    from quantkit.commands.bench_requests import Load
+
+    given = context.params
+    for name in ("input_len", "spread", "seed") if given["prompts"] is not None else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in also:
+            raise InputError(f"--{name.replace('_', '-')}", "is given with --prompts", "it with random prompts, or the file alone")
+    return Load(**{field: given[field] for field in ("num_prompts", "input_len", "output_len", "spread", "seed", "prompts")})
 
 
 @bench_app.callback(invoke_without_command=True)
@@ -178,7 +200,7 @@ def load(
 def throughput(
     context: typer.Context,
     path: Served,
-    num_prompts: NumPrompts = 128,
+    num_prompts: NumPrompts = None,
     input_len: InputLen = 512,
     output_len: OutputLen = 128,
     spread: Spread = 0.0,
@@ -207,11 +229,10 @@ def throughput(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_throughput
-        from quantkit.commands.bench_requests import Load
 
         options = bench_throughput.BenchThroughputOptions(
             path=path,
-            load=Load(num_prompts, input_len, output_len, spread, seed, prompts),
+            load=_load(context),
             out=out,
             engine=engine_options(context),
         )
@@ -232,7 +253,7 @@ def latency(
     path: Served,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Requests that run together.")] = 1,
     input_len: InputLen = 512,
-    output_len: OutputLen = 128,
+    output_len: FixedOutputLen = 128,
     seed: Seed = 0,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="How often the batch is run.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Rounds before these that do not count.")] = 1,
@@ -242,7 +263,9 @@ def latency(
     device: Device = "auto",
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option("--max-num-seqs", min=1, metavar="N", help="Prompts decoded at once. Default: the batch.")
+    ] = None,
     max_num_batched_tokens: MaxBatchedTokens = None,
     gpu_memory_utilization: MemoryShare = 0.9,
     kv_cache_dtype: KvDtype = "auto",
@@ -292,7 +315,7 @@ def serve(
         float | None,
         typer.Option("--request-rate", min=0.001, metavar="R", help="Requests per second, at random moments. Default: as fast as they go."),
     ] = None,
-    num_prompts: NumPrompts = 128,
+    num_prompts: NumPrompts = None,
     input_len: InputLen = 512,
     output_len: OutputLen = 128,
     spread: Spread = 0.0,
@@ -311,11 +334,10 @@ def serve(
 
     def work(progress: Progress) -> Report:
         from quantkit.commands import bench_serve
-        from quantkit.commands.bench_requests import Load
 
         options = bench_serve.BenchServeOptions(
             url=url,
-            load=Load(num_prompts, input_len, output_len, spread, seed, prompts),
+            load=_load(context, *(("seed",) if request_rate is not None else ())),  # which also draws the moments
             model=model,
             api_key=api_key,
             concurrency=concurrency,
@@ -342,7 +364,10 @@ def study(
     modes: Annotated[
         str | None,
         typer.Option(
-            "--modes", metavar="MODE,...", help="tpN ranks, dpN replicas, or tpNdpM: replicas of N ranks. Default: those that use all GPUs."
+            "--modes",
+            metavar="MODE,...",
+            help="tpN ranks, dpN replicas, or tpNdpM: replicas of N ranks. Default: one rank, and the greatest power of two of the GPUs "
+            "as ranks, as replicas, and both.",
         ),
     ] = None,
     data: Annotated[

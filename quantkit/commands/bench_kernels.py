@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from quantkit import fs
+from quantkit.commands.bench_requests import check_out
 from quantkit.errors import InputError
 from quantkit.ops.kernel_bench import FORMATS, Bench, Weights, columns_of
 from quantkit.ops.kernel_select import Config, family, merged, read_tables, user_table, write_tables
@@ -57,6 +58,7 @@ class BenchKernelsOptions:
 
 def run(options: BenchKernelsOptions, progress: Progress = silent) -> Report:
     """Measure every cell. Raises InputError for an option that means nothing; MachineError without a GPU or without kernels."""
+    check_out(options.out)
     formats = options.formats or DEFAULT_FORMATS
     if unknown := [each for each in formats if each not in FORMATS]:
         raise InputError("--format", f"{unknown[0]!r} is unknown", f"one of {', '.join(FORMATS)}")

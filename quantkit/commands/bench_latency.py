@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit.commands.bench_requests import Load, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import Load, asks, check_out, facts_of, figures, write_figures
 from quantkit.commands.bench_throughput import timed
 from quantkit.commands.generate import ENGINE, EngineOptions
 from quantkit.errors import InputError
@@ -29,7 +29,8 @@ class BenchLatencyOptions:
 
 def run(options: BenchLatencyOptions, progress: Progress = silent) -> Report:
     """Measure. Raises InputError for a batch that the engine does not run at once, MachineError, RuntimeDied."""
-    batch = options.load.num_prompts
+    check_out(options.out)
+    batch = options.load.count
     seats = options.engine.max_num_seqs or batch
     if batch > seats:
         raise InputError("--batch-size", f"is {batch}", f"at most --max-num-seqs, {seats}")

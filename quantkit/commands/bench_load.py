@@ -9,8 +9,8 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from quantkit.arch.table import spec_for
 from quantkit.checkpoint.blocks import as_blocks
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
 from quantkit.comm import thread_group
-from quantkit.commands.bench_requests import write_figures
+from quantkit.commands.bench_requests import check_out, write_figures
 from quantkit.errors import InputError
 from quantkit.model.load import load_decoder, rank_tensors
 from quantkit.model.reading import CHUNK_BYTES, READERS, ReadAhead, Wanted
@@ -96,6 +96,7 @@ def _rank(options: BenchLoadOptions) -> _Rank:
 
 def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:
     """Measure, in turns what is compared. Raises InputError for what cannot be loaded, MachineError where there is no such device."""
+    check_out(options.out)
     device = place_for(options.device)
     dtype = options.dtype or default_dtype(device, False)
     compute, rank = float_dtype(dtype), _rank(options)
@@ -208,7 +209,7 @@ def _warnings(still_cached: float) -> tuple[str, ...]:
 
 def _read(files: Sequence[Path], *, keep: bool) -> int:
     """Read ``files`` from end to end as loading does, several pieces at once; the bytes. ``keep``: each into memory of its own, as weights
-    on a CPU are; else into buffers that are used again and again."""
+    on a CPU are, that of one file at a time; else into buffers that are used again and again. What raises leaves no piece in the queue."""
     own = threading.local()
 
     def fill(path: Path, begin: int, out: NDArray[np.uint8] | None, nbytes: int) -> None:
@@ -219,17 +220,28 @@ def _read(files: Sequence[Path], *, keep: bool) -> int:
         fs.read_rows(path, begin, nbytes, out.reshape(1, -1))
 
     with ThreadPoolExecutor(READERS) as pool:
-        reads, total = [], 0
-        for path in files:
-            size = fs.file_size(path)
-            whole = np.empty(size, np.uint8) if keep else None
-            for begin in range(0, size, CHUNK_BYTES):
-                end = min(begin + CHUNK_BYTES, size)
-                reads.append(pool.submit(fill, path, begin, None if whole is None else whole[begin:end], end - begin))
-            total += size
-        for each in reads:
-            each.result()
+        reads, total = list[Future[None]](), 0
+        try:
+            for path in files:
+                size = fs.file_size(path)
+                whole = np.empty(size, np.uint8) if keep else None
+                for begin in range(0, size, CHUNK_BYTES):
+                    end = min(begin + CHUNK_BYTES, size)
+                    reads.append(pool.submit(fill, path, begin, None if whole is None else whole[begin:end], end - begin))
+                total += size
+                if keep:
+                    _finish(reads)
+            _finish(reads)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return total
+
+
+def _finish(reads: list[Future[None]]) -> None:
+    """Wait for ``reads``, and forget them. Raises what one of them raises."""
+    for each in reads:
+        each.result()
+    reads.clear()
 
 
 def _drop(files: Sequence[Path]) -> None:
@@ -246,13 +258,14 @@ def _cached(files: Sequence[Path]) -> float:
     """The share of the pages of ``files`` that the page cache holds, as mincore(2) says; 1 where it does not say."""
     held = pages = 0
     for path in files:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:  # never read: only asked about
-            count = -(-len(mapped) // mmap.PAGESIZE)
-            found, start = np.ones(count, np.uint8), ctypes.c_char.from_buffer(mapped)
+        found = np.ones(-(-fs.file_size(path) // mmap.PAGESIZE), np.uint8)
+        # A file that cannot be mapped, as of some network file systems, counts as held.
+        with suppress(OSError), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            start = ctypes.c_char.from_buffer(mapped)  # never read: only asked about
             address, answer = ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_void_p(found.ctypes.data)
             ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), answer)
             del start
-            held, pages = held + int((found & 1).sum()), pages + count
+        held, pages = held + int((found & 1).sum()), pages + len(found)
     return held / pages
 
 

@@ -17,21 +17,29 @@ from quantkit.runtime.params import SamplingParams
 
 TOKENS = range(100, 1000)
 """Of which random prompts are made: ordinary ones in every vocabulary of a useful size."""
+RANDOM_PROMPTS = 128
+"""How many are asked where no number is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """``num_prompts`` prompts of ``input_len`` random tokens, answered by ``output_len`` tokens; both uniform within ``spread`` of that.
 
-    With ``prompts`` those of a file instead, as ``prompt_file`` reads it, of at most ``output_len`` greedy tokens where it says no other.
+    With ``prompts`` those of a file instead, the first ``num_prompts`` or all, as ``prompt_file`` reads it, of at most ``output_len``
+    greedy tokens where it says no other.
     """
 
-    num_prompts: int = 128
+    num_prompts: int | None = None
     input_len: int = 512
     output_len: int = 128
     spread: float = 0.0
     seed: int = 0
     prompts: Path | None = None
+
+    @property
+    def count(self) -> int:
+        """How many random prompts."""
+        return RANDOM_PROMPTS if self.num_prompts is None else self.num_prompts
 
 
 def whole(tokens: list[int], output: int) -> Line:
@@ -50,7 +58,7 @@ def asks(load: Load) -> list[Line]:
     def length(mean: int) -> int:
         return max(1, draw.randint(round(mean * (1 - load.spread)), round(mean * (1 + load.spread))))
 
-    sizes = [(length(load.input_len), length(load.output_len)) for _ in range(load.num_prompts)]
+    sizes = [(length(load.input_len), length(load.output_len)) for _ in range(load.count)]
     return [whole(draw.choices(TOKENS, k=size), output) for size, output in sizes]
 
 
@@ -114,6 +122,16 @@ def facts_of(data: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         if (times := data[name]) is not None:
             shown.append((label, ", ".join(f"{key} {value:.1f}" for key, value in times.items()) + " ms"))
     return tuple(shown)
+
+
+def check_out(out: Path | None) -> None:
+    """Whether ``write_figures`` can write ``out``, asked before anything is measured. Raises InputError."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise InputError("--out", f"{out} is a directory", "a file to write")
+    if not out.parent.is_dir():
+        raise InputError("--out", f"{out.parent} is no directory", "a file in a directory that exists")
 
 
 def write_figures(out: Path | None, data: Mapping[str, Any]) -> None:

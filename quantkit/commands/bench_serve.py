@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.commands.bench_requests import Load, Timed, asks, facts_of, figures, write_figures
+from quantkit.commands.bench_requests import Load, Timed, asks, check_out, facts_of, figures, write_figures
 from quantkit.commands.prompt_file import Line, api_fields
 from quantkit.errors import InputError, MachineError
 from quantkit.progress import Progress, silent
@@ -43,6 +43,7 @@ class BenchServeOptions:
 
 def run(options: BenchServeOptions, progress: Progress = silent) -> Report:
     """Send all requests, wait for all answers. Raises InputError for a bad URL or refused request, MachineError when no one answers."""
+    check_out(options.out)
     wanted = asks(options.load)
     client = _Client(options)
     model = options.model or client.first_model()

@@ -36,7 +36,7 @@ WARMUP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class BenchStudyOptions:
-    """``modes`` such as "tp2", "dp2" and "tp2dp2"; none means those that use all GPUs. ``data`` and ``examples``: GSM8K's files.
+    """``modes`` such as "tp2", "dp2" and "tp2dp2"; none means those that use this machine's GPUs. ``data`` and ``examples``: GSM8K's files.
 
     ``limit``: how many of the questions. ``shots`` worked examples stand before each. ``chat``: as a conversation. ``out``: a directory
     for the report and every answer. ``same``: the check fails when modes answer differently. ``engine`` without ``tp`` and ``dp``.
@@ -96,6 +96,8 @@ def run(options: BenchStudyOptions, progress: Progress = silent) -> Report:
     """
     examples, problems = _problems(options)
     modes = _modes(options)
+    if options.out is not None:
+        fs.make_dir(options.out)
     lines = [_line(options, problem, examples) for problem in problems]
     outcomes = [_run_mode(options, mode, lines, problems, progress) for mode in modes]
     for outcome in outcomes:
@@ -182,6 +184,8 @@ def _modes(options: BenchStudyOptions) -> list[Mode]:
     from quantkit.runtime.devices import place_for
 
     local = options.engine.executor == "local"
+    if not local and not options.modes:
+        raise InputError("--modes", f"is not given with --executor {options.engine.executor}", "modes that its GPUs have room for")
     gpus = _gpus() if local and place_for(options.engine.device) == "cuda" else None
     cut = _cut_for(options.path)
     given = [_mode(text) for text in options.modes]
@@ -194,7 +198,13 @@ def _modes(options: BenchStudyOptions) -> list[Mode]:
         if cut is not None and mode.tp != cut:
             raise InputError("--modes", f"{mode.name} on a model that was cut for {cut} ranks", f"tp{cut}, or the model before it was cut")
     if cut is None:
-        _check_cuts(options.path, sorted({mode.tp for mode in modes}))
+        refused = _refused_cuts(options.path, sorted({mode.tp for mode in modes}))
+        left = [mode for mode in modes if mode.tp not in refused]
+        if refused and (given or not left):
+            raise next(iter(refused.values()))
+        modes = left
+    if options.same and len(modes) == 1:
+        raise InputError("--same", f"is given with one mode, {modes[0].name}", "two or more --modes")
     return modes
 
 
@@ -231,8 +241,8 @@ def _cut_for(path: str) -> int | None:
     return open_rank(root, 0)[1].tp if manifest is not None and manifest.get("kind") == "shards" else None
 
 
-def _check_cuts(path: str, degrees: Sequence[int]) -> None:
-    """Raise InputError, naming the layer and the numbers, for a degree that the model cannot be cut for."""
+def _refused_cuts(path: str, degrees: Sequence[int]) -> dict[int, InputError]:
+    """Of ``degrees`` those that the model cannot be cut for, with what names the layer and the numbers."""
     from quantkit.arch.table import spec_for
     from quantkit.checkpoint.blocks import as_blocks
     from quantkit.checkpoint.reader import open_checkpoint
@@ -242,8 +252,13 @@ def _check_cuts(path: str, degrees: Sequence[int]) -> None:
     checkpoint = as_blocks(open_checkpoint(path))
     spec = spec_for(checkpoint.config)
     assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
+    refused = {}
     for tp in degrees:
-        make_plan(spec, assignment, tp, dtype="BF16")
+        try:
+            make_plan(spec, assignment, tp, dtype="BF16")
+        except InputError as exc:
+            refused[tp] = exc
+    return refused
 
 
 # what is told
@@ -279,7 +294,6 @@ def _report(options: BenchStudyOptions, problems: Sequence[Problem], examples: S
         failed=f"{different} of {len(problems)} answers differ between modes" if options.same and different else None,
     )
     if options.out is not None:
-        fs.make_dir(options.out)
         fs.write_bytes(options.out / "study.json", (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
         fs.write_bytes(options.out / "study.md", to_markdown(report).encode())
         fs.write_bytes(options.out / "answers.jsonl", _answers(problems, outcomes))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.commands.bench_requests import TOKENS, Load, Timed, asks, facts_of, figures, whole, write_figures
+from quantkit.commands.bench_requests import TOKENS, Load, Timed, asks, check_out, facts_of, figures, whole, write_figures
 from quantkit.commands.generate import ENGINE, EngineOptions, ranks_named
 from quantkit.commands.prompt_file import Line
 from quantkit.errors import InputError
@@ -38,6 +38,7 @@ class BenchThroughputOptions:
 
 def run(options: BenchThroughputOptions, progress: Progress = silent) -> Report:
     """All requests at once. Raises InputError for a request that does not fit the model, MachineError, RuntimeDied."""
+    check_out(options.out)
     wanted = asks(options.load)
     with options.engine.start(options.path, progress) as llm:
         timed(llm, [WARMUP], silent)  # what is built or tuned on first use is not timed

@@ -223,7 +223,7 @@ class _Fit:
 
 
 def _fit(memory: tuple[RankMemory, ...], limit: int, share: float, length: int, passes: int) -> _Fit:
-    usable = int(limit * share) - passes
+    usable = max(0, int(limit * share) - passes)
     needs = [m.weights + length * m.kv_per_token for m in memory]
     left = [(usable - m.weights) // m.kv_per_token for m in memory if m.kv_per_token]
     tokens = 0 if any(m.weights > usable for m in memory) else min(left)
@@ -305,6 +305,8 @@ def run(options: PlanOptions, progress: Progress = silent) -> Report:
     if fit is not None and not fit.fits:
         needs = f"rank {fit.worst} needs {human(fit.needs)} for weights and {length} tokens"
         failed = f"{needs}, and may use {human(fit.usable)} of {human(fit.limit)}"
+        if not fit.usable:
+            failed += f": a pass and the runtime itself take {human(fit.passes)}"
     data = {
         "plan": plan.to_json(),
         "assignment": assignment_to_json(assignment),

@@ -88,11 +88,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "m",
         {"path": "m"},
         (
-            "--num-prompts 3 --input-len 4 --output-len 5 --spread 0.5 --seed 6 --prompts p.txt --out o.json --tp 2 --device cuda "
+            "--num-prompts 3 --input-len 4 --output-len 5 --spread 0.5 --seed 6 --out o.json --tp 2 --device cuda "
             "--dtype float32 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 64 --gpu-memory-utilization 0.5 "
             "--kv-cache-dtype fp8 --disable-prefix-caching --timeout 1.5 --dp 3 --executor ray --lm-head q8_0 --attention-backend torch"
         ),
-        {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt")), "out": Path("o.json")}
+        {"load": Load(3, 4, 5, 0.5, 6), "out": Path("o.json")}
         | {"engine": EngineOptions(2, "cuda", "float32", 99, 3, 64, 0.5, "fp8", False, 1.5, 3, "ray", "q8_0", "torch")},
     ),
     "bench latency": (
@@ -111,10 +111,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {},
         (
             "--url http://h:1 --model m --api-key k --concurrency 2 --request-rate 0.5 --num-prompts 3 --input-len 4 --output-len 5 "
-            "--spread 0.5 --seed 6 --prompts p.txt --timeout 1.5 --out o.json"
+            "--spread 0.5 --seed 6 --timeout 1.5 --out o.json"
         ),
         {"url": "http://h:1", "model": "m", "api_key": "k", "concurrency": 2, "request_rate": 0.5, "timeout": 1.5, "out": Path("o.json")}
-        | {"load": Load(3, 4, 5, 0.5, 6, Path("p.txt"))},
+        | {"load": Load(3, 4, 5, 0.5, 6)},
     ),
     "bench study": (
         "m",
@@ -236,6 +236,22 @@ def test_every_option_arrives(name: str, caught: Run) -> None:
 
 def test_sym_has_three_states(caught: Run) -> None:
     assert [caught("quantize", "m", "o", *flag).sym for flag in ([], ["--sym"], ["--asym"])] == [None, True, False]
+
+
+@pytest.mark.parametrize("line", ["bench throughput m", "bench serve"])
+def test_prompts_of_a_file_take_no_option_of_random_ones(line: str, caught: Run, quantkit: Run) -> None:
+    """Of a file are all prompts, unless it is said how many; the seed also draws the moments of a rate."""
+    words = line.split()
+    name, least = " ".join(words[:2]), words[2:]
+    assert caught(name, *least, "--prompts", "p.txt").load == Load(prompts=Path("p.txt"))
+    more = ("--num-prompts", "3", "--output-len", "5")
+    assert caught(name, *least, "--prompts", "p.txt", *more).load == Load(3, output_len=5, prompts=Path("p.txt"))
+    for option in ("--input-len", "--spread", "--seed"):
+        result = quantkit(*words, "--prompts", "p.txt", option, "0" if option != "--input-len" else "512")
+        assert (result.code, result.err.partition(",")[0]) == (2, f"error: {option}: is given with --prompts")
+    if name == "bench serve":
+        load = caught(name, "--prompts", "p.txt", "--request-rate", "2", "--seed", "7").load
+        assert load == Load(seed=7, prompts=Path("p.txt"))
 
 
 def test_the_api_key_may_come_from_the_environment(caught: Run, monkeypatch: pytest.MonkeyPatch) -> None:

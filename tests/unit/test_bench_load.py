@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,52 @@ def test_a_plain_read_reads_every_byte(tmp_path: Path, monkeypatch: pytest.Monke
         asked.clear()
         assert bench_load._read(files, keep=keep) == 5000
         assert sorted(asked) == [(name, begin, size) for name in "ab" for begin, size in ((0, 1000), (1000, 1000), (2000, 500))]
+
+
+def test_a_read_that_fails_leaves_none_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_load, "CHUNK_BYTES", 10)
+    file = tmp_path / "a"
+    file.write_bytes(bytes(10_000))
+    asked: list[int] = []
+
+    def fails(path: Path, offset: int, stride: int, out: np.ndarray) -> None:
+        asked.append(offset)
+        time.sleep(0.01)
+        raise InputError(str(path), "fails")
+
+    monkeypatch.setattr(bench_load.fs, "read_rows", fails)
+    for keep in (True, False):
+        asked.clear()
+        with pytest.raises(InputError, match="fails"):
+            bench_load._read([file, file], keep=keep)
+        assert len(asked) < 500
+
+
+def test_memory_of_one_file_at_a_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, arrays, held = [tmp_path / name for name in "abc"], list[weakref.ref[np.ndarray]](), list[int]()
+    for file in files:
+        file.write_bytes(bytes(100))
+    read_rows = bench_load.fs.read_rows
+
+    def counted(path: Path, offset: int, stride: int, out: np.ndarray) -> None:
+        arrays.append(weakref.ref(out.base))
+        held.append(sum(each() is not None for each in arrays))
+        read_rows(path, offset, stride, out)
+
+    monkeypatch.setattr(bench_load.fs, "read_rows", counted)
+    assert bench_load._read(files, keep=True) == 300
+    assert held == [1, 1, 1]
+
+
+def test_a_file_that_cannot_be_mapped_counts_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(bytes(1 << 20))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(bench_load.mmap, "mmap", refuse)
+    assert bench_load._cached([file]) == 1
 
 
 def test_the_page_cache_is_asked(tmp_path: Path) -> None:

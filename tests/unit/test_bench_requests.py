@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit import LLM
-from quantkit.commands import bench_latency, bench_throughput
+from quantkit.commands import bench_kernels, bench_latency, bench_load, bench_serve, bench_throughput
 from quantkit.commands.bench_latency import BenchLatencyOptions
 from quantkit.commands.bench_requests import TOKENS, Load, Timed, asks, figures
 from quantkit.commands.bench_throughput import BenchThroughputOptions
@@ -48,6 +48,9 @@ def test_requests_from_a_file(tmp_path: Path) -> None:
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     greedy = SamplingParams(7, temperature=0)
     assert asks(Load(2, prompts=text, output_len=7)) == [text_line("one", greedy), text_line("two", greedy)]
+    assert [ask.prompt for ask in asks(Load(prompts=text))] == ["one", "two", "three"] and len(asks(Load(input_len=1))) == 128
+    text.write_text("more\n" * 200)
+    assert len(asks(Load(prompts=text))) == 200, "a file is not cut where no number is given"
     first, second, third = asks(Load(9, prompts=rows, output_len=7))
     assert (first.prompt, first.sampling) == ("one", replace(greedy, max_tokens=3)) and second == Line("two", False, greedy, second.given)
     assert third.chat and third.prompt == HELLO and third.sampling == replace(greedy, temperature=0.5)
@@ -112,6 +115,23 @@ def test_latency_runs_new_prompts_in_every_round(loaded: LLM) -> None:
     assert report.data["requests"] == 6 and report.data["completion_tokens"] == 36
     assert after.generated_tokens - before.generated_tokens == 48
     assert after.prefix_tokens_found == before.prefix_tokens_found, "a prompt was found computed"
+
+
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [
+        (bench_throughput.run, BenchThroughputOptions("m")),
+        (bench_latency.run, BenchLatencyOptions("m")),
+        (bench_load.run, bench_load.BenchLoadOptions("m")),
+        (bench_serve.run, bench_serve.BenchServeOptions()),
+        (bench_kernels.run, bench_kernels.BenchKernelsOptions()),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_first(run: Callable[..., Any], options: Any, tmp_path: Path) -> None:
+    for out, words in ((tmp_path, "is a directory"), (tmp_path / "no" / "o.json", "no is no directory")):
+        with pytest.raises(InputError, match=words) as caught:
+            run(replace(options, out=out))
+        assert caught.value.where == "--out"
 
 
 def test_what_cannot_be_measured_is_refused(loaded: LLM) -> None:

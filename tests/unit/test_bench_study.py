@@ -151,6 +151,10 @@ def test_modes_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path: Pa
     refused("each once", "tp1", "dp1")
     refused("--shots: is 9", shots=9)
     refused("--limit: is 0", limit=0)
+    refused("--same: is given with one mode, tp2", "tp2", same=True)
+    file = tmp_path / "file"
+    file.touch()
+    refused("file: is not a directory", "tp1", out=file)
     shards = tmp_path / "shards"
     shard_checkpoint(open_checkpoint(LLAMA), shards, 2, overwrite=False)
     refused("tp1 on a model that was cut for 2 ranks", "tp1", path=shards)
@@ -158,6 +162,17 @@ def test_modes_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path: Pa
     monkeypatch.setattr("quantkit.runtime.devices.place_for", lambda *_: "cuda")
     monkeypatch.setattr(bench_study, "_gpus", lambda: 2)
     refused("tp2dp2 needs 4 GPUs, 2 are here", "tp2", "tp2dp2", kind=MachineError)
+
+
+def test_modes_by_default_are_those_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(devices: int, **more: Any) -> list[str]:
+        monkeypatch.setattr(bench_study, "CPU_RANKS", devices)
+        return [mode.name for mode in bench_study._modes(BenchStudyOptions(str(LLAMA), engine=replace(ENGINE, **more)))]
+
+    assert names(4) == ["tp1", "tp4", "dp4", "tp2dp2"]
+    assert names(4096) == ["tp1", "dp4096"], "of what the model cannot be cut for"
+    with pytest.raises(InputError, match="--modes: is not given with --executor ray"):
+        names(4, executor="ray")
 
 
 # runs

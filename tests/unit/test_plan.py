@@ -327,7 +327,10 @@ def test_memory_decides_how_many_tokens_fit_and_whether_the_check_passes(tmp_pat
     assert (tight.data["kv_tokens_that_fit"], tight.data["kv_blocks_that_fit"]) == (500, 500 // 16)
     assert tight.failed is not None
     assert "rank 0 needs" in tight.failed
-    assert run(PlanOptions(root, 2, gpu_memory="1MiB")).data["kv_tokens_that_fit"] == 0
+    nothing = run(PlanOptions(root, 2, gpu_memory="1MiB"))
+    assert nothing.data["kv_tokens_that_fit"] == 0 and nothing.failed is not None
+    assert "may use 0 B of 1.00 MiB: a pass and the runtime itself take " in nothing.failed
+    assert "a pass" not in tight.failed
 
 
 @pytest.mark.parametrize(
