@@ -29,12 +29,14 @@ class Batch:
     """Which tokens a forward pass is over: all sequences one after the other, T in all.
 
     ``positions [T]`` int64, each token's place in its sequence; ``lengths``, query tokens per sequence (their sum is T);
-    ``sequences``, the cache's ids of the sequences, or None without a cache.
+    ``sequences``, the cache's ids of the sequences, or None without a cache. ``reach [T]`` int64, how long each token's sequence is taken
+    for where frequencies depend on it (its prompt whole, then as far as it has come); None: up to its last position here.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     sequences: tuple[int, ...] | None
+    reach: Tensor | None = None
 
 
 class KVCache(Protocol):
@@ -95,11 +97,9 @@ class Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: KVCache | None, layer: int) -> Tensor:
         """``q [T, H, D]``, ``k``, ``v [T, KV, D]`` -> ``[T, H * D]``."""
         if cache is None:
-            parts = [self._heads(*run) for run in _runs(q, k, v, batch.lengths)]
-        else:
-            cache.write(layer, batch, k, v)
-            return self.over_held(q, batch, cache, layer)
-        return self._joined(parts, q)
+            return self._joined([self._heads(*run) for run in _runs(q, k, v, batch.lengths)], q)
+        cache.write(layer, batch, k, v)
+        return self.over_held(q, batch, cache, layer)
 
     def over_held(self, q: Tensor, batch: Batch, cache: KVCache, layer: int) -> Tensor:
         """``q [T, H, D]`` of the sequences of ``batch`` over all that ``cache`` holds of them -> ``[T, H * D]``."""

@@ -153,7 +153,7 @@ class Block:
 
     def angles(self, batch: Batch) -> Angles | None:
         """The rotary angles of ``batch``; None with learned positions."""
-        return None if self.rotary is None else self.rotary.angles(batch.positions, batch.lengths)
+        return None if self.rotary is None else self.rotary.angles(batch.positions, batch.lengths, batch.reach)
 
     def _heads(self, x: Tensor) -> Tensor:
         width = self.attention.head_dim

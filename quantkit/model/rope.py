@@ -7,7 +7,7 @@ This module knows positions and lengths; it knows no weights and no cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ from quantkit.errors import InputError
 from quantkit.ops.transfer import upload
 
 WHERE = "config.json: rope_parameters"
+LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
 
 def _positive(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
@@ -130,7 +131,7 @@ class Rotary:
         if self.rope.kind == "dynamic":
             key = max(length, self._max_positions)
         elif self.rope.kind == "longrope":
-            key = int(length > _positive(self.rope.parameters, "original_max_position_embeddings", float(self._max_positions)))
+            key = int(length > _original(self.rope, self._max_positions))
         if key not in self._known:
             inverse, scaling = frequencies(self.rope, self._head_dim, self._max_positions, length)
             found = inverse.to(self._device), scaling
@@ -139,33 +140,45 @@ class Rotary:
             self._known[key] = found
         return self._known[key]
 
-    def angles(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, lengths: Sequence[int], reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosine and sine ``[T, 1, head_dim/2]`` in the compute dtype, for ``positions [T]`` of sequences of ``lengths`` tokens.
 
-        "dynamic" and "longrope" take each sequence's length from its last position, so a result depends on how far its own
-        sequence has come (as in transformers) and never on the other sequences of the batch.
+        "dynamic" and "longrope" look at ``reach [T]``, how long each token's sequence is to be taken for; without it, up to its last
+        position. A result never depends on the other sequences of the batch.
         """
         places = positions.to(self._device)
-        if self.rope.kind == "longrope":
-            inverse, scaling = self._long(places, lengths)
-        elif self.rope.kind == "dynamic":
-            counts = torch.tensor(list(lengths))
-            last = positions.cpu()[counts[counts > 0].cumsum(0) - 1].tolist()
-            found = [self._of_length(int(position) + 1) for position in last]
-            scaling = found[0][1] if found else 1.0
-            rows = torch.stack([inverse for inverse, _ in found]) if found else torch.empty(0, self._head_dim // 2, device=self._device)
-            inverse = torch.repeat_interleave(rows, counts[counts > 0].to(self._device), 0)  # [T, head_dim/2]
+        scaling = self._of_length(1)[1]
+        if self.rope.kind not in LENGTH_DEPENDENT:
+            inverse = self._of_length(1)[0]
         else:
-            inverse, scaling = self._of_length(1)
+            if reach is None:
+                ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) for _ in range(length)]
+                whole = all(length == 1 for length in lengths)
+                reach = (places if whole else places.index_select(0, upload(ends, torch.int64, places.device))) + 1
+            inverse = self._reaching(reach)  # [T, head_dim/2]
         turns = places.to(torch.float32).unsqueeze(-1) * inverse  # [T, head_dim/2]
         return (turns.cos() * scaling).to(self.dtype).unsqueeze(1), (turns.sin() * scaling).to(self.dtype).unsqueeze(1)
 
-    def _long(self, places: Tensor, lengths: Sequence[int]) -> tuple[Tensor, float]:
-        """Of "longrope" the frequencies ``[T, head_dim/2]`` of each token: one of two sets, by the last of its sequence's ``places``."""
-        (short, scaling), (long, _) = self._of_length(1), self._of_length(self._max_positions)
-        lasts = places
-        if any(length > 1 for length in lengths):
-            ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) for _ in range(length)]
-            lasts = places.index_select(0, upload(ends, torch.int64, places.device))
-        original = _positive(self.rope.parameters, "original_max_position_embeddings", float(self._max_positions))
-        return torch.where((lasts >= original).unsqueeze(1), long, short), scaling
+    def _reaching(self, reach: Tensor) -> Tensor:
+        """Inverse frequencies ``[T, head_dim/2]`` of tokens of sequences as long as ``reach [T]``. "longrope" asks no device."""
+        if self.rope.kind == "longrope":
+            long = (reach > _original(self.rope, self._max_positions)).unsqueeze(1)
+            return torch.where(long, self._of_length(self._max_positions)[0], self._of_length(1)[0])
+        different, which = torch.unique(reach.cpu(), return_inverse=True)
+        rows = [self._of_length(length)[0] for length in different.tolist()]
+        return torch.stack(rows)[which.to(self._device)] if rows else torch.empty(0, self._head_dim // 2, device=self._device)
+
+
+def _original(rope: Rope, max_positions: int) -> float:
+    return _positive(rope.parameters, "original_max_position_embeddings", float(max_positions))
+
+
+def length_class(ropes: Iterable[Rope], max_positions: int, length: int) -> str:
+    """What rotary frequencies make of the length of a prompt: prompts of one class that begin alike have the same keys there."""
+    found = set()
+    for rope in ropes:
+        if rope.kind == "longrope":
+            found.add("long" if length > _original(rope, max_positions) else "short")
+        elif rope.kind == "dynamic":
+            found.add(str(max(length, max_positions)))
+    return ",".join(sorted(found))

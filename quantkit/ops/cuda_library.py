@@ -26,7 +26,7 @@ from quantkit.progress import Progress, silent
 VARIABLE = "QUANTKIT_KERNELS"
 """Environment variable that names a library to use, whatever it was built from."""
 DESCRIPTION = "CMakeLists.txt"
-SUFFIXES = (".cu", ".cuh", ".h", ".txt")
+SUFFIXES = (".cu", ".cuh", ".h", ".inc", ".txt")
 """Of the files that make the library; others in ``kernels/`` are no part of it."""
 INTERFACE = 3
 """QK_INTERFACE of ``kernels/quantkit.h``: of what the functions take that this version calls."""

@@ -37,11 +37,6 @@ def installed() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def usable(q: Tensor, stored: torch.dtype, *, windowed: bool, capped: bool) -> bool:
-    """Whether FlashInfer takes queries like ``q [T, H, D]`` over keys and values of dtype ``stored``, and has shown here that it works."""
-    return obstacle(q.device, q.dtype, stored, q.shape[-1], windowed=windowed, capped=capped) is None
-
-
 @cache
 def obstacle(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim: int, *, windowed: bool, capped: bool) -> str | None:
     """Why attention of this kind is not FlashInfer's; None when it is. The first time it compiles, and what does not work is a warning."""

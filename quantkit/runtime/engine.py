@@ -16,6 +16,7 @@ from typing import Protocol
 
 from quantkit.arch.spec import ModelSpec
 from quantkit.errors import InputError, QuantkitError, RuntimeDied
+from quantkit.model.rope import length_class
 from quantkit.plan import PASS_TOKENS
 from quantkit.runtime.blocks import BLOCK
 from quantkit.runtime.executor import Executor
@@ -213,7 +214,8 @@ class Engine:
                 )
             number = next(self._numbers)
             room = len(prompt) + most - 1  # the last token's keys are never needed
-            self._scheduler.add(number, prompt, room, cache_salt, reuse=params.prompt_logprobs is None)
+            salt = f"{length_class(self.spec.ropes, self.spec.max_positions, len(prompt))}/{cache_salt}"
+            self._scheduler.add(number, prompt, room, salt, reuse=params.prompt_logprobs is None)
             self._requests[number] = request
             self._changed.notify()
         return number
@@ -290,7 +292,9 @@ class Engine:
             while self._turn():
                 pass
         except QuantkitError as exc:
-            error = self._failure = exc if isinstance(exc, RuntimeDied) else RuntimeDied(exc.where, exc.what, exc.expected, exc.hint)
+            died = RuntimeDied(exc.where, exc.what, exc.expected, exc.hint)  # anew: the traceback of the other holds the model
+            if not self._closing:  # else it is we who ended the ranks
+                error = self._failure = died
         except BaseException as exc:
             error = self._failure = RuntimeDied("engine", f"failed with {type(exc).__name__}: {exc}", "no such bug")
             raise
@@ -336,7 +340,7 @@ class Engine:
             request = self._requests[number]
             self._counts.prompt_tokens += request.prompt_tokens
             ends = tuple(sorted(request.ends)) if request.params.min_tokens else ()
-            begin.append(Begin(number, request.params, request.seed, ends, request.prompt))
+            begin.append(Begin(number, request.params, request.seed, ends, request.prompt, request.prompt_tokens))
         return Step(schedule.freed, schedule.preempted, tuple(begin), schedule.chunks)
 
     def _take(self, schedule: Schedule, sampled: list[Sampled]) -> None:

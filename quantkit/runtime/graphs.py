@@ -1,7 +1,7 @@
 """Decoding as CUDA graphs: one token of each of up to so many sequences, from the tokens to the likeliest next ones, in one launch.
 
-A graph is made for a few batch sizes; a batch takes the smallest that holds it, and the rows that are left over read nothing and write
-where nobody looks. What changes from pass to pass is one small tensor. Knows decoders and caches; knows no requests.
+A graph is made for a few batch sizes; a batch takes the smallest that holds it, and the rows that are left over do again what the first
+does, and write where nobody looks. What changes from pass to pass is one small tensor. Knows decoders and caches; knows no requests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.errors import RuntimeDied
 from quantkit.model.attention import Batch
 from quantkit.model.decoder import Decoder
 from quantkit.ops.transfer import upload
@@ -116,7 +117,10 @@ class DecodeGraphs:
         found = self._captured[next(size for size in self._sizes if size >= len(chunks))]
         spare = found.inputs.shape[1] - len(chunks)
         columns = [(chunk.tokens[0], *row) for chunk, row in zip(chunks, rows, strict=True)]
-        columns += [(0, 0, self._cache.nowhere, 0, 0, 0, 0)] * spare
+        token, position, _, keys, row, *_ = columns[
+            0
+        ]  # so that no row brings what the batch has not, as LLM.int8's outliers are of all rows
+        columns += [(token, position, self._cache.nowhere, keys, row, 0, 0)] * spare
         found.inputs.copy_(upload(list(zip(*columns, strict=True)), torch.int64, found.inputs.device))
         found.graph.replay()
         return found.logits[: len(chunks)], found.winners[: len(chunks)]
@@ -129,21 +133,29 @@ def _agreed(decoder: Decoder, reason: str | None) -> str | None:
     return None if decoder.comm.agree(reason is None) else reason or "another rank cannot"
 
 
+def _made(decoder: Decoder, cache: PagedCache, sampler: Sampler, last: Tensor, sizes: Sequence[int]) -> DecodeGraphs | str:
+    """Graphs, or why there are none. Among ranks a capture that fails ends the engine: the others are in the middle of theirs."""
+    try:
+        return DecodeGraphs(decoder, cache, sampler, last, sizes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as exc:
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        if decoder.comm.size > 1:
+            raise RuntimeDied(f"rank {decoder.comm.rank}", f"cannot capture CUDA graphs ({reason})", "what the other ranks can") from exc
+        return reason
+
+
 def make_graphs(decoder: Decoder, cache: PagedCache, sampler: Sampler, last: Tensor, sequences: int) -> DecodeGraphs | None:
     """Graphs for up to ``sequences`` at once; None where there can be none on some rank, with a warning where that is no property of the
     model. A collective, on GPUs."""
-    reason, made = _agreed(decoder, obstacle(decoder, cache)), None
+    reason = _agreed(decoder, obstacle(decoder, cache))
     if reason is None:
-        try:
-            made = DecodeGraphs(decoder, cache, sampler, last, sizes_for(sequences))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as exc:
-            reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-            _LOG.warning("warning: decoding is not captured as CUDA graphs (%s), and slower for it", reason)
-        reason = _agreed(decoder, reason)
-    if reason is None:
-        return made
+        made = _made(decoder, cache, sampler, last, sizes_for(sequences))
+        if isinstance(made, DecodeGraphs):
+            return made
+        reason = made
+        _LOG.warning("warning: decoding is not captured as CUDA graphs (%s), and slower for it", reason)
     _LOG.info("decoding runs without CUDA graphs: %s", reason)
     return None
 
@@ -158,9 +170,11 @@ def graph_bytes(decoder: Decoder, sequences: int, *, fp8: bool) -> int:
     last = torch.zeros(cache.table.shape[0], dtype=torch.int64, device=decoder.device)
     free = []
     kept = []
-    for made in ((), sizes[-1:], sizes[:1]):
-        if made:
-            kept.append(DecodeGraphs(decoder, cache, sampler, last, made))
+    for some in ((), sizes[-1:], sizes[:1]):
+        if some:
+            kept.append(_made(decoder, cache, sampler, last, some))
+            if isinstance(kept[-1], str):
+                return 0  # make_graphs will say so
         torch.cuda.synchronize(decoder.device)
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info(decoder.device)[0])

@@ -36,6 +36,7 @@ class _Table:
     shown: int = 0
     """Blocks that the table on the device has."""
     all: Slots = ()
+    """Where all of its tokens are, once that was needed."""
     index: Tensor | None = None
     """The blocks when those are not side by side, once they were needed."""
 
@@ -149,7 +150,7 @@ class PagedCache:
             return None
         found = []
         for table in tables:
-            table.start, table.stop, table.index = table.stop, table.stop + 1, None
+            table.start, table.stop, table.all, table.index = table.stop, table.stop + 1, (), None
             place = BLOCK * table.blocks[table.start // BLOCK] + table.start % BLOCK
             new = (table.row * self.table.shape[1] + table.shown, table.blocks[-1]) if len(table.blocks) > table.shown else (0, 0)
             table.shown = len(table.blocks)
@@ -169,9 +170,8 @@ class PagedCache:
         new: list[tuple[int, int]] = []
         for _, length, sequence in spans(batch):
             table = self._tables[sequence]
-            table.start, table.stop, table.index = table.stop, table.stop + length, None
+            table.start, table.stop, table.all, table.index = table.stop, table.stop + length, (), None
             assert table.stop <= BLOCK * len(table.blocks), (table.stop, table.blocks)
-            table.all = _runs(table.blocks, 0, table.stop)
             new += _runs(table.blocks, table.start, table.stop)
         self._batch, self._new, self._slots, self._pages, self._staged = batch, tuple(new), None, None, None
 
@@ -206,6 +206,7 @@ class PagedCache:
     def held(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """All keys and values of ``sequence`` in ``layer``, two ``[S, KV, D]``, views of the pool where its blocks are side by side."""
         table = self._tables[sequence]
+        table.all = table.all or _runs(table.blocks, 0, table.stop)
         if len(table.all) == 1:
             ((first, end),) = table.all
             keys, values = (x[first:end] for x in self._places[layer])

@@ -98,7 +98,7 @@ def start_engine(
         undo.callback(hosts.close)
         place, name = hosts.place, dtype or default_dtype(hosts.place, parity)
         seats = max_num_seqs or seqs_by_device[place]
-        tokens = max_num_batched_tokens or max(seats, PASS_TOKENS[place])
+        tokens = max(seats, PASS_TOKENS[place]) if max_num_batched_tokens is None else max_num_batched_tokens
         if tokens < seats:
             raise InputError("--max-num-batched-tokens", f"is {tokens}", f"at least --max-num-seqs, {seats}")
         fp8 = kv_cache_dtype == "fp8"

@@ -50,7 +50,8 @@ class RankJob:
 class Begin:
     """A sequence that enters: how it is sampled, and the seed of its random numbers.
 
-    ``ends``: tokens that it must not sample before ``params.min_tokens``; ``prompt``: its tokens, where ``params.reads_prompt``.
+    ``ends``: tokens that it must not sample before ``params.min_tokens``; ``prompt``: its tokens, where ``params.reads_prompt``;
+    ``length``: how many tokens its prompt has.
     """
 
     sequence: int
@@ -58,6 +59,7 @@ class Begin:
     seed: int
     ends: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def step_to_json(step: Step) -> Message:
     return {
         "free": list(step.free),
         "preempted": list(step.preempted),
-        "begin": [[b.sequence, asdict(b.params), b.seed, b.ends, b.prompt] for b in step.begin],
+        "begin": [[b.sequence, asdict(b.params), b.seed, b.ends, b.prompt, b.length] for b in step.begin],
         "chunks": [[c.sequence, c.start, list(c.tokens), c.sample, list(c.blocks)] for c in step.chunks],
     }
 
@@ -94,8 +96,8 @@ def step_from_json(data: Message) -> Step:
         tuple(data["free"]),
         tuple(data["preempted"]),
         tuple(
-            Begin(sequence, SamplingParams(**fields), seed, tuple(ends), tuple(prompt))
-            for sequence, fields, seed, ends, prompt in data["begin"]
+            Begin(sequence, SamplingParams(**fields), seed, tuple(ends), tuple(prompt), length)
+            for sequence, fields, seed, ends, prompt, length in data["begin"]
         ),
         tuple(Chunk(sequence, start, tuple(tokens), sample, tuple(blocks)) for sequence, start, tokens, sample, blocks in data["chunks"]),
     )

@@ -72,6 +72,7 @@ class Runner:
     def open_cache(self, blocks: int, *, graphs: bool = True) -> None:
         """Take memory for ``blocks`` blocks of keys and values, and capture ``graphs`` over them. Raises torch's OutOfMemoryError."""
         self.cache = cache_for(self.decoder, blocks, fp8=self._kv_fp8, sequences=self._sequences)
+        self._lengths: dict[int, int] = {}
         self._last = torch.zeros(self._sequences + 1, dtype=torch.int64, device=self.decoder.device)
         self.graphs = make_graphs(self.decoder, self.cache, self._sampler, self._last, self._sequences) if graphs else None
 
@@ -81,10 +82,12 @@ class Runner:
         for sequence in step.free:
             self.cache.free(sequence)
             self._sampler.forget(sequence)
+            del self._lengths[sequence]
         for sequence in step.preempted:
             self.cache.free(sequence)
         for begin in step.begin:
             self._sampler.begin(begin.sequence, begin.params, begin.seed, begin.ends, begin.prompt)
+            self._lengths[begin.sequence] = begin.length
         for chunk in step.chunks:
             self.cache.extend(chunk.sequence, chunk.blocks, chunk.start)
         sampled = [chunk.sequence for chunk in step.chunks if chunk.sample]
@@ -112,10 +115,15 @@ class Runner:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
         rows = [self.cache.row(chunk.sequence) for chunk in chunks for _ in chunk.tokens]
-        ids, places, of = upload([tokens, positions, rows], torch.int64, self.decoder.device)  # one transfer
+        reaches = [
+            max(self._lengths[chunk.sequence], place + 1)
+            for chunk in chunks
+            for place in range(chunk.start, chunk.start + len(chunk.tokens))
+        ]
+        ids, places, of, reach = upload([tokens, positions, rows, reaches], torch.int64, self.decoder.device)  # one transfer
         if UNKNOWN in tokens:
             ids = torch.where(ids < 0, self._last.index_select(0, of), ids)
-        batch = Batch(places, tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks))
+        batch = Batch(places, tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks), reach)
         return self.decoder.forward(ids, batch, self.cache)
 
     def _score_prompts(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
@@ -176,7 +184,7 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
         taken = pass_bytes(decoder.spec, job.tp, tokens=job.step_tokens, sequences=sequences, itemsize=decoder.dtype.itemsize)
         room = int((free + decoder.nbytes) * job.memory_share) - decoder.nbytes - taken
     block = kv_block_bytes(decoder, job.kv_fp8)
-    return RankFacts(decoder.nbytes, block // BLOCK, max(0, room) // block if block else None)
+    return RankFacts(decoder.nbytes, block // BLOCK, max(0, max(0, room) // block - 1) if block else None)  # one block is nobody's
 
 
 @torch.inference_mode()
@@ -196,7 +204,7 @@ def _measured_pass(decoder: Decoder, tokens: int, sequences: int, *, kv_fp8: boo
     logits = decoder.head.local(hidden[:sequences])
     del hidden
     for sequence in range(logits.shape[0]):
-        sampler.begin(sequence, SamplingParams(top_p=0.5), 0, (), ())
+        sampler.begin(sequence, SamplingParams(top_p=0.5, frequency_penalty=0.1, logprobs=1), 0, (), ())
     sampler.sample(range(logits.shape[0]), logits).result()
     return torch.cuda.max_memory_allocated(decoder.device) - before
 
@@ -320,7 +328,7 @@ def _serve(channel: _Channel, start: Message) -> None:
     comm.barrier()
     channel.send({"ready": asdict(facts)})
     drawn: queue.SimpleQueue[Drawn | None] = queue.SimpleQueue()
-    threading.Thread(target=_answer, args=(channel, drawn), name="answer", daemon=True).start()
+    threading.Thread(target=_answer, args=(channel, drawn, runner.decoder.device), name="answer", daemon=True).start()
     while True:
         message = channel.inbox.get()
         if "close" in message:
@@ -335,9 +343,11 @@ def _serve(channel: _Channel, start: Message) -> None:
             drawn.put(tokens)
 
 
-def _answer(channel: _Channel, drawn: queue.SimpleQueue[Drawn | None]) -> None:
+def _answer(channel: _Channel, drawn: queue.SimpleQueue[Drawn | None], device: torch.device) -> None:
     """Send the tokens of each step when they are there, while the next one is started. On a thread of its own."""
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread's first call would else take memory of the first GPU
         while True:
             tokens = drawn.get()
             channel.send({"sampled": sampled_to_json([] if tokens is None else tokens.result())})

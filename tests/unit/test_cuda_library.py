@@ -279,3 +279,13 @@ def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda_library.VARIABLE, _ctypes.__file__)  # a library, but none of ours
     with pytest.raises(MachineError, match="is of another version, expected a library of this version of quantkit"):
         load_library()
+
+
+def test_every_file_that_a_source_includes_names_the_library() -> None:
+    """Else a library of older sources would be taken for one of these."""
+    folder, files = cuda_library.source_folder(), set(cuda_library.source_files())
+    for name in sorted(files):
+        for line in (folder / name).read_text().splitlines():
+            if line.startswith('#include "'):
+                included = line.split('"')[1]
+                assert {included, os.path.normpath(Path(name).parent / included)} & files, f"{name} includes {included}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_fixtures import awq_checkpoint, batch_of, config_of
+from decoder_fixtures import awq_checkpoint, batch_of, config_of, random_twin
 from engine_fixtures import Client, GroupExecutor, engine_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -217,6 +217,30 @@ def test_sampled_text_is_the_same_on_any_ranks(llama: Checkpoint) -> None:
             engine.close()
     assert texts[0] == texts[1] == texts[2]
     assert len({tuple(tokens) for tokens in texts[0]}) == len(asks)
+
+
+@pytest.mark.parametrize("family", ["rope-longrope", "rope-dynamic"])
+def test_frequencies_look_at_a_prompt_s_length_and_at_nothing_else(family: str) -> None:
+    """A prompt beyond the trained length: whole, in pieces, in company, behind a short one that begins alike, preempted: one text."""
+    _, checkpoint = random_twin(config_of(family), torch.float64)
+    prompt = [(7 * i + i * i) % 120 + 3 for i in range(40)]
+    decoder = load_decoder(checkpoint, dtype=torch.float64)
+    first = int(decoder.logits(decoder.forward(torch.tensor(prompt), batch_of([(0, 40)])))[-1].argmax())
+    params, texts = SamplingParams(9, temperature=0, ignore_eos=True), []
+    for step_tokens, blocks in ((64, 16), (12, 16), (7, 16), (24, 4)):
+        executor = GroupExecutor(checkpoint, 1, torch.float64)
+        engine = engine_on(
+            executor, MODELS / "llama", checkpoint, max_model_len=64, step_tokens=step_tokens, kv_blocks=blocks, max_num_seqs=2
+        )
+        try:
+            short = Client(engine, prompt[:16], params)
+            clients = [Client(engine, prompt, params) for _ in range(2)]
+            short.answer()
+            texts += [client.answer().tokens for client in clients]
+            texts.append(Client(engine, prompt, params).answer().tokens)
+        finally:
+            engine.close()
+    assert texts[0][0] == first and texts == [texts[0]] * len(texts)
 
 
 # the same text, whatever becomes of the blocks
@@ -546,6 +570,7 @@ def test_a_lost_rank_ends_every_request_with_the_reason(llama: Checkpoint) -> No
         with pytest.raises(RuntimeDied, match="rank 1: was killed"):
             client.answer()
     assert isinstance(engine.failure, RuntimeDied) and engine.stats().running == 0
+    assert engine.failure.__cause__ is None, "its frames would hold the model"
     with pytest.raises(RuntimeDied, match="rank 1"):
         engine.submit([5], SamplingParams(1), lambda _: None)
     engine.close()
@@ -610,13 +635,13 @@ def test_refusals_at_the_start(options: dict[str, Any], kind: type[QuantkitError
 
 
 def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With memory for 6 blocks: the default is shortened, what was asked for is refused, and none at all is refused."""
+    """With memory for 6 blocks and one that is nobody's: the default is shortened, what was asked for is refused, and so is none at all."""
     per_token = 4 * 2 * 4 * 32 * 4  # layers, keys and values, KV heads, head_dim, float32
     engine = start_engine(str(MODELS / "llama"), device="cpu", parity=True, max_num_batched_tokens=64)
     (weights,) = engine.stats().weight_bytes
     one = pass_bytes(engine.spec, 1, tokens=64, sequences=8, itemsize=4)
     engine.close()
-    monkeypatch.setattr(worker, "free_memory", lambda: int((6 * BLOCK * per_token + weights + one) / 0.5) - weights + 16)
+    monkeypatch.setattr(worker, "free_memory", lambda: int((7 * BLOCK * per_token + weights + one) / 0.5) - weights + 16)
     options: dict[str, Any] = {"device": "cpu", "parity": True, "max_num_batched_tokens": 64, "memory_share": 0.5}
     engine = start_engine(str(MODELS / "llama"), **options)
     stats = engine.stats()
@@ -625,7 +650,7 @@ def test_memory_bounds_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None
     assert (engine.max_model_len, stats.kv_tokens_total, engine.dtype) == (96, 96, "float32")
     halved = start_engine(str(MODELS / "llama"), **options, kv_cache_dtype="fp8")
     halved.close()
-    assert (halved.max_model_len, halved.stats().kv_bytes_per_token) == (4 * 96, (per_token // 4,))
+    assert (halved.max_model_len, halved.stats().kv_bytes_per_token) == ((4 * 7 - 1) * BLOCK, (per_token // 4,))
     with pytest.raises(MachineError, match="at most 96"):
         start_engine(str(MODELS / "llama"), **options, max_model_len=97)
     monkeypatch.setattr(worker, "free_memory", lambda: 0)
