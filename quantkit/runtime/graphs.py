@@ -89,7 +89,7 @@ class DecodeGraphs:
             tokens = torch.where(token < 0, self._last.index_select(0, row), token)
             logits = decoder.head.local(decoder.forward(tokens, batch, cache))
             winners = self._sampler.winners(logits)
-            self._last.index_copy_(0, row, winners[:, 1].long())
+            self._last.index_copy_(0, torch.where(place == cache.nowhere, 0, row), winners[:, 1].long())  # spare rows write nobody's
             return logits, winners
 
         side = _side_stream(device)
