@@ -147,7 +147,7 @@ class Rank(Protocol):
         """Why it ended."""
 
     def end(self) -> None:
-        """End it, whatever it does, and return when it has ended."""
+        """End it, whatever it does. It has ended when this or its home's ``close`` returns, unless only others can end it."""
 
 
 class Home(Protocol):
@@ -157,7 +157,7 @@ class Home(Protocol):
         """Start all, or none and raise MachineError."""
 
     def close(self) -> None:
-        """Let go of what the ranks needed; they have ended."""
+        """Let go of what the ranks needed, all of which were told to end. Their connections are still open."""
 
 
 @dataclass(slots=True)
@@ -190,7 +190,7 @@ class RankExecutor:
     def __init__(self, job: RankJob, home: Home) -> None:
         self._job, self._home, self.ahead = job, home, job.device == "cuda"
         self._answers = deque[Message]()
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed, self._closing = threading.Lock(), False, threading.Lock()
         self._failure: QuantkitError | None = None
         self._selector = selectors.DefaultSelector()
         self._looked, self._begun = time.monotonic(), False
@@ -334,7 +334,8 @@ class RankExecutor:
         raise error
 
     def close(self) -> None:
-        closed, self._closed = self._closed, True  # first, so that a thread that listens lets go of the lock
+        with self._closing:
+            closed, self._closed = self._closed, True  # first, so that a thread that listens lets go of the lock
         if closed:
             return
         with self._lock:
@@ -345,9 +346,10 @@ class RankExecutor:
                     time.sleep(0.01)
             for heard in self._ranks:
                 heard.rank.end()
-                heard.rank.connection.close()
             self._home.close()
             self._selector.close()
+            for heard in self._ranks:
+                heard.rank.connection.close()
 
 
 def _from(rank: Rank, error: QuantkitError) -> QuantkitError:

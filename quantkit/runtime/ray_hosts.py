@@ -8,6 +8,7 @@ import importlib.util
 import os
 import queue
 import secrets
+import selectors
 import shutil
 import signal
 import socket
@@ -15,7 +16,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
@@ -29,6 +31,12 @@ JOIN_SECONDS = 240.0
 CALL_SECONDS = 120.0
 """How long the actors may take to call the engine."""
 HELLO_SECONDS = 5.0
+"""How long one that connects may take to say which rank it is."""
+HELLO_BYTES = 1 << 10
+CALLERS = 256
+"""How many may be about to say it; the one that connected first gives way."""
+END_SECONDS = 3.0
+"""How long the actors of a replica may take to end when their connections do, before Ray ends them."""
 POLL_SECONDS = 0.1
 WHY_SECONDS = 3.0
 """How long Ray may take to say why an actor is gone; its connection is closed at once."""
@@ -60,7 +68,7 @@ class RayHosts:
         if here:
             device = place_for(device, tp * replicas)
         self._keeper = _Keeper(here)
-        self._left, self._closed = replicas, False
+        self._lock, self._left, self._closed = threading.Lock(), replicas, False
         try:
             asked = {"tp": tp, "dp": replicas, "device": device, "timeout": timeout}
             joined = self._keeper.ask(asked, JOIN_SECONDS + timeout)
@@ -94,23 +102,22 @@ class RayHosts:
         return ranks
 
     def _accept(self, listener: socket.socket, secret: str, missing: set[tuple[int, int]]) -> dict[tuple[int, int], socket.socket]:
-        listener.settimeout(POLL_SECONDS)
         called: dict[tuple[int, int], socket.socket] = {}
         until = time.monotonic() + CALL_SECONDS
         try:
-            while missing - called.keys():
-                with contextlib.suppress(TimeoutError):
-                    caller, _ = listener.accept()
-                    who = _hello(caller, secret)
-                    if who is None or who not in missing or who in called:
-                        caller.close()
-                    else:
-                        called[who] = caller
-                lost = next((who for who in sorted(missing - called.keys()) if self._keeper.why(who) is not None), None)
-                if lost is not None:
-                    raise MachineError(f"rank {lost[1]}", f"{self._keeper.why(lost)} before it called", "hosts that reach one another")
-                if time.monotonic() > until:
-                    raise MachineError(f"rank {min(missing - called.keys())[1]}", f"has not called within {CALL_SECONDS:.0f} s", "a rank")
+            with _Callers(listener, secret) as callers:
+                while missing - called.keys():
+                    for who, connection in callers.look(POLL_SECONDS):
+                        if who not in missing or who in called:
+                            connection.close()
+                        else:
+                            called[who] = connection
+                    left = sorted(missing - called.keys())
+                    lost = next((who for who in left if self._keeper.why(who) is not None), None)
+                    if lost is not None:
+                        raise MachineError(f"rank {lost[1]}", f"{self._keeper.why(lost)} before it called", "hosts that reach one another")
+                    if left and time.monotonic() > until:
+                        raise MachineError(f"rank {left[0][1]}", f"has not called within {CALL_SECONDS:.0f} s", "a rank")
         except BaseException:
             for connection in called.values():
                 connection.close()
@@ -126,12 +133,15 @@ class RayHosts:
 
     def leave(self) -> None:
         """One home is closed."""
-        self._left -= 1
-        if not self._left:
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
             self.close()
 
     def close(self) -> None:
-        closed, self._closed = self._closed, True
+        with self._lock:
+            closed, self._closed = self._closed, True
         if not closed:
             self._keeper.close()
 
@@ -147,6 +157,11 @@ class RayHome:
         return self.hosts.ranks(self.replica)
 
     def close(self) -> None:
+        """Return when the ranks, which were told to end, have ended; those that do not, Ray ends."""
+        until = time.monotonic() + END_SECONDS
+        for rank in self.hosts.ranks(self.replica):
+            if not rank.wait(until):
+                rank.keeper.tell({"end": list(rank.who)})
         self.hosts.leave()
 
 
@@ -172,9 +187,22 @@ class RayRank:
         return RuntimeDied(where, self.keeper.why(self.who) or "closed its connection", "every rank alive")
 
     def end(self) -> None:
-        """It ends itself when its connection does; Ray ends it, at the latest, when the last home is closed."""
+        """It ends itself when its connection does, which ``wait`` sees, or Ray ends it."""
         with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def wait(self, until: float) -> bool:
+        """Whether the actor's process, which holds the other end of the connection open, is gone by ``until``."""
+        try:
+            while (left := until - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    return True
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+        return False
 
 
 class _Keeper:
@@ -259,17 +287,85 @@ class _Keeper:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _hello(caller: socket.socket, secret: str) -> tuple[int, int] | None:
-    """Which rank calls; None for one that does not know ``secret``."""
-    frames = Frames("rank")
-    caller.settimeout(HELLO_SECONDS)
-    caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        while data := caller.recv(1 << 10):
-            for message in frames.feed(data):
-                if secrets.compare_digest(str(message.get("secret")).encode(), secret.encode()):
-                    return int(message["replica"]), int(message["rank"])
+@dataclass(slots=True)
+class _Caller:
+    """One that has connected and may say until ``until`` who it is."""
+
+    connection: socket.socket
+    until: float
+    frames: Frames = field(default_factory=lambda: Frames("rank"))
+    heard: int = 0
+
+    def hear(self, secret: str) -> tuple[int, int] | None:
+        """Take in what is there, and nothing behind the first message; which rank calls, None while it has not said.
+
+        Raises OSError or QuantkitError for one that does not know ``secret``.
+        """
+        while True:
+            try:
+                data = self.connection.recv(1)
+            except BlockingIOError:
                 return None
-    except (OSError, QuantkitError):
-        pass
-    return None
+            self.heard += 1
+            if not data or self.heard > HELLO_BYTES:
+                raise RuntimeDied("rank", "does not say who it is", f"a message of at most {HELLO_BYTES} bytes")
+            for message in self.frames.feed(data):
+                if not secrets.compare_digest(str(message.get("secret")).encode(), secret.encode()):
+                    raise RuntimeDied("rank", "does not know the secret", "an actor of ours")
+                return int(message["replica"]), int(message["rank"])
+
+
+class _Callers:
+    """All that have connected to ``listener`` and not said yet who they are: none waits for another."""
+
+    def __init__(self, listener: socket.socket, secret: str) -> None:
+        self._listener, self._secret = listener, secret
+        self._callers: dict[socket.socket, _Caller] = {}
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> _Callers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in list(self._callers):
+            self._forget(connection).close()
+        self._selector.close()
+
+    def look(self, wait: float) -> Iterator[tuple[tuple[int, int], socket.socket]]:
+        """The ranks (replica, rank) that say within ``wait`` seconds who they are, each with its connection, which blocks."""
+        for key, _ in self._selector.select(wait):
+            caller = self._callers.get(key.fileobj)  # type: ignore[call-overload]
+            if key.fileobj is self._listener:
+                self._admit()
+            elif caller is not None:
+                try:
+                    who = caller.hear(self._secret)
+                except (OSError, QuantkitError):
+                    self._forget(caller.connection).close()
+                    continue
+                if who is not None:
+                    connection = self._forget(caller.connection)
+                    connection.settimeout(None)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    yield who, connection
+        now = time.monotonic()
+        for caller in [caller for caller in self._callers.values() if now > caller.until]:
+            self._forget(caller.connection).close()
+
+    def _admit(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has gone again
+            return
+        if len(self._callers) >= CALLERS:
+            self._forget(next(iter(self._callers))).close()
+        connection.setblocking(False)
+        self._callers[connection] = _Caller(connection, time.monotonic() + HELLO_SECONDS)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _forget(self, connection: socket.socket) -> socket.socket:
+        self._selector.unregister(connection)
+        del self._callers[connection]
+        return connection

@@ -177,7 +177,16 @@ class _Cluster:
             return
         if order is None or "close" in order:
             raise _Over
-        self.run(order["run"])
+        if "end" in order:
+            self.end(*order["end"])
+        else:
+            self.run(order["run"])
+
+    def end(self, replica: int, rank: int) -> None:
+        """End the actor of one rank, whatever it does."""
+        for one in self._placed:
+            if (one.replica, one.rank) == (replica, rank):
+                self._ray.kill(one.actor, no_restart=True)
 
     def close(self) -> None:
         """End every actor, give back every place, leave the cluster or end it."""

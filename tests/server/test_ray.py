@@ -6,12 +6,16 @@ import importlib.util
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -22,9 +26,9 @@ from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import InputError, MachineError, QuantkitError, RuntimeDied
 from quantkit.runtime import ray_hosts
 from quantkit.runtime.engine import Engine, SamplingParams
-from quantkit.runtime.network import interface_of
-from quantkit.runtime.ray_hosts import RayRank
+from quantkit.runtime.ray_hosts import RayHome, RayRank
 from quantkit.runtime.start import start_engine
+from quantkit.runtime.wire import Message, frame
 from quantkit.shard import rank_file, shard_checkpoint
 
 LLAMA = Path(__file__).parent.parent / "data" / "models" / "llama"
@@ -117,14 +121,25 @@ def test_ranks_on_two_nodes_say_what_one_process_says_and_a_killed_actor_is_noti
         engine.close()
 
 
-def test_replicas_share_the_cluster_and_give_their_places_back(address: str, wanted: tuple[str, str]) -> None:
-    """The places of the test before are free again; a third replica finds none, and none of those that had one keeps it."""
+def test_replicas_share_the_cluster_and_give_their_places_back(
+    address: str, wanted: tuple[str, str], wait_for: Callable[..., None]
+) -> None:
+    """The places of the test before are free again; a third replica finds none, and none of those that had one keeps it.
+
+    One that is closed, or that hangs then, leaves no process behind, while the other works.
+    """
     with pytest.raises(MachineError, match=r"--executor ray: the cluster has 2 CPUs, 0 of them free, after 1 s, expected 1 free"):
         start_engine(str(LLAMA), dp=3, device="cpu", parity=True, executor="ray", timeout=1)
     engine = start_engine(str(LLAMA), dp=2, device="cpu", parity=True, executor="ray")
     try:
         assert (engine.tp, engine.dp) == (1, 2)
         assert [ask(engine, "The capital", SEEDED) for _ in range(3)] == [wanted[1]] * 3
+        first, second = engine._engines  # type: ignore[attr-defined]
+        [stopped] = actors(first)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        first.close()
+        wait_for(lambda: gone([stopped.pid]), 15)
+        assert ask(second, "The capital", SEEDED) == wanted[1]
     finally:
         engine.close()
 
@@ -248,6 +263,62 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         start_engine(str(LLAMA), executor="rays")
 
 
-def test_the_interface_of_an_address() -> None:
-    assert interface_of("127.0.0.2") == "lo"
-    assert interface_of("203.0.113.9") is None and interface_of("::1") is None
+def test_callers_that_are_slow_wrong_or_too_long_hold_up_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that calls last is heard at once, and what it says behind its name is left for the engine."""
+    monkeypatch.setattr(ray_hosts, "HELLO_SECONDS", 1.0)
+    hello = {"secret": "s" * 64, "replica": 0, "rank": 1}
+    with socket.create_server(("127.0.0.1", 0)) as listener, ray_hosts._Callers(listener, "s" * 64) as callers:
+
+        def call(data: bytes) -> socket.socket:
+            connection = socket.create_connection(listener.getsockname(), 5)
+            connection.sendall(data)
+            return connection
+
+        def look(seconds: float) -> list[tuple[tuple[int, int], socket.socket]]:
+            until, found = time.monotonic() + seconds, []
+            while time.monotonic() < until and not found:
+                found += callers.look(0.02)
+            return found
+
+        others = [call(b""), call(frame(hello | {"secret": "x" * 64})), call(frame(hello | {"more": "x" * 2000}))]
+        start = time.monotonic()
+        rank = call(frame(hello) + b"beat")
+        [(who, connection)] = look(5)
+        assert who == (0, 1) and time.monotonic() - start < 0.9 and connection.recv(9) == b"beat"
+        for byte in frame(hello)[:20]:  # a byte now and then is no more time
+            others[0].send(bytes([byte]))
+            assert look(0.1) == []
+            if not callers._callers:
+                break
+        assert callers._callers == {} and 0.9 < time.monotonic() - start < 1.9
+        for each in (rank, connection, *others):
+            each.close()
+
+
+def test_a_home_is_closed_when_its_ranks_have_ended_or_ray_was_told_to_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_hosts, "END_SECONDS", 1.0)
+    told: list[Message] = []
+    keeper: Any = SimpleNamespace(tell=told.append)
+    pairs = [socket.socketpair() for _ in range(2)]
+    ranks = [RayRank(f"rank {number}", ours, {}, (3, number), 0, keeper) for number, (ours, _) in enumerate(pairs)]
+    hosts: Any = SimpleNamespace(ranks=lambda replica: ranks, leave=lambda: told.append({"left": True}))
+    ended = threading.Event()
+
+    def be_a_rank() -> None:
+        while pairs[0][1].recv(1):
+            pass
+        pairs[0][1].sendall(b"last words")
+        time.sleep(0.3)
+        ended.set()
+        pairs[0][1].close()
+
+    threading.Thread(target=be_a_rank, daemon=True).start()
+    for rank in ranks:
+        rank.end()
+    start = time.monotonic()
+    RayHome(hosts, 3).close()
+    assert ended.is_set() and 0.9 < time.monotonic() - start < 5
+    assert told == [{"end": [3, 1]}, {"left": True}], "one that hangs"
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
