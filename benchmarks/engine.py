@@ -213,8 +213,10 @@ def main() -> None:
         for layout in args.layouts.split(","):
             root = (args.work or Path(scratch)) / f"{args.shape}-{layout}-{args.layers or 'all'}"
             if not root.exists():
-                start = time.perf_counter()
-                write_model(root, args.shape, layout, args.layers)
+                start, partial = time.perf_counter(), root.with_name(f"{root.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                write_model(partial, args.shape, layout, args.layers)
+                partial.rename(root)
                 print(f"wrote {root.name} in {time.perf_counter() - start:.1f} s", flush=True)
             for tp in args.tp:
                 facts = {"shape": args.shape, "layout": layout, "layers": args.layers, "tp": tp, "read_speed": speed}

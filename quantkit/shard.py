@@ -72,11 +72,14 @@ def _bytes(array: NDArray[Any]) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-@contextmanager
-def _partial(out: Path, source: Path, overwrite: bool, need_bytes: int) -> Iterator[Path]:
-    """A locked, empty ``OUT.partial`` that is published at the end, and removed when the work fails: it cannot be resumed."""
+def _refuse(out: Path, source: Path, overwrite: bool) -> None:
     fs.refuse_existing(out, overwrite)
     fs.refuse_source(out, source)
+
+
+@contextmanager
+def _partial(out: Path, overwrite: bool, need_bytes: int) -> Iterator[Path]:
+    """A locked, empty ``OUT.partial`` that is published at the end, and removed when the work fails: it cannot be resumed."""
     partial = out.with_name(out.name + ".partial")
     fs.require_free(out.parent, need_bytes, str(out))
     with fs.lock(out.with_name(out.name + ".lock")):
@@ -121,11 +124,12 @@ def shard_checkpoint(checkpoint: Checkpoint, out: Path, tp: int, *, overwrite: b
     ranks = [list(rank_slices(spec, assignment, plan, rank, checkpoint.tensors)) for rank in range(tp)]
     sizes = tuple(sum(piece.nbytes for piece in pieces) for pieces in ranks)
     restored, kept = _kept_files(checkpoint, tp)
+    _refuse(out, checkpoint.root, overwrite)  # before all of it is read
     sums_sha256 = _digest(kept[PARENT + SUMS]) if PARENT + SUMS in kept else None
     parent_sha256 = sums_sha256 or checkpoint.fingerprint()
     heads = [encode_header(_entries(ranks[rank]), _metadata(rank, tp, parent_sha256), align=PAGE) for rank in range(tp)]
     need = sum(sizes) + sum(map(len, heads)) + sum(map(len, kept.values()))
-    with _partial(out, checkpoint.root, overwrite, need) as partial:
+    with _partial(out, overwrite, need) as partial:
         hashes = _write_ranks(checkpoint, ranks, heads, partial, progress)
         for name, data in kept.items():
             hashes[name] = _write_small(partial, name, data)
@@ -346,6 +350,7 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
     """
     shards = _open_shards(path)
     ranks = [shards.rank(rank) for rank in range(shards.plan.tp)]
+    _refuse(out, path, overwrite)
     parent_sums = _parent_sums(shards)
     if parent_sums is None or not {*shards.parents, *shards.files} - {SUMS} <= set(parent_sums):
         _check_own_sums(shards)
@@ -355,7 +360,7 @@ def unshard(path: Path, out: Path, *, overwrite: bool, progress: Progress = sile
         for piece in pieces:
             by_name.setdefault(piece.name, []).append((piece, source))
     total, hashes = len(by_name), dict[str, str]()
-    with _partial(out, path, overwrite, need) as partial:
+    with _partial(out, overwrite, need) as partial:
         done = 0
         for name, (raw, header) in shards.parents.items():
             with fs.HashingFile(fs.confined(partial, name, str(path / MANIFEST))) as file:

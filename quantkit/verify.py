@@ -298,7 +298,7 @@ def _verify_shards(root: Path, deep: bool, progress: Progress) -> Verification:
     _check_hashes(root, True, found, progress)
     try:
         found.checks["parent"] = f"sha256 {parent_sha256(root) or 'not recorded'}"
-    except CheckFailed as exc:
+    except (CheckFailed, InputError) as exc:
         found.checks["parent"] = "not what was recorded"
         found.defects.append(Defect("parent", exc.where, exc.what, exc.expected))
     found.checks["ranks"] = f"{plan.tp} files against the stored plan"

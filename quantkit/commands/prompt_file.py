@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from quantkit.runtime.llm import LLM
 
 MAX_FILE = 1 << 30
+TOKEN_DIGITS = 10
+"""Of the greatest token id that is taken."""
 NAMES: Mapping[str, str] = {"stop_ids": "stop_token_ids"}
 """Fields of SamplingParams that go by another name in a file, which is the API's."""
 FIELDS: Mapping[str, str] = {NAMES.get(field.name, field.name): field.name for field in dataclasses.fields(SamplingParams)}
@@ -68,6 +70,12 @@ def _json_line(row: str, where: str, sampling: SamplingParams, chat: bool, syste
         fields = json.loads(row)
     except (ValueError, RecursionError) as exc:
         raise InputError(where, f"is not JSON ({exc!s:.100})", "an object with prompt or messages") from exc
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise InputError(where, f"has {exc.object[exc.start]!a}, half of a surrogate pair", "text that UTF-8 can hold") from exc
+    except RecursionError as exc:
+        raise InputError(where, "is nested too deeply", "an object with prompt or messages") from exc
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise InputError(where, "has not one of prompt and messages", "an object with one of them")
     given = {name: fields.pop(name) for name in ("id", "prompt", "messages") if name in fields}
@@ -75,7 +83,8 @@ def _json_line(row: str, where: str, sampling: SamplingParams, chat: bool, syste
     if unknown:
         raise InputError(where, f"{unknown[0]!r:.100} is unknown", f"id, prompt, messages, {', '.join(FIELDS)}")
     if isinstance(fields.get("logit_bias"), dict):
-        fields["logit_bias"] = {int(key) if key.isdecimal() else key: amount for key, amount in fields["logit_bias"].items()}
+        bias = fields["logit_bias"].items()
+        fields["logit_bias"] = {int(key) if key.isdecimal() and len(key) <= TOKEN_DIGITS else key: amount for key, amount in bias}
     try:
         own = dataclasses.replace(sampling, **{FIELDS[name]: value for name, value in fields.items()})
     except InputError as exc:

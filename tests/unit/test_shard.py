@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import quantkit.shard as shard_module
+from quantkit import fs
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import CheckFailed, InputError, MachineError
@@ -211,7 +212,7 @@ def test_chunks_are_bounded_and_change_nothing(tmp_path: Path, monkeypatch: pyte
     assert contents(tmp_path / "back") == contents(source)
 
 
-def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = synthetic(tmp_path / "art", TINY, 64)
     out = cut(source, tmp_path / "shards", 2)
     before = contents(out)
@@ -219,6 +220,10 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path: Path) -> Non
         cut(source, out, 3)
     assert "--overwrite" in (caught.value.hint or "")
     assert contents(out) == before
+    bare = synthetic(tmp_path / "bare", TINY, 64, sums=False)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="exists"):
+        patch.setattr(fs, "sha256_file", lambda path: pytest.fail(f"reads all of {path}"))
+        cut(bare, out, 3)
     shard_checkpoint(open_checkpoint(source), out, 3, overwrite=True)
     assert (out / rank_file(2, 3)).is_file()
     assert not (out / rank_file(1, 2)).exists()

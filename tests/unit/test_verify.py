@@ -446,6 +446,10 @@ def test_the_parents_hash_is_compared_with_the_copy_of_its_sums(shards: Path, tm
     sums.write_text(sums.read_text().replace("0", "1"))
     found = verify(seal(out), deep=False)
     assert lines(found) == [f"parent: {sums}: was changed, expected sha256 {recorded} as in quantkit.json"]
+    sums.unlink()
+    found = verify(out, deep=False)
+    assert [defect.check for defect in found.defects] == ["hashes", "parent"] and "parent.SHA256SUMS" in found.defects[1].line
+    assert found.checks["ranks"] and run(VerifyOptions(str(out))).failed
 
 
 def test_values_of_a_rank_are_looked_at(shards: Path, tmp_path: Path) -> None:
