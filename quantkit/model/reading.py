@@ -111,13 +111,12 @@ class ReadAhead:
         self._left = deque(wanted)
         self._started: deque[_Started] = deque()
         self._open = _Batch()
-        self._ready: torch.cuda.Event | None = None
         self._ahead = self._done = self._told = 0
         self._total = sum(want.nbytes(checkpoint) for want in self._left)
-        self._own = threading.local()
-        self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(READERS, "read")
         progress("weights", 0, self._total)
+        self._own = threading.local()
+        self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def take(self, want: Wanted) -> Tensor:
         """The next tensor, in its stored dtype, a scalar as ``[1]``: on a GPU, for what is asked of the current stream from now on.
@@ -157,14 +156,10 @@ class ReadAhead:
             array = np.empty(padded, kind)
             found = _Started(want, as_tensor(array, dtype), array.reshape(-1).view(np.uint8), kind, nbytes)
         else:
-            with torch.inference_mode(False):  # other threads write to it
-                tensor = torch.empty(padded, dtype=TORCH_DTYPES[dtype], device=self._device)
-                found = _Started(want, tensor, tensor.reshape(-1).view(torch.uint8), kind, nbytes)
+            tensor = torch.empty(padded, dtype=TORCH_DTYPES[dtype], device=self._device)
+            found = _Started(want, tensor, tensor.reshape(-1).view(torch.uint8), kind, nbytes)
         if want.pad_rows:
             found.flat[nbytes:] = 0
-        if self._side is not None:
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record(torch.cuda.current_stream(self._device))
         for piece in pieces(index, kind.itemsize, CHUNK_BYTES):
             if self._open.nbytes + piece[2] > CHUNK_BYTES:
                 self._submit()
@@ -176,9 +171,14 @@ class ReadAhead:
 
     def _submit(self) -> None:
         batch, self._open = self._open, _Batch()
-        if batch.pieces:
-            batch.ready = self._ready
-            batch.future = self._pool.submit(self._read if self._side is None else self._send, batch)
+        if not batch.pieces:
+            return
+        if self._side is None:
+            batch.future = self._pool.submit(self._read, batch)
+            return
+        batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        batch.ready.record(torch.cuda.current_stream(self._device))
+        batch.future = self._pool.submit(self._send, batch)
 
     def _read(self, batch: _Batch) -> None:
         """Fill the pieces where they are."""
@@ -189,29 +189,25 @@ class ReadAhead:
         shaped = out.view(found.kind).reshape([s.stop - s.start for s in index])
         self._checkpoint.fill(shaped, found.want.name, index, found.want.view)
 
-    def _begin(self) -> None:
-        """What a thread needs to send: the stream, for all that it does, and its buffer."""
-        assert self._side is not None
-        torch.cuda.set_stream(self._side)
-        self._own.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._own.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
+    @torch.inference_mode()
     def _send(self, batch: _Batch) -> None:
         """Fill this thread's buffer and send it to the device."""
         assert self._side is not None and batch.ready is not None
-        if not hasattr(self._own, "buffer"):
-            self._begin()
-        buffer, sent, places, at = self._own.buffer, self._own.sent, [], 0
-        sent.synchronize()
-        host = buffer.numpy()
-        for found, index, _, nbytes in batch.pieces:
-            self._fill(found, index, host[at : at + nbytes])
-            places.append(at)
-            at += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        self._side.wait_event(batch.ready)
-        for at, (found, _, begin, nbytes) in zip(places, batch.pieces, strict=True):
-            found.flat[begin : begin + nbytes].copy_(buffer[at : at + nbytes], non_blocking=True)
-        sent.record(self._side)
+        with torch.cuda.stream(self._side):  # and its device, for this thread
+            if not hasattr(self._own, "buffer"):
+                self._own.buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._own.sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            buffer, sent, places, at = self._own.buffer, self._own.sent, [], 0
+            sent.synchronize()
+            host = buffer.numpy()
+            for found, index, _, nbytes in batch.pieces:
+                self._fill(found, index, host[at : at + nbytes])
+                places.append(at)
+                at += -(-nbytes // ALIGNMENT) * ALIGNMENT
+            self._side.wait_event(batch.ready)
+            for at, (found, _, begin, nbytes) in zip(places, batch.pieces, strict=True):
+                found.flat[begin : begin + nbytes].copy_(buffer[at : at + nbytes], non_blocking=True)
+            sent.record(self._side)
 
     def __enter__(self) -> Self:
         return self
