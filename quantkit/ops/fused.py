@@ -104,7 +104,7 @@ def rotary_write_reference(
 ) -> Tensor:
     """``rotate(q)``, and ``rotate(k)`` and ``v`` written to the places that ``slots`` names: ``q [T, H, D]``, ``k``, ``v [T, KV, D]``.
 
-    ``cos``, ``sin [T, W / 2]`` (or ``[T, 1, W / 2]``). ``slots [T]`` int64: a negative one writes nothing, of tokens with the same any does.
+    ``cos``, ``sin [T, W / 2]`` (or ``[T, 1, W / 2]``). ``slots [T]`` int64: a negative one writes nothing, of several alike any does.
     ``keys``, ``values [places, KV, D]`` of q's dtype, or float8 e4m3 of scale 1, in which values beyond 448 become 448. Returns
     ``[T, H, D]``.
     """

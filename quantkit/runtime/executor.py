@@ -75,7 +75,8 @@ class LocalExecutor:
         progress("load", 0, 1)
         runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8, sequences=job.sequences)
         self._runner: Runner | None = runner
-        self.facts = (rank_facts(runner.decoder, job, 1),)
+        with _pass_failures():
+            self.facts = (rank_facts(runner.decoder, job, 1),)
         self.ahead = job.device == "cuda"
         self._drawn = deque[Drawn | None]()
         progress("load", 1, 1)
@@ -89,7 +90,9 @@ class LocalExecutor:
     def open_cache(self, blocks: int) -> None:
         try:
             self.runner.open_cache(blocks)
-        except (torch.OutOfMemoryError, RuntimeError) as exc:  # RuntimeError: a CPU's
+        except RuntimeError as exc:  # torch.OutOfMemoryError is one; a CPU's has no name of its own
+            if self.ahead and not isinstance(exc, torch.OutOfMemoryError):
+                raise
             raise MachineError("keys and values", f"{blocks} blocks are more than there is memory for", "less", CACHE_HINT) from exc
 
     def launch(self, step: Step) -> None:
