@@ -72,14 +72,12 @@ class LocalExecutor:
 
     def __init__(self, job: RankJob, progress: Progress = silent) -> None:
         assert job.tp == 1
-        progress("load", 0, 1)
-        runner = Runner(load_rank(job, Solo(), job.device), kv_fp8=job.kv_fp8, sequences=job.sequences)
+        runner = Runner(load_rank(job, Solo(), job.device, progress), kv_fp8=job.kv_fp8, sequences=job.sequences)
         self._runner: Runner | None = runner
         with _pass_failures():
             self.facts = (rank_facts(runner.decoder, job, 1),)
         self.ahead = job.device == "cuda"
         self._drawn = deque[Drawn | None]()
-        progress("load", 1, 1)
 
     @property
     def runner(self) -> Runner:
@@ -172,6 +170,8 @@ class _Heard:
     when: float = field(default_factory=time.monotonic)
     """When it last said anything, or was started."""
     spoke: bool = False
+    read: tuple[int, int] = (0, 0)
+    """Bytes of its weights that it has, and all of them; 0 before it knows."""
     loaded: bool = False
     facts: RankFacts | None = None
     opened: bool = False
@@ -212,10 +212,12 @@ class RankExecutor:
 
     def load(self, progress: Progress = silent) -> None:
         """Wait until every rank has loaded. Raises what went wrong on one."""
+        told = -1
         while True:
-            loaded = sum(heard.loaded for heard in self._ranks)
-            progress("load ranks", loaded, len(self._ranks))
-            if loaded == len(self._ranks):
+            done, total = (sum(heard.read[i] for heard in self._ranks) for i in (0, 1))
+            if done != told and all(heard.read[1] for heard in self._ranks):
+                progress("weights", told := done, total)
+            if all(heard.loaded for heard in self._ranks):
                 return
             self._watch(POLL_SECONDS)
 
@@ -309,6 +311,9 @@ class RankExecutor:
                 for other in self._ranks:
                     if other is not heard:
                         self._send(other, frame(message))
+            elif "read" in message:
+                done, total = message["read"]
+                heard.read = done, total
             elif "loaded" in message:
                 heard.loaded = True
             elif "ready" in message:

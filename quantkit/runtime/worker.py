@@ -35,6 +35,7 @@ from quantkit.ops.dtypes import float_dtype
 from quantkit.ops.symmetric import open_sums
 from quantkit.ops.transfer import upload
 from quantkit.plan import make_plan, pass_bytes
+from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK, blocks_for
 from quantkit.runtime.graphs import graph_bytes, make_graphs
@@ -138,10 +139,10 @@ class Runner:
             first += len(chunk.tokens)
 
 
-def load_rank(job: RankJob, comm: Comm, device: str) -> Decoder:
+def load_rank(job: RankJob, comm: Comm, device: str, progress: Progress = silent) -> Decoder:
     """The decoder of rank ``comm.rank``. Raises InputError for a checkpoint that does not fit, MachineError when memory is short."""
     how: dict[str, Any] = {"dtype": float_dtype(job.dtype), "device": device, "parity": job.parity, "lm_head": job.lm_head}
-    how["attention"], how["merge"] = job.attention, job.device == "cuda" and not job.parity
+    how["progress"], how["attention"], how["merge"] = progress, job.attention, job.device == "cuda" and not job.parity
     try:
         if job.sharded:
             checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
@@ -321,7 +322,8 @@ def _serve(channel: _Channel, start: Message) -> None:
     if job.device == "cuda":
         torch.cuda.set_device(start["device"])
     comm = _meet(channel, start, job)
-    runner = Runner(load_rank(job, comm, start["device"]), kv_fp8=job.kv_fp8, sequences=job.sequences)
+    decoder = load_rank(job, comm, start["device"], lambda _, done, total: channel.send({"read": [done, total]}))
+    runner = Runner(decoder, kv_fp8=job.kv_fp8, sequences=job.sequences)
     channel.send({"loaded": True})
     channel.expect("measure")  # all have loaded, whoever else shares the memory: what is free now is free for keys and values
     facts = rank_facts(runner.decoder, job, start["host_ranks"])
