@@ -89,7 +89,7 @@ class DecodeGraphs:
             tokens = torch.where(token < 0, self._last.index_select(0, row), token)
             logits = decoder.head.local(decoder.forward(tokens, batch, cache))
             winners = self._sampler.winners(logits)
-            self._last.index_copy_(0, torch.where(place == cache.nowhere, 0, row), winners[:, 1].long())  # spare rows write nobody's
+            self._last.index_copy_(0, row.masked_fill(place == cache.nowhere, 0), winners[:, 1].long())  # spare rows write nobody's
             return logits, winners
 
         side = _side_stream(device)
@@ -117,9 +117,7 @@ class DecodeGraphs:
         found = self._captured[next(size for size in self._sizes if size >= len(chunks))]
         spare = found.inputs.shape[1] - len(chunks)
         columns = [(chunk.tokens[0], *row) for chunk, row in zip(chunks, rows, strict=True)]
-        token, position, _, keys, row, *_ = columns[
-            0
-        ]  # so that no row brings what the batch has not, as LLM.int8's outliers are of all rows
+        token, position, _, keys, row, *_ = columns[0]  # no row brings what the batch has not: LLM.int8's outliers are of all rows
         columns += [(token, position, self._cache.nowhere, keys, row, 0, 0)] * spare
         found.inputs.copy_(upload(list(zip(*columns, strict=True)), torch.int64, found.inputs.device))
         found.graph.replay()
