@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from quantkit.errors import MachineError
+from quantkit.ops.cuda_library import HINT
+
 
 def call(function: Any, device: torch.device, *arguments: Any) -> int:
     """``function(*arguments, stream)`` with ``device`` current: 0, the library's UNSUPPORTED, or CUDA's error.
@@ -18,3 +21,9 @@ def call(function: Any, device: torch.device, *arguments: Any) -> int:
         return found
     with torch.cuda.device(device):
         return call(function, device, *arguments)
+
+
+def checked(name: str, code: int, device: torch.device) -> None:
+    """Raise MachineError for CUDA's error ``code`` of the function ``name``."""
+    if code:
+        raise MachineError(f"{name} on {device}", f"the kernel did not start (error {code})", "a GPU that it was built for", HINT)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from quantkit.errors import MachineError
 from quantkit.ops import kernel_select
-from quantkit.ops.cuda_call import call
+from quantkit.ops.cuda_call import call, checked
 from quantkit.ops.cuda_library import HINT, find_library, load_library
 from quantkit.ops.tiles import GROUPS, Format, Tiles, dequantize
 
@@ -111,11 +111,6 @@ def _described(*fields: int | None) -> Weight:
     return Weight(*fields)
 
 
-def _checked(name: str, code: int, device: torch.device) -> None:
-    if code:
-        raise MachineError(f"{name} on {device}", f"the kernel did not start (error {code})", "a GPU that it was built for", HINT)
-
-
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WEIGHT = "Tensor data, Tensor? table, Tensor? code, Tensor? absmax2, Tensor? offsets, int[] facts"
 _LIBRARY.define(f"tiles_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
@@ -131,7 +126,7 @@ def _dequantize_cpu(data: Tensor, table: Part, code: Part, absmax2: Part, offset
 def _dequantize_cuda(data: Tensor, table: Part, code: Part, absmax2: Part, offsets: Part, facts: list[int], dtype: torch.dtype) -> Tensor:
     out = torch.empty(facts[3], facts[4], dtype=dtype, device=data.device)
     weight = _weight(data, table, code, absmax2, offsets, facts)
-    _checked("quantkit_dequantize", call(_function("quantkit_dequantize"), data.device, weight, out.data_ptr(), TYPES[dtype]), data.device)
+    checked("quantkit_dequantize", call(_function("quantkit_dequantize"), data.device, weight, out.data_ptr(), TYPES[dtype]), data.device)
     return out
 
 
@@ -163,7 +158,7 @@ def _matmul_cuda(
             found = call(*given, None)
     if found == UNSUPPORTED:
         return functional.linear(x, _dequantize_cuda(data, table, code, absmax2, offsets, facts, x.dtype), bias)
-    _checked("quantkit_matmul", found, x.device)
+    checked("quantkit_matmul", found, x.device)
     return out
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import MachineError
+from quantkit.ops.cuda_call import call, checked
 from quantkit.ops.cuda_library import HINT, find_library, load_library
 
 T = TypeVar("T")
@@ -108,8 +109,8 @@ class SymmetricSums:
     def begin(self) -> None:
         """Clear this rank's buffer. All ranks are to do so before one sums."""
         self._buffers[self.rank].zero_()
-        code = _functions()["exchange_begin"](self._peers, _FIRST_CALL, _stream(self._device))
-        _checked("quantkit_exchange_begin", code, self._device)
+        code = call(_functions()["exchange_begin"], self._device, self._peers, _FIRST_CALL)
+        checked("quantkit_exchange_begin", code, self._device)
         torch.cuda.synchronize(self._device)
 
     def mode(self, nbytes: int) -> int:
@@ -137,20 +138,9 @@ class SymmetricSums:
         if x.data_ptr() % 16:
             x = x.clone()
         out = torch.empty_like(x)
-        with torch.cuda.device(self._device):
-            code = self._run(self._peers, x.data_ptr(), out.data_ptr(), x.nbytes, _TYPES[x.dtype], mode, _stream(self._device))
-        _checked("quantkit_all_reduce", code, self._device)
+        code = call(self._run, self._device, self._peers, x.data_ptr(), out.data_ptr(), x.nbytes, _TYPES[x.dtype], mode)
+        checked("quantkit_all_reduce", code, self._device)
         return out
-
-
-def _stream(device: torch.device) -> int:
-    number: int = torch._C._cuda_getCurrentRawStream(device.index)  # current_stream() makes an object, 4 µs
-    return number
-
-
-def _checked(name: str, code: int, device: torch.device) -> None:
-    if code:
-        raise MachineError(f"{name} on {device}", f"the kernel did not start (error {code})", "a GPU that it was built for", HINT)
 
 
 def open_sums(group: Group, device: torch.device, timeout: float) -> SymmetricSums | None:
