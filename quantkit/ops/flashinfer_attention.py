@@ -71,18 +71,7 @@ def self_test(device: torch.device, dtype: torch.dtype, dim: int, *, window: int
     q = torch.randn(172, kv_heads * group, dim, generator=generator).to(device, dtype)
     pages = make_pages(table_of(tables, device), range(len(tables)), spans, group)
     got = _Planner(device).run(q, pool[0], pool[1], pages, dim**-0.5, window, softcap).flatten(1).float()
-    wants, row = [], 0
-    for table, (start, stop) in zip(tables, spans, strict=True):
-        keys, values = (x.float()[table].flatten(0, 1)[:stop].repeat_interleave(group, 1) for x in pool)  # [S, H, D]
-        scores = torch.einsum("thd,shd->hts", q[row : row + stop - start].float(), keys) * dim**-0.5
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        seen = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
-        if window is not None:
-            seen &= torch.ones_like(seen).triu(start - window + 1)
-        wants.append(torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values).flatten(1))
-        row += stop - start
-    want = torch.cat(wants)
+    want = torch.cat(list(paged_attention.reference(q, pool, tables, spans, window=window, softcap=softcap)))
     return float((got - want).abs().max() / want.abs().max())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,14 +73,34 @@ def self_test(device: torch.device, dtype: torch.dtype, stored: torch.dtype, dim
     pages = make_pages(table_of(tables, device), range(len(tables)), spans, group)
     got = attend(q, pool[0], pool[1], pages, scale=dim**-0.5, window=None, softcap=None).float()
     error, row = 0.0, 0
-    for table, (start, stop) in zip(tables, spans, strict=True):
-        keys, values = (x.float()[table].flatten(0, 1)[:stop].repeat_interleave(group, 1) for x in pool)  # [S, H, D]
-        scores = torch.einsum("thd,shd->hts", q[row : row + stop - start].float(), keys) * dim**-0.5
-        unseen = torch.ones(stop - start, stop, dtype=torch.bool, device=device).triu(start + 1)
-        want = torch.einsum("hts,shd->thd", scores.masked_fill(unseen, float("-inf")).softmax(-1), values).flatten(1)
-        error = max(error, float((got[row : row + stop - start] - want).abs().max() / want.abs().max()))
-        row += stop - start
+    for want in reference(q, pool, tables, spans, window=None, softcap=None):
+        error = max(error, float((got[row : row + want.shape[0]] - want).abs().max() / want.abs().max()))
+        row += want.shape[0]
     return error
+
+
+def reference(
+    q: Tensor,
+    pool: Tensor,
+    tables: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+    *,
+    window: int | None,
+    softcap: float | None,
+) -> Iterator[Tensor]:
+    """Each sequence's attention ``[t, H * D]`` in float32, of ``q [T, H, D]`` over ``pool [2, blocks, block, KV, D]``, by torch: what
+    kernels are tested against where they run. The scale is that of D."""
+    row = 0
+    for table, (start, stop) in zip(tables, spans, strict=True):
+        keys, values = (x.float()[table].flatten(0, 1)[:stop].repeat_interleave(q.shape[1] // x.shape[2], 1) for x in pool)  # [S, H, D]
+        scores = torch.einsum("thd,shd->hts", q[row : row + stop - start].float(), keys) * q.shape[-1] ** -0.5
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        seen = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).tril(start)
+        if window is not None:
+            seen &= torch.ones_like(seen).triu(start - window + 1)
+        yield torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values).flatten(1)
+        row += stop - start
 
 
 @dataclass(frozen=True, slots=True)
