@@ -242,6 +242,11 @@ class ModelSpec:
         """The module of learned positions, None with rotary ones."""
         return self.architecture.position_table
 
+    @property
+    def stretches(self) -> bool:
+        """Whether texts may be longer than ``max_positions``, as "dynamic" rotary scaling makes them."""
+        return self.position_table is None and any(rope.kind == "dynamic" for rope in self.ropes)
+
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor is one that old checkpoints carry and nothing uses."""
         return name.endswith((IGNORED_SUFFIX, *self.architecture.buffers))

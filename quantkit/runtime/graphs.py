@@ -39,7 +39,7 @@ def obstacle(decoder: Decoder, cache: PagedCache) -> str | None:
         return "it is not on a GPU"
     if decoder.spec.moe is not None:
         return "which experts run is known on the device alone"
-    if any(rope.kind == "dynamic" for rope in decoder.spec.ropes):
+    if decoder.spec.stretches:
         return "its rotary frequencies depend on each length"
     heads = torch.empty(0, 1, decoder.spec.head_dim, dtype=decoder.dtype, device=decoder.device)
     if not decoder.kv_heads or not all(block.attention.reads_blocks(heads, cache.pool.dtype) for block in decoder.blocks):

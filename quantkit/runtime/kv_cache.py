@@ -263,9 +263,8 @@ def kv_block_bytes(decoder: Decoder, fp8: bool) -> int:
 def cache_for(decoder: Decoder, blocks: int, *, fp8: bool = False, sequences: int = 1) -> PagedCache:
     """An empty cache for the layers and KV heads that ``decoder`` holds, in its dtype and on its device."""
     spec = decoder.spec
-    stretches = any(rope.kind == "dynamic" for rope in spec.ropes)
     shape = (spec.layers, decoder.kv_heads, spec.head_dim, decoder.dtype, decoder.device, blocks)
-    return PagedCache(*shape, fp8=fp8, sequences=sequences, longest=None if stretches else spec.max_positions)
+    return PagedCache(*shape, fp8=fp8, sequences=sequences, longest=None if spec.stretches else spec.max_positions)
 
 
 def whole_cache(decoder: Decoder, tokens: int, sequences: int = 1) -> PagedCache:

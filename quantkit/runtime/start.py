@@ -140,8 +140,7 @@ def _longest(spec: ModelSpec, asked: int | None) -> int:
     """The tokens of the longest text: as asked, else as trained."""
     if asked is None:
         return spec.max_positions
-    stretches = spec.position_table is None and any(rope.kind == "dynamic" for rope in spec.ropes)
-    if asked < 2 or (asked > spec.max_positions and not stretches):
+    if asked < 2 or (asked > spec.max_positions and not spec.stretches):
         raise InputError("--max-model-len", f"is {asked}", f"2 to {spec.max_positions}, which the model was made for")
     return asked
 
