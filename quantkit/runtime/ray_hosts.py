@@ -23,7 +23,7 @@ from typing import Any
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.runtime.devices import place_for
 from quantkit.runtime.processes import LastWords, module_command, module_environment, rank_names
-from quantkit.runtime.wire import Frames, Message, error_from_json, frame
+from quantkit.runtime.wire import Frames, Message, error_from_json, frame, received
 
 WHERE = "--executor ray"
 JOIN_SECONDS = 240.0
@@ -232,22 +232,14 @@ class _Keeper:
         threading.Thread(target=self._listen, name="ray", daemon=True).start()
 
     def _listen(self) -> None:
-        frames = Frames("ray")
-        while True:
-            try:
-                data = self._connection.recv(1 << 16)
-            except OSError:
-                data = b""
-            if not data:
-                self._gone = True
-                self._answers.put(None)
-                return
-            for message in frames.feed(data):
-                if "ended" in message:
-                    replica, rank = message["ended"]
-                    self._ended[replica, rank] = message["why"]
-                else:
-                    self._answers.put(message)
+        for message in received(self._connection, "ray"):
+            if "ended" in message:
+                replica, rank = message["ended"]
+                self._ended[replica, rank] = message["why"]
+            else:
+                self._answers.put(message)
+        self._gone = True
+        self._answers.put(None)
 
     def ask(self, asked: Message, seconds: float) -> Message:
         """Say what is wanted; what it has joined. Raises what it says is wrong."""

@@ -20,7 +20,7 @@ from typing import Any
 from quantkit import __version__
 from quantkit.errors import InputError, MachineError, QuantkitError
 from quantkit.runtime.ray_rank import RankActor
-from quantkit.runtime.wire import Frames, Message, error_to_json, frame
+from quantkit.runtime.wire import Message, error_to_json, frame, received
 
 TOGETHER_SECONDS = 5.0
 """How long a host that could hold all ranks of a replica is waited for before they are placed on several."""
@@ -232,17 +232,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _listen(connection: socket.socket, orders: queue.SimpleQueue[Message | None]) -> None:
-    frames = Frames("engine")
-    while True:
-        try:
-            data = connection.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            orders.put(None)
-            return
-        for message in frames.feed(data):
-            orders.put(message)
+    for message in received(connection, "engine"):
+        orders.put(message)
+    orders.put(None)
 
 
 def main(connection: socket.socket) -> int:

@@ -7,6 +7,7 @@ model and no process.
 from __future__ import annotations
 
 import json
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -170,3 +171,16 @@ class Frames:
             if not isinstance(message, dict):
                 raise RuntimeDied(self._where, "sent what is no message", "a JSON object")
             yield message
+
+
+def received(connection: socket.socket, where: str) -> Iterator[Message]:
+    """What comes over ``connection``, from ``where``, until its other end is gone. Raises RuntimeDied for what is no message."""
+    frames = Frames(where)
+    while True:
+        try:
+            data = connection.recv(1 << 16)
+        except OSError:
+            return
+        if not data:
+            return
+        yield from frames.feed(data)

@@ -31,6 +31,7 @@ from quantkit.comm import Comm, ProcessComm, Solo, join_store, serve_store
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Batch, Decoder
 from quantkit.model.load import load_decoder
+from quantkit.model.rope import LENGTH_DEPENDENT
 from quantkit.ops.dtypes import float_dtype
 from quantkit.ops.symmetric import open_sums
 from quantkit.ops.transfer import upload
@@ -43,13 +44,13 @@ from quantkit.runtime.kv_cache import cache_for, kv_block_bytes
 from quantkit.runtime.sampler import Drawn, Sampler, SamplingParams
 from quantkit.runtime.scheduler import UNKNOWN, Chunk
 from quantkit.runtime.wire import (
-    Frames,
     Message,
     RankFacts,
     RankJob,
     Step,
     error_to_json,
     frame,
+    received,
     sampled_to_json,
     step_from_json,
 )
@@ -68,6 +69,7 @@ class Runner:
     def __init__(self, decoder: Decoder, *, kv_fp8: bool = False, sequences: int = 8) -> None:
         self.decoder, self._kv_fp8, self._sequences = decoder, kv_fp8, sequences
         self._sampler = Sampler(decoder.head.columns, decoder.head.vocab, decoder.comm, decoder.device)
+        self._by_length = any(rope.kind in LENGTH_DEPENDENT for rope in decoder.spec.ropes)
         self.open_cache(0, graphs=False)
 
     def open_cache(self, blocks: int, *, graphs: bool = True) -> None:
@@ -89,15 +91,17 @@ class Runner:
         for begin in step.begin:
             self._sampler.begin(begin.sequence, begin.params, begin.seed, begin.ends, begin.prompt)
             self._lengths[begin.sequence] = begin.length
+        if not step.chunks:
+            return None
         for chunk in step.chunks:
             self.cache.extend(chunk.sequence, chunk.blocks, chunk.start)
         sampled = [chunk.sequence for chunk in step.chunks if chunk.sample]
-        replayed = self.graphs.run(step.chunks) if self.graphs is not None and step.chunks else None
+        replayed = None if self.graphs is None else self.graphs.run(step.chunks)
         if replayed is not None:
             drawn = self._sampler.sample(sampled, *replayed)
-            if drawn.found is replayed[1]:
+            if drawn.found is replayed[1]:  # the graph has kept them
                 return drawn
-        elif step.chunks:
+        else:
             hidden = self._forward(step.chunks)
             self._score_prompts(step.chunks, hidden)
             if not sampled:
@@ -105,8 +109,6 @@ class Runner:
             ends = [end - 1 for end, chunk in zip(accumulate(len(c.tokens) for c in step.chunks), step.chunks, strict=True) if chunk.sample]
             last = hidden if len(ends) == hidden.shape[0] else hidden.index_select(0, upload(ends, torch.int64, hidden.device))
             drawn = self._sampler.sample(sampled, self.decoder.head.local(last))  # a collective: every rank
-        else:
-            return None
         rows = upload([self.cache.row(sequence) for sequence in sampled], torch.int64, self._last.device)
         self._last.index_copy_(0, rows, drawn.tokens)
         return drawn
@@ -115,15 +117,14 @@ class Runner:
         """Hidden states ``[T, hidden]`` of all chunks, one after the other."""
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
-        rows = [self.cache.row(chunk.sequence) for chunk in chunks for _ in chunk.tokens]
-        reaches = [
-            max(self._lengths[chunk.sequence], place + 1)
-            for chunk in chunks
-            for place in range(chunk.start, chunk.start + len(chunk.tokens))
-        ]
-        ids, places, of, reach = upload([tokens, positions, rows, reaches], torch.int64, self.decoder.device)  # one transfer
+        device, reach = self.decoder.device, None
+        ids, places = upload([tokens, positions], torch.int64, device)  # one transfer
         if UNKNOWN in tokens:
-            ids = torch.where(ids < 0, self._last.index_select(0, of), ids)
+            rows = upload([self.cache.row(chunk.sequence) for chunk in chunks for _ in chunk.tokens], torch.int64, device)
+            ids = torch.where(ids < 0, self._last.index_select(0, rows), ids)
+        if self._by_length:
+            prompts = [self._lengths[chunk.sequence] for chunk in chunks for _ in chunk.tokens]
+            reach = torch.maximum(places + 1, upload(prompts, torch.int64, device))
         batch = Batch(places, tuple(len(chunk.tokens) for chunk in chunks), tuple(chunk.sequence for chunk in chunks), reach)
         return self.decoder.forward(ids, batch, self.cache)
 
@@ -171,10 +172,8 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
             each.attention.require(decoder.dtype, stored, decoder.device)
     sequences, device = min(job.sequences, job.step_tokens), decoder.device
     if device.type == "cuda":
-        one, graphs = (
-            _measured_pass(decoder, job.step_tokens, sequences, kv_fp8=job.kv_fp8),
-            graph_bytes(decoder, job.sequences, fp8=job.kv_fp8),
-        )
+        one = _measured_pass(decoder, job.step_tokens, sequences, kv_fp8=job.kv_fp8)
+        graphs = graph_bytes(decoder, job.sequences, fp8=job.kv_fp8)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         room = int(total * job.memory_share) - (total - free) - one - graphs
@@ -185,7 +184,7 @@ def rank_facts(decoder: Decoder, job: RankJob, host_ranks: int) -> RankFacts:
         taken = pass_bytes(decoder.spec, job.tp, tokens=job.step_tokens, sequences=sequences, itemsize=decoder.dtype.itemsize)
         room = int((free + decoder.nbytes) * job.memory_share) - decoder.nbytes - taken
     block = kv_block_bytes(decoder, job.kv_fp8)
-    return RankFacts(decoder.nbytes, block // BLOCK, max(0, max(0, room) // block - 1) if block else None)  # one block is nobody's
+    return RankFacts(decoder.nbytes, block // BLOCK, max(0, room // block - 1) if block else None)  # one block is nobody's
 
 
 @torch.inference_mode()
@@ -261,16 +260,9 @@ class _Channel:
         return message[name]
 
     def _listen(self) -> None:
-        frames = Frames("engine")
-        while True:
-            try:
-                data = self._connection.recv(1 << 16)
-            except OSError:
-                data = b""
-            if not data:
-                os._exit(RuntimeDied.exit_code)
-            for message in frames.feed(data):
-                self.inbox.put(message)
+        for message in received(self._connection, "engine"):
+            self.inbox.put(message)
+        os._exit(RuntimeDied.exit_code)
 
     def _beat(self) -> None:
         stop = threading.Event()
