@@ -20,22 +20,19 @@ import torch
 from numpy.typing import NDArray
 
 from quantkit import fs
-from quantkit.arch.table import spec_for
-from quantkit.checkpoint.blocks import as_blocks
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, read_manifest, resolve_path
+from quantkit.checkpoint.reader import Checkpoint, read_manifest, resolve_path
 from quantkit.comm import thread_group
 from quantkit.commands.bench_requests import check_out, write_figures
 from quantkit.errors import InputError
 from quantkit.model.load import load_decoder, rank_tensors
 from quantkit.model.reading import CHUNK_BYTES, READERS, ReadAhead, Wanted
 from quantkit.ops.dtypes import float_dtype
-from quantkit.plan import ParallelPlan, make_plan
+from quantkit.plan import ParallelPlan
 from quantkit.progress import Progress, silent
-from quantkit.quant_config import stored_assignment
 from quantkit.report import Report, Table
 from quantkit.runtime.devices import default_dtype, place_for
+from quantkit.runtime.worker import rank_source
 from quantkit.scheme import Assignment
-from quantkit.shard import open_rank
 
 PLAIN = "plain read"
 COLD = 0.02
@@ -80,18 +77,14 @@ class _Rank:
 
 def _rank(options: BenchLoadOptions) -> _Rank:
     root = resolve_path(options.path)
-    manifest = read_manifest(root)
-    if manifest is not None and manifest.get("kind") == "shards":
-        checkpoint, cut, assignment = open_rank(root, options.rank)
-        if options.tp not in (None, cut.tp):
-            raise InputError(str(root), f"was cut for {cut.tp} ranks, --tp says {options.tp}", f"--tp {cut.tp}")
-        return _Rank(checkpoint, cut, assignment, options.rank)
-    checkpoint, tp = as_blocks(open_checkpoint(root)), options.tp or 1
-    if not 0 <= options.rank < tp:
+    manifest, tp = read_manifest(root), options.tp or 1
+    sharded = manifest is not None and manifest.get("kind") == "shards"
+    checkpoint, plan, presliced = rank_source(root, sharded, tp, options.rank)
+    if sharded and plan is not None and options.tp not in (None, plan.tp):
+        raise InputError(str(root), f"was cut for {plan.tp} ranks, --tp says {options.tp}", f"--tp {plan.tp}")
+    if not sharded and not 0 <= options.rank < tp:
         raise InputError("--rank", f"is {options.rank}", f"0 to {tp - 1}")
-    spec = spec_for(checkpoint.config)
-    plan = None if tp == 1 else make_plan(spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), tp, dtype="BF16")
-    return _Rank(checkpoint, plan, None, options.rank)
+    return _Rank(checkpoint, plan, presliced, options.rank)
 
 
 def run(options: BenchLoadOptions, progress: Progress = silent) -> Report:

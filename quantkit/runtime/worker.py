@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quantkit.arch.table import spec_for
 from quantkit.checkpoint.blocks import as_blocks
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.comm import Comm, ProcessComm, Solo, join_store, serve_store
 from quantkit.errors import MachineError, QuantkitError, RuntimeDied
 from quantkit.model.decoder import Batch, Decoder
@@ -35,7 +35,7 @@ from quantkit.model.rope import LENGTH_DEPENDENT
 from quantkit.ops.dtypes import float_dtype
 from quantkit.ops.symmetric import open_sums
 from quantkit.ops.transfer import upload
-from quantkit.plan import make_plan, pass_bytes
+from quantkit.plan import ParallelPlan, make_plan, pass_bytes
 from quantkit.progress import Progress, silent
 from quantkit.quant_config import stored_assignment
 from quantkit.runtime.blocks import BLOCK, blocks_for
@@ -54,6 +54,7 @@ from quantkit.runtime.wire import (
     sampled_to_json,
     step_from_json,
 )
+from quantkit.scheme import Assignment
 from quantkit.shard import open_rank
 
 _LOG = logging.getLogger("quantkit")
@@ -140,21 +141,25 @@ class Runner:
             first += len(chunk.tokens)
 
 
+def rank_source(root: Path, sharded: bool, tp: int, rank: int) -> tuple[Checkpoint, ParallelPlan | None, Assignment | None]:
+    """What rank ``rank`` of ``tp`` loads from: the checkpoint, its plan (None when nothing is cut), and of a rank's own file how the parent
+    stores its linears. Raises InputError for a model that cannot be cut so."""
+    if sharded:
+        return open_rank(root, rank)
+    checkpoint = as_blocks(open_checkpoint(root))
+    if tp == 1:
+        return checkpoint, None, None
+    spec = spec_for(checkpoint.config)
+    return checkpoint, make_plan(spec, stored_assignment(checkpoint.config, spec, checkpoint.tensors), tp, dtype="BF16"), None
+
+
 def load_rank(job: RankJob, comm: Comm, device: str, progress: Progress = silent) -> Decoder:
     """The decoder of rank ``comm.rank``. Raises InputError for a checkpoint that does not fit, MachineError when memory is short."""
     how: dict[str, Any] = {"dtype": float_dtype(job.dtype), "device": device, "parity": job.parity, "lm_head": job.lm_head}
     how["progress"], how["attention"], how["merge"] = progress, job.attention, job.device == "cuda" and not job.parity
+    checkpoint, plan, presliced = rank_source(Path(job.path), job.sharded, job.tp, comm.rank)
     try:
-        if job.sharded:
-            checkpoint, plan, assignment = open_rank(Path(job.path), comm.rank)
-            return load_decoder(checkpoint, plan=plan, comm=comm, presliced=assignment, **how)
-        checkpoint = as_blocks(open_checkpoint(job.path))
-        if job.tp == 1:
-            return load_decoder(checkpoint, **how)
-        spec = spec_for(checkpoint.config)
-        assignment = stored_assignment(checkpoint.config, spec, checkpoint.tensors)
-        plan = make_plan(spec, assignment, job.tp, dtype="BF16")
-        return load_decoder(checkpoint, plan=plan, comm=comm, **how)
+        return load_decoder(checkpoint, plan=plan, comm=comm, presliced=presliced, **how)
     except torch.OutOfMemoryError as exc:
         raise MachineError(device, "has too little memory for the weights", "more memory", "--tp splits them among GPUs") from exc
 
